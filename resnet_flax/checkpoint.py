@@ -1,0 +1,227 @@
+"""Saving and restoring a run's state, with a content hash and a way round damage.
+
+Each checkpoint is one orbax directory, `<directory>/<step>`, that holds the state in the canonical
+layout (see `models.layout`) and, as orbax's custom metadata, a small JSON record of the run and the
+SHA-256 of both: orbax itself loads a flipped bit without a word.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+import flax.serialization
+import flax.traverse_util
+import jax
+import numpy as np
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from resnet_flax.errors import UserError
+from resnet_flax.models import layout
+from resnet_flax.state import TrainState
+
+
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """Nested dicts of host arrays in the canonical layout, without empty branches."""
+    canonical = layout.to_canonical(jax.device_get(state))
+    flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(canonical))
+    flat = {path: np.asarray(value) for path, value in flat.items() if value is not None}
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def from_tree(tree: dict[str, Any], template: TrainState, scanned: bool) -> TrainState:
+    """The inverse of `to_tree`: host arrays in the model's layout.
+
+    Args:
+      tree: as from `to_tree`.
+      template: the state's structure, shapes and dtypes, in the model's layout.
+      scanned: whether that layout is the scanned one.
+
+    Raises:
+      UserError: the first array that is missing, foreign, or of another shape or dtype.
+    """
+    canonical = layout.to_canonical(template)
+    nested = flax.serialization.to_state_dict(canonical)
+    want = flax.traverse_util.flatten_dict(nested, keep_empty_nodes=True)
+    have = flax.traverse_util.flatten_dict(tree)
+    for path, spec in want.items():
+        name = "/".join(path)
+        if spec is None or spec is flax.traverse_util.empty_node:
+            continue
+        if path not in have:
+            raise UserError(f"the checkpoint lacks {name} {spec.dtype}{list(spec.shape)}")
+        if (have[path].shape, have[path].dtype) != (spec.shape, spec.dtype):
+            raise UserError(
+                f"{name} is {have[path].dtype}{list(have[path].shape)} in the checkpoint, but "
+                f"{spec.dtype}{list(spec.shape)} in this net"
+            )
+        want[path] = have.pop(path)
+    if have:
+        raise UserError(f"the checkpoint holds {'/'.join(next(iter(have)))}, which this net lacks")
+    nested = flax.traverse_util.unflatten_dict(want)
+    state = flax.serialization.from_state_dict(canonical, nested)
+    return layout.to_scanned(state) if scanned else state
+
+
+def content_hash(tree: dict[str, Any], record: dict[str, Any]) -> str:
+    """SHA-256, in hex, of every array's name, dtype, shape and bytes, and of the record."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for path, value in sorted(flax.traverse_util.flatten_dict(tree).items()):
+        digest.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
+
+
+def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State tree and record of one checkpoint directory.
+
+    Raises:
+      UserError: it is damaged; the message says how.
+    """
+    try:
+        metadata = ocp.checkpointables_metadata(path).custom_metadata
+        record, expected = metadata["record"], metadata["sha256"]
+        tree = ocp.load_checkpointables(path, {"state": None})["state"]
+        actual = content_hash(tree, record)
+    except Exception as error:
+        # Whatever orbax, tensorstore or a JSON reader raises for a damaged file.
+        cause = error.__cause__ or error
+        detail = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else ""
+        raise UserError(
+            f"checkpoint {path} is damaged: {type(cause).__name__}: {detail}"
+        ) from error
+    if actual != expected:
+        raise UserError(f"checkpoint {path} is damaged: its content does not match its SHA-256")
+    return tree, record
+
+
+def steps_in(directory: epath.PathLike) -> list[int]:
+    """Steps of the finished checkpoints in a directory, rising; [] where there is none."""
+    directory = epath.Path(directory)
+    if not directory.exists():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
+
+
+def read_newest(
+    directory: epath.PathLike, warn: Callable[[str], None], *, set_aside: bool
+) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
+    """The newest undamaged checkpoint as (step, tree, record), or None where there are none at all.
+
+    Args:
+      directory: holds the checkpoints.
+      warn: told of each damaged one that is passed over.
+      set_aside: move damaged ones to `<directory>/../damaged_checkpoints`, so that their step can
+        be saved again; nothing is deleted.
+
+    Raises:
+      UserError: there are checkpoints and all are damaged. A fresh start is the user's to decide.
+    """
+    directory = epath.Path(directory)
+    steps = steps_in(directory)
+    for step in reversed(steps):
+        try:
+            tree, record = read(directory / str(step))
+        except UserError as error:
+            warn(f"{error}; passed over")
+            continue
+        if set_aside:
+            _set_aside(directory, [s for s in steps if s > step])
+        return step, tree, record
+    if steps:
+        raise UserError(
+            f"all {len(steps)} checkpoints in {directory} are damaged; restore them from a copy, "
+            "or start again in another --workdir"
+        )
+    return None
+
+
+def _set_aside(directory: epath.Path, steps: list[int]) -> None:
+    if not steps:
+        return
+    aside = directory.parent / "damaged_checkpoints"
+    aside.mkdir(exist_ok=True)
+    for step in steps:
+        number = 0
+        while (target := aside / f"{step}.{number}").exists():
+            number += 1
+        (directory / str(step)).rename(target)
+
+
+class Writer:
+    """Saves checkpoints in the background and deletes old ones.
+
+    Kept are the newest `keep` and the step last named as best.
+    """
+
+    def __init__(self, directory: epath.PathLike, keep: int):
+        """Opens (or makes) `directory`; what an interrupted save left there is removed."""
+        self.directory = epath.Path(directory)
+        self.best_step: int | None = None
+        self._keep = keep
+        self._pending = None
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=self,
+            cleanup_tmp_directories=True,
+            lightweight_initialize=True,
+        )
+
+    def should_preserve(self, checkpoints, *, context):
+        """Orbax's question which of the checkpoints, oldest first, to keep."""
+        del context
+        newest = len(checkpoints) - self._keep
+        return [i >= newest or c.step == self.best_step for i, c in enumerate(checkpoints)]
+
+    def save(self, state: TrainState, record: dict[str, Any]) -> str:
+        """Begins to save; returns the checkpoint's path. An earlier save is waited for first.
+
+        Args:
+          state: on the devices.
+          record: JSON-serialisable, returned by `read`.
+
+        Raises:
+          UserError: a value is not finite, or an earlier save failed (disk full, say).
+        """
+        tree = to_tree(state)
+        step = int(tree["step"])
+        for path, value in flax.traverse_util.flatten_dict(tree).items():
+            if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
+                raise UserError(f"{'/'.join(path)} is not finite at step {step}: not saved")
+        # What JSON makes of the record (floats, say) is what will be hashed on reading.
+        record = json.loads(json.dumps(record))
+        metadata = {"record": record, "sha256": content_hash(tree, record)}
+        self.wait()
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(
+                step, {"state": tree}, custom_metadata=metadata, force=True
+            )
+        except OSError as error:
+            raise self._failure(error) from error
+        return str(self.directory / str(step))
+
+    def wait(self) -> None:
+        """Blocks until the save under way is on disk.
+
+        Raises:
+          UserError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: Exception) -> UserError:
+        cause = error.__cause__ or error
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        return UserError(f"could not save a checkpoint in {self.directory}: {lines[0][:200]}")
+
+    def close(self) -> None:
+        """Waits, then releases orbax's threads."""
+        self.wait()
+        self._checkpointer.close()

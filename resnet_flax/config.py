@@ -1,0 +1,246 @@
+"""Every setting of a run: its default, its unit, and what values make sense.
+
+A file in `configs/` is `base_config()` with a few lines changed. Only `train` and the entry points
+hold a whole configuration; everything below them takes explicit arguments.
+"""
+
+import difflib
+import itertools
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from resnet_flax.errors import UserError
+
+
+def base_config() -> ConfigDict:
+    """The paper's CIFAR-10 recipe for ResNet-20 [R §4.2], every key with its unit.
+
+    Durations: each key `<x>_steps` has siblings `<x>_epochs` and `<x>_examples`; one of them that
+    is not 0 (or not empty) replaces the `_steps` value. One step is one batch.
+    """
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order, augmentation and the validation draw
+
+    c.model = ConfigDict()
+    c.model.name = "resnet20"  # one of resnet_flax.models.ARCHITECTURES
+    c.model.shortcut = "auto"  # "A", "B", "C"; "auto": the paper's for this net
+    c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
+    c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
+    c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
+    c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
+    c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
+    c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
+    c.model.remat = False  # compute activations again in the backward pass, to save memory
+
+    c.data = ConfigDict()
+    c.data.name = "cifar10"  # "cifar10", "cifar100", "digits"
+    c.data.data_dir = ""  # TFDS directory; "": $TFDS_DATA_DIR, else TFDS's default
+    c.data.archive = ""  # the original tar.gz, to prepare the data set from where there is none
+    c.data.mirror = ""  # URL of a copy of the archive (or of its directory), used after `archive`
+    c.data.split = "all"  # "all" (50k) for training, or "45k/5k": a balanced tenth for validation
+    c.data.batch_size = 128  # examples per step over all devices
+    c.data.pad = 4  # pixels of zeros around an image before the random crop; 0: no crop
+    c.data.flip = True  # mirror half of the images
+    c.data.normalize = "pixel_mean"  # subtract per pixel; "channel": mean and deviation a channel
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 0.1
+    c.optim.schedule = "piecewise"  # "piecewise", "cosine" (to 0 at the last step), "constant"
+    c.optim.boundaries_steps = (32_000, 48_000)  # where "piecewise" multiplies the rate
+    c.optim.decay_factor = 0.1  # by what it multiplies it
+    c.optim.warmup_steps = 0  # length of the warm-up, when it does not go by error
+    c.optim.warmup_error = 0.0  # warm up until the training error (0 to 1) is below; 0: by steps
+    c.optim.warmup_rate = 0.01  # learning rate during the warm-up, or at the start of a linear one
+    c.optim.warmup_linear = False  # rise from warmup_rate to the schedule's rate over warmup_steps
+    c.optim.momentum = 0.9
+    c.optim.nesterov = False
+    c.optim.weight_decay = 1e-4  # added to the gradient as weight_decay * parameter
+    c.optim.decay_norm_and_bias = True  # decay batch-norm scales and all biases too
+    c.optim.label_smoothing = 0.0  # share of the target spread over all classes
+    c.optim.ema_decay = 0.0  # of the averaged weights used for evaluation, per step; 0: none
+
+    c.train = ConfigDict()
+    c.train.total_steps = 64_000  # length of the run
+    c.train.chunk_steps = 0  # steps per dispatch; 0: 100 on accelerators, 1 on a CPU
+    c.train.cpu_devices = 0  # devices a CPU is split into; 0: one per core where that divides
+
+    c.eval = ConfigDict()
+    c.eval.every_steps = 500  # between evaluations; the last step is always evaluated
+    c.eval.batch_size = 1000  # examples per evaluation batch over all devices
+    c.eval.bn_examples = 0  # training examples to re-estimate batch-norm statistics from; 0: none
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_steps = 1000  # between checkpoints; the last step is always saved
+    c.checkpoint.keep = 2  # newest checkpoints kept, beside the best one
+
+    c.log = ConfigDict()
+    c.log.every_steps = 100  # between records of the training loss
+    c.log.tensorboard = True  # write TensorBoard events too
+
+    for section in (c.optim, c.train, c.eval, c.checkpoint, c.log):
+        for key in [k for k in section if k.endswith("_steps") and k != "chunk_steps"]:
+            empty = () if isinstance(section[key], tuple) else 0.0
+            section[key.replace("_steps", "_epochs")] = empty
+            section[key.replace("_steps", "_examples")] = () if empty == () else 0
+    return c
+
+
+# A finished or interrupted run may be continued with other values of these: none changes a result.
+OPERATIONAL_KEYS = frozenset(
+    "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices checkpoint.keep "
+    "checkpoint.every_steps checkpoint.every_epochs checkpoint.every_examples log.every_steps "
+    "log.every_epochs log.every_examples log.tensorboard".split()
+)
+
+_CHOICES = {
+    "model.shortcut": ("auto", "A", "B", "C", "none"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.scan": ("auto", "always", "never"),
+    "data.normalize": ("pixel_mean", "channel"),
+    "optim.schedule": ("piecewise", "cosine", "constant"),
+}
+# key: (lowest, highest, whether the lowest itself is allowed, whether the highest is)
+_RANGES = {
+    "seed": (0, 2**31, True, False),
+    "model.num_classes": (0, 2**31, True, False),
+    "model.bn_group_size": (0, math.inf, True, False),
+    "model.bn_momentum": (0, 1, True, True),
+    "data.batch_size": (1, math.inf, True, False),
+    "data.pad": (0, math.inf, True, False),
+    "optim.learning_rate": (0, math.inf, False, False),
+    "optim.decay_factor": (0, math.inf, False, False),
+    "optim.warmup_error": (0, 1, True, True),
+    "optim.warmup_rate": (0, math.inf, True, False),
+    "optim.momentum": (0, 1, True, False),
+    "optim.weight_decay": (0, math.inf, True, False),
+    "optim.label_smoothing": (0, 1, True, False),
+    "optim.ema_decay": (0, 1, True, False),
+    "train.chunk_steps": (0, math.inf, True, False),
+    "train.cpu_devices": (0, math.inf, True, False),
+    "eval.batch_size": (1, math.inf, True, False),
+    "eval.bn_examples": (0, math.inf, True, False),
+    "checkpoint.keep": (1, math.inf, True, False),
+}
+_MAY_BE_ZERO = ("optim.warmup_steps",)
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """`{"model.name": "resnet20", …}` of a nested configuration."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{k}": v for k, v in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def nearest_key(key: str) -> str | None:
+    """The declared key most like `key` ("optim.lerning_rate"), or None."""
+    known = list(flatten(base_config()))
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    return near[0] if near else None
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything that can be checked before data or devices are touched.
+
+    Raises:
+      UserError: names the key, its value, and what would be right.
+    """
+    declared = flatten(base_config())
+    flat = flatten(config)
+    for key, value in flat.items():
+        if key not in declared:
+            near = nearest_key(key)
+            hint = f" (did you mean {near!r}?)" if near else ""
+            raise UserError(f"unknown config key {key!r}{hint}")
+        _check_type(key, value, declared[key])
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UserError(f"config.{key}={value!r} must be one of {', '.join(_CHOICES[key])}")
+        if key in _RANGES:
+            low, high, with_low, with_high = _RANGES[key]
+            if not (
+                low < value < high or (value == low and with_low) or (value == high and with_high)
+            ):
+                bounds = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
+                raise UserError(f"config.{key}={value} must lie in {bounds}")
+        if key.endswith(("_steps", "_epochs", "_examples")) and not isinstance(value, tuple):
+            zero_ok = (
+                key in _MAY_BE_ZERO or not key.endswith("_steps") or key == "train.chunk_steps"
+            )
+            if not math.isfinite(value) or value < 0 or (value == 0 and not zero_ok):
+                raise UserError(f"config.{key}={value} must be a positive duration")
+        if key.rsplit("_", 1)[0] == "optim.boundaries":
+            if any(b <= 0 for b in value) or any(a >= b for a, b in itertools.pairwise(value)):
+                raise UserError(f"config.{key}={value} must be positive and in rising order")
+    missing = [key for key in declared if key not in flat]
+    if missing:
+        raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
+    group = config.model.bn_group_size
+    if group and config.data.batch_size % group:
+        raise UserError(
+            f"config.model.bn_group_size={group} does not divide "
+            f"config.data.batch_size={config.data.batch_size}"
+        )
+
+
+def _check_type(key: str, value: Any, default: Any) -> None:
+    want = type(default)
+    if want is float:
+        right = isinstance(value, (int, float)) and not isinstance(value, bool)
+    elif want is tuple:
+        right = isinstance(value, tuple) and all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
+        )
+    else:
+        right = type(value) is want
+    if not right:
+        raise UserError(
+            f"config.{key}={value!r} is of type {type(value).__name__}, must be {want.__name__}"
+        )
+    if want is float and not math.isfinite(value):
+        raise UserError(f"config.{key}={value} must be finite")
+
+
+def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
+    """A copy in which every duration stands in its `_steps` key and the siblings are empty.
+
+    Args:
+      config: a validated configuration.
+      train_examples: size of the training set, which makes an epoch.
+
+    Raises:
+      UserError: two of a duration's three forms are given, or one is shorter than a step.
+    """
+    c = config.copy_and_resolve_references()
+    for section_name, section in c.items():
+        if not isinstance(section, ConfigDict):
+            continue
+        for key in [k for k in section if k.endswith("_epochs")]:
+            stem = key.removesuffix("_epochs")
+            epochs, examples = section[key], section[f"{stem}_examples"]
+            if epochs and examples:
+                raise UserError(
+                    f"give one of config.{section_name}.{stem}_epochs={epochs} and "
+                    f"config.{section_name}.{stem}_examples={examples}, not both"
+                )
+            if not epochs and not examples:
+                continue
+            given, unit = (epochs, train_examples) if epochs else (examples, 1)
+            many = given if isinstance(given, tuple) else (given,)
+            steps = tuple(round(v * unit / c.data.batch_size) for v in many)
+            if min(steps) < 1:
+                raise UserError(f"config.{section_name}.{stem}: {given} is shorter than one step")
+            section[f"{stem}_steps"] = steps if isinstance(given, tuple) else steps[0]
+            section[key], section[f"{stem}_examples"] = type(epochs)(), type(examples)()
+    if c.data.batch_size > train_examples:
+        raise UserError(
+            f"config.data.batch_size={c.data.batch_size} exceeds the {train_examples} training "
+            f"examples of {c.data.name}"
+        )
+    return c

@@ -1,0 +1,250 @@
+"""From a configuration to data on the devices, a net, and the compiled functions."""
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_flax import augment, data, evaluate, models, optim, sharding, state, steps
+from resnet_flax.config import resolve_steps
+from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.errors import UserError
+from resnet_flax.models import layout
+from resnet_flax.models.resnet import ResNet
+
+# Unrolled, more blocks a stage than this take minutes to compile.
+_MOST_BLOCKS_UNROLLED = 40
+
+
+def choose_devices(config: ConfigDict) -> None:
+    """Splits a CPU into devices; call it before anything else touches jax's devices."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    count = sharding.choose_cpu_devices(
+        config.train.cpu_devices, config.data.batch_size, config.model.bn_group_size
+    )
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        if jax.default_backend() == "cpu" and jax.device_count() != count:
+            raise UserError(
+                f"config.train.cpu_devices={count}, but jax already runs with "
+                f"{jax.device_count()} devices in this process"
+            ) from error
+
+
+def make_model(config: ConfigDict) -> ResNet:
+    """The configured net; `num_classes` must be resolved."""
+    architecture = models.get_architecture(config.model.name)
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    scan = config.model.scan
+    return models.create_model(
+        config.model.name,
+        config.model.num_classes,
+        shortcut=config.model.shortcut,
+        dtype=dtype,
+        stride_in_3x3=config.model.stride_in_3x3,
+        bn_momentum=config.model.bn_momentum,
+        bn_group_size=config.model.bn_group_size or None,
+        scan=scan == "always"
+        or (scan == "auto" and max(architecture.stage_sizes) > _MOST_BLOCKS_UNROLLED),
+        remat=config.model.remat,
+    )
+
+
+def make_optimizer(config: ConfigDict):
+    """The configured optimizer; durations must be resolved."""
+    o = config.optim
+    schedule = optim.make_schedule(
+        o.schedule,
+        learning_rate=o.learning_rate,
+        total_steps=config.train.total_steps,
+        boundaries=o.boundaries_steps,
+        decay_factor=o.decay_factor,
+    )
+    rate = optim.scale_by_rate(
+        schedule,
+        warmup_steps=o.warmup_steps,
+        warmup_error=o.warmup_error,
+        warmup_rate=o.warmup_rate,
+        warmup_linear=o.warmup_linear,
+    )
+    return optim.sgd(
+        rate,
+        momentum=o.momentum,
+        nesterov=o.nesterov,
+        weight_decay=o.weight_decay,
+        decay_norm_and_bias=o.decay_norm_and_bias,
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Checks names and divisibility before any data are touched.
+
+    Raises:
+      UserError: unknown model or shortcut, or a batch that the devices do not divide.
+    """
+    models.resolve_shortcut(config.model.name, config.model.shortcut)
+    sharding.make_mesh(config.data.batch_size)
+
+
+def load_data(config: ConfigDict) -> Dataset:
+    """The configured data set, read (or prepared first) on this machine."""
+    return data.load(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        split=config.data.split,
+        archive=config.data.archive or None,
+        mirror=config.data.mirror or None,
+        seed=config.seed,
+    )
+
+
+def put_resident(split: Split, mean, std, seed: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """One split of the data on all devices, as `steps` wants it."""
+    everywhere = sharding.replicated(mesh)
+    arrays = {"images": split.images, "labels": split.labels, "mean": mean, "std": std}
+    resident = {name: sharding.put(value, everywhere) for name, value in arrays.items()}
+    key = jax.random.key(seed, impl="threefry2x32")
+    return resident | {"key": jax.device_put(key, everywhere)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What training and evaluation share.
+
+    Attributes:
+      config: validated, every duration in steps, nothing left "auto" but dtype and scan.
+      dataset: on the host.
+      mesh: of all devices.
+      model: the net.
+      mean: float32, see `augment.statistics`.
+      std: likewise.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    mesh: Mesh
+    model: ResNet
+    mean: np.ndarray
+    std: np.ndarray
+
+    @functools.cached_property
+    def train_resident(self) -> dict[str, jax.Array]:
+        """The training split on the devices."""
+        return put_resident(self.dataset.train, self.mean, self.std, self.config.seed, self.mesh)
+
+    @functools.cached_property
+    def eval_residents(self) -> dict[str, dict[str, jax.Array]]:
+        """The splits to evaluate, by name: "validation", where there is one, and "test"."""
+        splits = {"validation": self.dataset.validation, "test": self.dataset.test}
+        return {
+            name: put_resident(split, self.mean, self.std, self.config.seed, self.mesh)
+            for name, split in splits.items()
+            if split is not None
+        }
+
+    @functools.cached_property
+    def optimizer(self):
+        """See `make_optimizer`."""
+        return make_optimizer(self.config)
+
+    def create_state(self, variables: Any = None) -> state.TrainState:
+        """The first state, from canonical `variables` or from the seed."""
+        if variables is not None and self.model.scan:
+            variables = layout.to_scanned(variables)
+        return state.create_state(
+            self.model,
+            self.optimizer,
+            seed=self.config.seed,
+            image_shape=self.dataset.train.images.shape[1:],
+            ema=self.config.optim.ema_decay > 0,
+            sharding=sharding.replicated(self.mesh),
+            variables=variables,
+        )
+
+    def abstract_state(self) -> state.TrainState:
+        """Shapes and dtypes of the state, without computing it."""
+        return jax.eval_shape(self.create_state)
+
+    def abstract_variables(self) -> dict[str, Any]:
+        """Shapes and dtypes of the variables in the canonical layout."""
+        abstract = layout.to_canonical(self.abstract_state())
+        return {"params": abstract.params, "batch_stats": abstract.batch_stats}
+
+    def make_train_chunk(self):
+        """See `steps.make_train_chunk`."""
+        c = self.config
+        return steps.make_train_chunk(
+            self.model,
+            self.optimizer,
+            sharding=sharding.split(self.mesh),
+            pad=c.data.pad,
+            flip=c.data.flip,
+            label_smoothing=c.optim.label_smoothing,
+            ema_decay=c.optim.ema_decay,
+        )
+
+    def make_scorer(self):
+        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`."""
+        c = self.config
+        by_batch = sharding.split(self.mesh)
+        eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
+        batch_statistics = steps.make_batch_statistics(
+            self.model, sharding=by_batch, pad=c.data.pad, flip=c.data.flip
+        )
+
+        def score(variables) -> dict[str, evaluate.Score]:
+            if c.eval.bn_examples:
+                variables = evaluate.reestimate_statistics(
+                    batch_statistics,
+                    variables,
+                    self.train_resident,
+                    examples=c.eval.bn_examples,
+                    batch_size=c.data.batch_size,
+                    split=by_batch,
+                )
+            return {
+                name: evaluate.evaluate(
+                    eval_chunk,
+                    variables,
+                    resident,
+                    batch_size=c.eval.batch_size,
+                    split=sharding.split(self.mesh, 1),
+                )
+                for name, resident in self.eval_residents.items()
+            }
+
+        return score
+
+
+def build(config: ConfigDict, dataset: Dataset, preprocessing=None) -> Experiment:
+    """Puts an experiment together.
+
+    Args:
+      config: validated.
+      dataset: on the host.
+      preprocessing: (mean, std) to use instead of the training set's own.
+
+    Raises:
+      UserError: what only shows with the data at hand: durations of less than a step, more classes
+        than outputs, images smaller than the crop.
+    """
+    config = resolve_steps(config, len(dataset.train.labels))
+    classes = len(dataset.class_names)
+    config.model.num_classes = config.model.num_classes or classes
+    if config.model.num_classes < classes:
+        raise UserError(
+            f"config.model.num_classes={config.model.num_classes} is less than the {classes} "
+            f"classes of {dataset.name}"
+        )
+    mean, std = preprocessing or augment.statistics(dataset.train.images, config.data.normalize)
+    mesh = sharding.make_mesh(config.data.batch_size)
+    return Experiment(config, dataset, mesh, make_model(config), mean, std)

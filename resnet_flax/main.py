@@ -1,0 +1,131 @@
+"""Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from resnet_flax.config import base_config, flatten, nearest_key
+from resnet_flax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; default: runs/<config>/seed<seed>."
+)
+_MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights",
+    None,
+    "evaluate: a weights file, a run's directory, or one of its checkpoints (default: the newest "
+    "of --workdir). train: a weights file to begin a new run from.",
+)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; whatever is wrong with them becomes a `UserError`."""
+    known = flatten(base_config())
+    sections = {key.split(".")[0] for key in known}
+    for arg in argv[1:]:
+        name, dot, key = arg.lstrip("-").split("=", 1)[0].partition(".")
+        if not arg.startswith("-") or name not in ("config", "noconfig") or not dot:
+            continue
+        if key not in known:
+            near = nearest_key(key)
+            hint = f" (did you mean --config.{near}?)" if near else ""
+            what = "section, not a key" if key in sections else "key"
+            raise UserError(f"--config.{key} is no config {what}{hint}")
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error).strip().replace("\n", " ")) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read the config file {error.filename}: {error.strerror}; the project's are in "
+            "configs/, for example --config=configs/resnet20.py"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        # A config file is Python: it, or an override's type, can fail in any way.
+        lines = str(error).strip().splitlines() or [""]
+        raise UserError(
+            f"the configuration is wrong: {type(error).__name__}: {lines[0]}"
+        ) from error
+
+
+def _name_of(config_flag: str) -> str:
+    """`configs/modern.py:resnet56` -> `modern-resnet56`."""
+    path, _, argument = config_flag.partition(":")
+    stem = pathlib.Path(path).stem
+    return f"{stem}-{argument}" if argument else stem
+
+
+def _config_file() -> str | None:
+    flag = flags.FLAGS["config"]
+    return getattr(flag, "config_filename", None) if flag.value is not None else None
+
+
+def _train(config: ConfigDict | None, directory: str | None, weights: str | None) -> int:
+    # Imported here: jax takes a second that a mistyped flag need not wait for.
+    from resnet_flax import train
+
+    if config is None:
+        raise UserError("no configuration given; try --config=configs/quickstart.py")
+    if directory is None:
+        directory = f"runs/{_name_of(_config_file())}/seed{config.seed}"
+    path = pathlib.Path(directory).expanduser()
+    result = train.train(config, path, weights)
+    if train.STOPPED in result:
+        print(
+            f"Stopped by {result['signal']} at step {result[train.STOPPED]}; all is saved in "
+            f"{path}. The same command goes on from there."
+        )
+        return 0
+    print(train.summary(result, path))
+    return 0
+
+
+def _evaluate(config: ConfigDict | None, directory: str | None, weights: str | None) -> int:
+    from resnet_flax import scoring
+
+    if config is not None and directory is None and weights is None:
+        directory = f"runs/{_name_of(_config_file())}/seed{config.seed}"
+    print(scoring.score(config, directory, weights))
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the mode asked for; returns the exit status."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+    modes = {"train": _train, "evaluate": _evaluate}
+    if _MODE.value not in modes:
+        raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")
+    # Libraries tell of their every step at the default level.
+    logging.set_verbosity(logging.WARNING)
+    return modes[_MODE.value](_CONFIG.value, _WORKDIR.value, _WEIGHTS.value)
+
+
+def _catch(function, *args):
+    try:
+        return function(*args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def run() -> None:
+    """Entry point of `python -m resnet_flax.main`."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    app.run(lambda argv: _catch(main, argv), flags_parser=lambda argv: _catch(_parse, argv))
+
+
+if __name__ == "__main__":
+    run()

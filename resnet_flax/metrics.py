@@ -1,0 +1,144 @@
+"""The record of a run: `metrics.jsonl`, TensorBoard events, and the curves drawn from them."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from resnet_flax.workdir import write_atomically
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All whole records of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and {"step", "split"} <= record.keys():
+            records.append(record)
+    return records
+
+
+class RunLog:
+    """Appends records to `metrics.jsonl` and to TensorBoard, each (split, step) once.
+
+    A record is one JSON object a line with at least `step` and `split`: "train" records hold means
+    over the steps since the one before.
+    """
+
+    def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
+        """Opens the log of a run that goes on from `resume_step` (0: from the start).
+
+        Records of later steps, which the run will pass again, move to `metrics.superseded.jsonl`.
+        """
+        self._path = directory / "metrics.jsonl"
+        records = read_records(self._path)
+        self.records = [r for r in records if r["step"] <= resume_step]
+        superseded = [r for r in records if r["step"] > resume_step]
+        if superseded:
+            with open(directory / "metrics.superseded.jsonl", "ab") as file:
+                file.write(_lines(superseded))
+                file.flush()
+                os.fsync(file.fileno())
+        content = _lines(self.records)
+        if not self._path.exists() or self._path.read_bytes() != content:
+            write_atomically(self._path, content)
+        self._known = {(r["split"], r["step"]) for r in self.records}
+        self._file = open(self._path, "ab")
+        self._events = None
+        if tensorboard:
+            # Imported here: it takes a while, and not every run wants it.
+            from tensorboardX import SummaryWriter
+
+            purge = resume_step + 1 if resume_step else None
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+
+    def has(self, split: str, step: int) -> bool:
+        """Whether this record has been written."""
+        return (split, step) in self._known
+
+    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a record, unless there is one of this split and step."""
+        if self.has(split, step):
+            return
+        record = {"step": step, "split": split, **values}
+        self._known.add((split, step))
+        self.records.append(record)
+        self._file.write(_lines([record]))
+        self._file.flush()
+        if self._events:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    self._events.add_scalar(f"{split}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Puts all records on disk, before a checkpoint that counts on them."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._events:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Ends the log."""
+        self.sync()
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+
+def _lines(records: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(r) + "\n" for r in records).encode()
+
+
+def of_split(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    """The records of one split."""
+    return [r for r in records if r["split"] == split]
+
+
+def recent_error(records: list[dict[str, Any]], examples: int) -> float | None:
+    """Training error, 0 to 1, over the last records that hold at least `examples` examples."""
+    wrong = total = 0.0
+    for record in reversed(of_split(records, "train")):
+        wrong += record["error"] * record["examples"]
+        total += record["examples"]
+        if total >= examples:
+            break
+    return wrong / total if total else None
+
+
+def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Writes a PNG of error against step in the style of [R Fig. 6]: training dashed, test bold."""
+    # Without pyplot: no global state, no display, and a third of the import time.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    styles = {
+        "train": {"linestyle": "--", "linewidth": 1, "color": "tab:blue"},
+        "validation": {"linestyle": "-", "linewidth": 1, "color": "tab:green"},
+        "test": {"linestyle": "-", "linewidth": 2, "color": "tab:red"},
+    }
+    top = 0.0
+    for split, style in styles.items():
+        points = [(r["step"], 100 * r["error"]) for r in of_split(records, split)]
+        if points:
+            steps, errors = zip(*points, strict=True)
+            marker = "o" if len(points) == 1 else None
+            axes.plot(steps, errors, label=f"{split} {errors[-1]:.2f} %", marker=marker, **style)
+            top = max(top, *errors[len(errors) // 20 :])
+    axes.set(xlabel="step", ylabel="error (%)", title=title)
+    axes.set_ylim(0, max(1.0, 1.05 * min(top, 100)))
+    axes.grid(alpha=0.3)
+    if axes.get_lines():
+        axes.legend()
+    temporary = path.with_name(f".{path.name}")
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, path)

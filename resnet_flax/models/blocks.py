@@ -1,0 +1,182 @@
+"""Residual blocks and shortcuts.
+
+A shortcut is a function `(x, y, strides, conv, norm) -> array` that joins a block's input `x`
+[B, H, W, C] and its residual branch `y` [B, H/s, W/s, D]; `conv` and `norm` make the layers of one
+that has parameters. Called inside a block, such layers belong to the block.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Shortcut = Callable[..., jax.Array]
+
+# A plain normal, as published (arXiv:1502.01852): jax's kaiming_normal is truncated.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+class Conv(nn.Module):
+    """k x k convolution without bias, padded by (k - 1) // 2 on every side.
+
+    `SAME` with stride 2 would pad on one side only: then the outputs would not line up with
+    `x[:, ::2, ::2]`, nor with the weights that other frameworks publish.
+    """
+
+    features: int
+    kernel: int = 3
+    strides: int = 1
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
+        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
+        kernel = self.param("kernel", he_normal, shape, jnp.float32)
+        pad = (self.kernel - 1) // 2
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            window_strides=(self.strides, self.strides),
+            padding=((pad, pad), (pad, pad)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+
+def no_shortcut(x, y, strides, conv, norm):
+    """The plain net's: the branch alone."""
+    del x, strides, conv, norm
+    return y
+
+
+def identity(x, y, strides, conv, norm):
+    """The input itself; shapes must agree."""
+    del strides, conv, norm
+    return x + y
+
+
+def pad_identity(x, y, strides, conv, norm):
+    """Option A [R §3.3]: every `strides`-th pixel, new channels filled with zeros, no parameters.
+
+    The zeros go half before and half after the old channels, as in the PyTorch weights in
+    circulation; any other place gives the same net up to a renaming of channels.
+    """
+    del conv, norm
+    new = y.shape[-1] - x.shape[-1]
+    widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
+    return jnp.pad(x[:, ::strides, ::strides], widths) + y
+
+
+def projection(x, y, strides, conv, norm):
+    """Options B and C [R §3.3]: 1x1 convolution and batch normalisation."""
+    x = conv(y.shape[-1], kernel=1, strides=strides, name="proj_conv")(x)
+    return norm(name="proj_bn")(x) + y
+
+
+def bare_projection(x, y, strides, conv, norm):
+    """1x1 convolution alone: the projection of the pre-activation nets [I]."""
+    del norm
+    return conv(y.shape[-1], kernel=1, strides=strides, name="proj_conv")(x) + y
+
+
+class Block(nn.Module):
+    """What all blocks share.
+
+    Attributes:
+      features: width of the block's 3x3 convolutions; the output has `features * expansion`.
+      strides: 1 or 2.
+      changes_shape: whether the output's shape differs from the input's.
+      shortcut: how input and branch are joined.
+      conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
+      norm: makes a normalisation `norm(name=…)`.
+      stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
+    """
+
+    features: int
+    strides: int
+    changes_shape: bool
+    shortcut: Shortcut
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    stride_in_3x3: bool = False
+
+    expansion = 1
+    weighted_layers = 2
+    preactivation = False
+
+    def join(self, x, y):
+        """Applies the shortcut to input `x` and branch `y`."""
+        return self.shortcut(x, y, self.strides, self.conv, self.norm)
+
+
+class BasicBlock(Block):
+    """conv3-BN-ReLU-conv3-BN, shortcut, ReLU [R Fig. 5 left]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
+        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.features, name="conv2")(y)
+        y = self.norm(name="bn2")(y)
+        return nn.relu(self.join(x, y))
+
+
+class BottleneckBlock(Block):
+    """conv1-BN-ReLU-conv3-BN-ReLU-conv1-BN, shortcut, ReLU [R Fig. 5 right]."""
+
+    expansion = 4
+    weighted_layers = 3
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+        s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
+        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
+        y = nn.relu(self.norm(name="bn1")(y))
+        y = self.conv(self.features, strides=s2, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
+        y = self.norm(name="bn3")(y)
+        return nn.relu(self.join(x, y))
+
+
+class PreactBasicBlock(Block):
+    """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e].
+
+    Where the shape changes, the first BN-ReLU is shared by branch and shortcut [I, Appendix].
+    """
+
+    preactivation = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
+        y = nn.relu(self.norm(name="bn1")(x))
+        x = y if self.changes_shape else x
+        y = self.conv(self.features, strides=self.strides, name="conv1")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.conv(self.features, name="conv2")(y)
+        return self.join(x, y)
+
+
+class PreactBottleneckBlock(Block):
+    """BN-ReLU-conv1-BN-ReLU-conv3-BN-ReLU-conv1, shortcut [I, Appendix]."""
+
+    expansion = 4
+    weighted_layers = 3
+    preactivation = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+        s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
+        y = nn.relu(self.norm(name="bn1")(x))
+        x = y if self.changes_shape else x
+        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(y)
+        y = nn.relu(self.norm(name="bn2")(y))
+        y = self.conv(self.features, strides=s2, name="conv2")(y)
+        y = nn.relu(self.norm(name="bn3")(y))
+        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
+        return self.join(x, y)

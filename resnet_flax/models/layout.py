@@ -1,0 +1,73 @@
+"""One canonical layout of variables, whether a net runs unrolled or scanned.
+
+Canonical: every block has its own entry, `stage<s>_block<b>`. Scanned: blocks 2 to n of a stage lie
+stacked along a new first axis under `stage<s>_rest`. Checkpoints and weight files are canonical.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_BLOCK = re.compile(r"stage(\d+)_block(\d+)")
+_REST = re.compile(r"stage(\d+)_rest")
+
+
+def _is_dict(node: Any) -> bool:
+    return isinstance(node, dict)
+
+
+def to_canonical(tree: Any) -> Any:
+    """Unstacks every scanned stage found in any dict of `tree` (parameters, optimizer state, …)."""
+
+    def unstack(node):
+        if not _is_dict(node):
+            return node
+        out = {}
+        for name, child in node.items():
+            match = _REST.fullmatch(name)
+            if not match:
+                out[name] = child if not _is_dict(child) else unstack(child)
+                continue
+            for i in range(jax.tree.leaves(child)[0].shape[0]):
+                out[f"stage{match[1]}_block{i + 2}"] = jax.tree.map(
+                    lambda x, i=i: _row(x, i), child
+                )
+        return out
+
+    return jax.tree.map(unstack, tree, is_leaf=_is_dict)
+
+
+def to_scanned(tree: Any) -> Any:
+    """Stacks blocks 2 to n of every stage: the inverse of `to_canonical`."""
+
+    def stack(node):
+        if not _is_dict(node):
+            return node
+        out, rest = {}, {}
+        for name, child in node.items():
+            match = _BLOCK.fullmatch(name)
+            if match and int(match[2]) > 1:
+                rest.setdefault(match[1], {})[int(match[2])] = child
+            else:
+                out[name] = child if not _is_dict(child) else stack(child)
+        for stage, blocks in rest.items():
+            ordered = [blocks[b] for b in sorted(blocks)]
+            out[f"stage{stage}_rest"] = jax.tree.map(_stack, *ordered)
+        return out
+
+    return jax.tree.map(stack, tree, is_leaf=_is_dict)
+
+
+def _row(x, i):
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    return x[i]
+
+
+def _stack(*xs):
+    if isinstance(xs[0], jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
+    return np.stack(xs) if isinstance(xs[0], np.ndarray) else jnp.stack(xs)

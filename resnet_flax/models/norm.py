@@ -1,0 +1,69 @@
+"""Batch normalisation over the global batch or over fixed groups of it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015) with float32 statistics.
+
+    In training each channel is normalised by the mean and the biased variance of its own group of
+    examples: the whole (global, all devices) batch, or consecutive groups of `group_size` examples,
+    which is what several devices without synchronisation compute (the paper's two GPUs: 64). The
+    groups are defined on the global batch, so they do not depend on the number of devices.
+
+    Variables, all float32 [C]: `params/scale`, `params/bias`, `batch_stats/mean`, `…/var`.
+
+    Attributes:
+      train: normalise by the batch and update the running statistics, which otherwise normalise.
+      momentum: share of the old running statistics kept at each step (PyTorch's 0.1 is 0.9 here).
+      epsilon: added to the variance.
+      group_size: examples per group, or None for the whole batch.
+      dtype: dtype of the result; the arithmetic is float32 whatever it is.
+      scale_init: initialiser of the scale.
+    """
+
+    train: bool
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    group_size: int | None = None
+    dtype: DTypeLike = jnp.float32
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises `x` [B, H, W, C].
+
+        Raises:
+          ValueError: the batch does not divide into groups of `group_size`.
+        """
+        channels = x.shape[-1]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
+        scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
+        if not self.train:
+            factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
+            shift = bias - running_mean.value * factor
+            return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
+
+        batch = x.shape[0]
+        group = self.group_size or batch
+        if batch % group:
+            raise ValueError(
+                f"batch of {batch} examples does not divide into groups of bn_group_size={group}"
+            )
+        y = x.astype(jnp.float32).reshape(batch // group, group, *x.shape[1:])
+        mean = jnp.mean(y, axis=(1, 2, 3), keepdims=True)
+        # Two passes: E[x^2] - E[x]^2 cancels where the mean is large against the deviation.
+        centred = y - mean
+        var = jnp.mean(jnp.square(centred), axis=(1, 2, 3), keepdims=True)
+        if not self.is_initializing():
+            keep = self.momentum
+            group_mean, group_var = (jnp.mean(v, axis=(0, 1, 2, 3)) for v in (mean, var))
+            running_mean.value = keep * running_mean.value + (1 - keep) * group_mean
+            running_var.value = keep * running_var.value + (1 - keep) * group_var
+        y = centred * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+        return y.reshape(x.shape).astype(self.dtype)

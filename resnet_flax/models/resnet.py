@@ -1,0 +1,110 @@
+"""The net: stem, stages of blocks, head."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from resnet_flax.models.blocks import Block, Conv, Shortcut, he_normal
+from resnet_flax.models.norm import BatchNorm
+
+
+class ResNet(nn.Module):
+    """A CIFAR net of [R §4.2]: 3x3 convolution, stages, global average pool, dense.
+
+    Parameters and batch statistics are named `stem_conv`, `stem_bn`, `stage<s>_block<b>` (both from
+    1), `final_bn` (pre-activation nets) and `head`. With `scan`, blocks 2 to n of a stage, which
+    are alike, run as one `lax.scan` and their variables lie stacked under `stage<s>_rest`;
+    `models.layout` converts between the two. Without scanning, compiling a net of a thousand layers
+    takes many minutes.
+
+    Attributes:
+      stage_sizes: blocks per stage.
+      widths: width of each stage's 3x3 convolutions; the first is the stem's too.
+      block: class of the blocks.
+      shortcut_changing: shortcut of a block whose output has another shape than its input.
+      shortcut_same: shortcut of every other block.
+      num_classes: outputs of the dense layer.
+      stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution.
+      dtype: of the activations; parameters, statistics and logits are float32 always.
+      bn_momentum: share of the running statistics kept at each step.
+      bn_group_size: examples per batch-norm group, None for the global batch.
+      scan: run equal blocks as one scan.
+      remat: keep only block inputs for the backward pass and compute the rest again.
+    """
+
+    stage_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    block: type[Block]
+    shortcut_changing: Shortcut
+    shortcut_same: Shortcut
+    num_classes: int = 10
+    stride_in_3x3: bool = False
+    dtype: DTypeLike = jnp.float32
+    bn_momentum: float = 0.9
+    bn_group_size: int | None = None
+    scan: bool = False
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Returns float32 logits [B, num_classes] of normalised images [B, H, W, C].
+
+        With `train`, batch statistics normalise and `batch_stats` must be mutable.
+        """
+        conv = functools.partial(Conv, dtype=self.dtype)
+        norm = functools.partial(
+            BatchNorm,
+            train=train,
+            momentum=self.bn_momentum,
+            group_size=self.bn_group_size,
+            dtype=self.dtype,
+        )
+        x = conv(self.widths[0], name="stem_conv")(x)
+        if not self.block.preactivation:
+            x = nn.relu(norm(name="stem_bn")(x))
+        for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), 1):
+            strides = 1 if stage == 1 else 2
+            changes = strides != 1 or x.shape[-1] != width * self.block.expansion
+            block = functools.partial(
+                self.block, width, conv=conv, norm=norm, stride_in_3x3=self.stride_in_3x3
+            )
+            same = functools.partial(
+                block, strides=1, changes_shape=False, shortcut=self.shortcut_same
+            )
+            first = block(
+                strides=strides,
+                changes_shape=changes,
+                shortcut=self.shortcut_changing if changes else self.shortcut_same,
+                name=f"stage{stage}_block1",
+            )
+            x = self._run(first, x)
+            if self.scan and size > 1:
+                x = self._run_scanned(same(name=f"stage{stage}_rest"), x, size - 1)
+            else:
+                for i in range(2, size + 1):
+                    x = self._run(same(name=f"stage{stage}_block{i}"), x)
+        if self.block.preactivation:
+            x = nn.relu(norm(name="final_bn")(x))
+        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        return nn.Dense(self.num_classes, kernel_init=he_normal, name="head")(x)
+
+    def _run(self, block: Block, x: jax.Array) -> jax.Array:
+        return nn.remat(_call)(block, x) if self.remat else block(x)
+
+    def _run_scanned(self, block: Block, x: jax.Array, length: int) -> jax.Array:
+        # Inside a scan the loop already keeps XLA from merging the two computations.
+        call = nn.remat(_call, prevent_cse=False) if self.remat else _call
+        scanned = nn.scan(
+            lambda block, x, _: (call(block, x), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=length,
+        )
+        return scanned(block, x, None)[0]
+
+
+def _call(block: Block, x: jax.Array) -> jax.Array:
+    return block(x)

@@ -1,0 +1,172 @@
+"""Every net by its name."""
+
+import dataclasses
+import difflib
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from resnet_flax.errors import UserError
+from resnet_flax.models import blocks
+from resnet_flax.models.resnet import ResNet
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a name stands for; everything else about a net is an option.
+
+    Attributes:
+      stage_sizes: blocks per stage.
+      widths: width of each stage's 3x3 convolutions.
+      block: class of the blocks.
+      shortcut: "A", "B", "C" or "none": the paper's choice for this net.
+    """
+
+    stage_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    block: type[blocks.Block]
+    shortcut: str
+
+    @property
+    def weighted_layers(self) -> int:
+        """Layers on the longest path that have weights: projections do not count [R Fig. 3]."""
+        return 2 + sum(self.stage_sizes) * self.block.weighted_layers
+
+
+def cifar_architecture(depth: int, block: type[blocks.Block], shortcut: str) -> Architecture:
+    """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks.
+
+    Raises:
+      ValueError: no such n.
+    """
+    n, rest = divmod(depth - 2, 3 * block.weighted_layers)
+    if n < 1 or rest:
+        raise ValueError(f"depth={depth} is not {3 * block.weighted_layers}n + 2 with n >= 1")
+    return Architecture((n, n, n), (16, 32, 64), block, shortcut)
+
+
+def _architectures() -> dict[str, Architecture]:
+    nets = {}
+    for depth in (20, 32, 44, 56, 110, 1202):
+        nets[f"resnet{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "A")
+    for depth in (20, 32, 44, 56, 110):
+        nets[f"plain{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "none")
+    for depth in (20, 47, 164, 1001):
+        name = f"resnet{depth}_bottleneck"
+        nets[name] = cifar_architecture(depth, blocks.BottleneckBlock, "B")
+    for depth in (20, 32, 44, 56, 110):
+        nets[f"resnet{depth}_preact"] = cifar_architecture(depth, blocks.PreactBasicBlock, "B")
+    for depth in (47, 164, 1001):
+        nets[f"resnet{depth}_preact"] = cifar_architecture(depth, blocks.PreactBottleneckBlock, "B")
+    return nets
+
+
+ARCHITECTURES = _architectures()
+
+# (shortcut of blocks that change the shape, shortcut of the others), post- and pre-activation.
+_SHORTCUTS = {
+    "A": (blocks.pad_identity, blocks.identity),
+    "B": (blocks.projection, blocks.identity),
+    "C": (blocks.projection, blocks.projection),
+    "none": (blocks.no_shortcut, blocks.no_shortcut),
+}
+_PREACT_SHORTCUTS = {
+    "A": (blocks.pad_identity, blocks.identity),
+    "B": (blocks.bare_projection, blocks.identity),
+    "C": (blocks.bare_projection, blocks.bare_projection),
+}
+
+
+def get_architecture(name: str) -> Architecture:
+    """The architecture called `name`.
+
+    Raises:
+      UserError: there is none; the message suggests the nearest name and lists all.
+    """
+    if name not in ARCHITECTURES:
+        near = difflib.get_close_matches(str(name), ARCHITECTURES, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"unknown model {name!r}{hint}; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def resolve_shortcut(name: str, shortcut: str | None) -> str:
+    """The shortcut option in force: the paper's for this net where `shortcut` is None or "auto".
+
+    Raises:
+      UserError: unknown net or option, or a projection asked of a plain net.
+    """
+    own = get_architecture(name).shortcut
+    if shortcut in (None, "auto"):
+        return own
+    if own == "none":
+        # "A" is what every other 6n+2 net has: asking for it changes nothing in a plain one.
+        if shortcut not in ("A", "none"):
+            raise UserError(
+                f"model {name!r} is plain and has no shortcuts: leave out shortcut={shortcut!r}, "
+                f"or take {name.replace('plain', 'resnet')!r}"
+            )
+        return own
+    if shortcut not in ("A", "B", "C"):
+        raise UserError(f"unknown shortcut {shortcut!r} for model {name!r}; known: A, B, C")
+    return shortcut
+
+
+def create_model(
+    name: str,
+    num_classes: int = 10,
+    *,
+    shortcut: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    stride_in_3x3: bool = False,
+    bn_momentum: float = 0.9,
+    bn_group_size: int | None = None,
+    scan: bool = False,
+    remat: bool = False,
+) -> ResNet:
+    """Builds a net by name: `create_model("resnet20").init(key, images)`.
+
+    Args:
+      name: one of `ARCHITECTURES`.
+      num_classes: outputs of the last layer.
+      shortcut: "A" identity padded with zeros, "B" projection where the shape changes, "C"
+        projection everywhere; None takes the paper's: A for 6n+2 nets [R §4.2], B for bottleneck
+        [R §4.1] and pre-activation nets [I] (there without batch normalisation).
+      dtype: of activations, float32 or bfloat16 (or their names); parameters stay float32.
+      stride_in_3x3: put a bottleneck's stride in the 3x3 and not in the first 1x1.
+      bn_momentum: share of the running statistics kept at each step.
+      bn_group_size: examples per batch-norm group, None for the whole batch.
+      scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
+      remat: trade computation for memory in the backward pass.
+
+    Returns:
+      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes].
+
+    Raises:
+      UserError: unknown name, shortcut or dtype, or num_classes < 1.
+    """
+    architecture = get_architecture(name)
+    if num_classes < 1:
+        raise UserError(f"num_classes={num_classes} must be at least 1")
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
+    shortcuts = _PREACT_SHORTCUTS if architecture.block.preactivation else _SHORTCUTS
+    changing, same = shortcuts[resolve_shortcut(name, shortcut)]
+    return ResNet(
+        stage_sizes=architecture.stage_sizes,
+        widths=architecture.widths,
+        block=architecture.block,
+        shortcut_changing=changing,
+        shortcut_same=same,
+        num_classes=num_classes,
+        stride_in_3x3=stride_in_3x3,
+        dtype=jnp.dtype(dtype),
+        bn_momentum=bn_momentum,
+        bn_group_size=bn_group_size,
+        scan=scan,
+        remat=remat,
+    )

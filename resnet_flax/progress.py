@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """One bar on a terminal, plain lines now and then elsewhere.
+
+    Shows step, loss, error, learning rate, images/s and the time left.
+    """
+
+    def __init__(self, seconds_between_lines: float = 30.0):
+        """Says nothing yet."""
+        self._pause = seconds_between_lines
+        self._terminal = sys.stderr.isatty()
+        self._bar = None
+
+    def start(self, total_steps: int, step: int) -> None:
+        """Shows a run of `total_steps` of which `step` are done."""
+        self._total = total_steps
+        self._first = self._step = step
+        self._start = self._last_line = time.monotonic()
+        self._bar = tqdm(
+            total=total_steps,
+            initial=step,
+            unit="step",
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+
+    def update(
+        self, step: int, loss: float, error: float, rate: float, images_per_second: float
+    ) -> None:
+        """Tells of the steps up to `step`."""
+        text = (
+            f"loss {loss:.3f}  error {100 * error:.1f} %  rate {rate:.3g}  "
+            f"{images_per_second:,.0f} images/s"
+        )
+        done, self._step = step - self._step, step
+        if self._terminal:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done)
+        elif (now := time.monotonic()) - self._last_line >= self._pause or step == self._total:
+            self._last_line = now
+            left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {text}  {_clock(left)} left")
+
+    def say(self, line: str) -> None:
+        """Prints a line without disturbing the bar."""
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

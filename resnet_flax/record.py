@@ -1,0 +1,257 @@
+"""What a run leaves beside checkpoints and metrics: config, versions, results, weights, curves.
+
+All errors in these files are shares, 0 to 1.
+"""
+
+import datetime
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import models, weights, workdir
+from resnet_flax.config import OPERATIONAL_KEYS, flatten
+from resnet_flax.data.dataset import Dataset
+from resnet_flax.errors import UserError
+from resnet_flax.evaluate import Score
+from resnet_flax.experiment import Experiment
+from resnet_flax.metrics import draw_curves, of_split, recent_error
+from resnet_flax.state import TrainState
+
+
+def check_same_config(directory: pathlib.Path, config: ConfigDict) -> None:
+    """Refuses a directory that belongs to another configuration.
+
+    Raises:
+      UserError: names the keys that differ.
+    """
+    old = workdir.read_json(directory / "config.json")
+    if old is None:
+        if any(p.name not in (".lock",) for p in directory.iterdir()):
+            known = {"checkpoints", "metrics.jsonl", "run.json", "result.json"}
+            if known & {p.name for p in directory.iterdir()}:
+                raise UserError(
+                    f"workdir {directory} holds a run without its config.json; restore it, or "
+                    "choose another --workdir"
+                )
+        return
+    differing = workdir.differing_keys(old, flatten(config), OPERATIONAL_KEYS)
+    if differing:
+        raise UserError(
+            f"workdir {directory} belongs to a run of another config; choose another --workdir, or "
+            f"undo: {'; '.join(differing)}"
+        )
+
+
+def check_same_data(directory: pathlib.Path, dataset: Dataset) -> None:
+    """Refuses to go on with other data than the run began with.
+
+    Raises:
+      UserError: the data's fingerprint has changed.
+    """
+    old = (workdir.read_json(directory / "run.json") or {}).get("data", {}).get("fingerprint")
+    if old not in (None, dataset.fingerprint):
+        raise UserError(
+            f"the data set {dataset.name} is not the one that the run in {directory} began with "
+            f"(fingerprint {dataset.fingerprint[:12]}, was {old[:12]}); restore it, or choose "
+            "another --workdir"
+        )
+
+
+def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, step: int) -> None:
+    """Writes `config.json` and `run.json` at a run's start, and notes each restart in the latter.
+
+    Args:
+      directory: the run's.
+      config: as given, before durations are resolved.
+      run: the experiment.
+      step: where it begins or goes on.
+    """
+    path = directory / "run.json"
+    old = workdir.read_json(path)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    start = {"time": now, "step": step, **environment()}
+    if old is not None:
+        workdir.write_json(path, old | {"starts": [*old["starts"], start]})
+        return
+    dataset = run.dataset
+    draw = dataset.validation_draw
+    parameters = jax.tree.leaves(run.abstract_state().params)
+    workdir.write_json(
+        path,
+        {
+            "model": run.config.model.name,
+            "shortcut": models.resolve_shortcut(run.config.model.name, run.config.model.shortcut),
+            "dtype": str(np.dtype(run.model.dtype)),
+            "parameters": sum(int(np.prod(p.shape)) for p in parameters),
+            "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,
+            "total_steps": run.config.train.total_steps,
+            "data": {
+                "name": dataset.name,
+                "fingerprint": dataset.fingerprint,
+                "train_examples": len(dataset.train.labels),
+                "validation_examples": len(draw or ()),
+                "test_examples": len(dataset.test.labels),
+                "class_names": dataset.class_names,
+                "validation_draw": list(map(int, draw)) if draw is not None else None,
+            },
+            "starts": [start],
+        },
+    )
+    # Last: a directory with this file is a run.
+    workdir.write_json(directory / "config.json", flatten(config))
+
+
+def environment() -> dict[str, Any]:
+    """Command, commit, versions and hardware of this process."""
+    packages = "resnet-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"
+    return {
+        "command": " ".join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {p: _version(p) for p in packages},
+        "hardware": hardware(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def hardware() -> str:
+    """For example "1 x NVIDIA H200 (gpu)" or "Intel Xeon, 2 cores as 2 devices (cpu)"."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"{_cpu_name()}, {os.cpu_count()} cores as {jax.device_count()} device(s) (cpu)"
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The package's git commit, with "+" where files differ from it; None outside a checkout."""
+    here = pathlib.Path(__file__).parent
+
+    def git(*args):
+        return subprocess.run(
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/")
+        return git("rev-parse", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def selection_split(dataset: Dataset) -> str:
+    """The split by which a best checkpoint is kept: "test" only where nothing else is there."""
+    return "validation" if dataset.validation is not None else "test"
+
+
+def best(records: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
+    """The first record of the lowest error in a split, None where there is none."""
+    return min(of_split(records, split), key=lambda r: r["error"], default=None)
+
+
+def describe_score(score: Score) -> dict[str, Any]:
+    """A score as a record: loss, error, counts, and the error of each class."""
+    per_class = [None if np.isnan(e) else round(float(e), 6) for e in score.class_errors()]
+    return {
+        "loss": score.loss,
+        "error": score.error,
+        "wrong": score.wrong,
+        "examples": score.examples,
+        "class_errors": per_class,
+    }
+
+
+def finished(directory: pathlib.Path, total_steps: int) -> dict[str, Any] | None:
+    """The result of a run that has ended, or None."""
+    result = workdir.read_json(directory / "result.json")
+    return result if result and result.get("steps") == total_steps else None
+
+
+def write_result(
+    directory: pathlib.Path,
+    run: Experiment,
+    state: TrainState,
+    scores: dict[str, Score],
+    records: list[dict[str, Any]],
+    *,
+    seconds: float,
+    images_per_second: float,
+) -> dict[str, Any]:
+    """Writes `weights.safetensors`, `curves.png` and, last, `result.json`, which it returns.
+
+    The headline is the last step's test error. The test error at the step of the lowest validation
+    error stands beside it, null without a validation split. The lowest test error of all is there
+    because others quote it, and is named for what it is.
+    """
+    name = run.config.model.name
+    at_validation = best(records, "validation")
+    at_test = best(records, "test")
+    test_by_step = {r["step"]: r["error"] for r in of_split(records, "test")}
+    result = {
+        "model": name,
+        "shortcut": models.resolve_shortcut(name, run.config.model.shortcut),
+        "data": run.dataset.name,
+        "seed": run.config.seed,
+        "steps": run.config.train.total_steps,
+        "test_error_last": scores["test"].error,
+        "test_loss_last": scores["test"].loss,
+        "test_wrong_last": scores["test"].wrong,
+        "test_examples": scores["test"].examples,
+        "test_error_at_best_validation": at_validation and test_by_step[at_validation["step"]],
+        "best_validation_step": at_validation and at_validation["step"],
+        "test_error_best_is_leakage": at_test["error"],
+        "train_error_last": recent_error(records, len(run.dataset.train.labels)),
+        "class_names": run.dataset.class_names,
+        "test_class_errors_last": describe_score(scores["test"])["class_errors"],
+        "test_confusion_last": scores["test"].confusion.tolist(),
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images_per_second, 1),
+        **environment(),
+    }
+    save_weights(directory / "weights.safetensors", run, state, result)
+    draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
+    workdir.write_json(directory / "result.json", result)
+    return result
+
+
+def save_weights(path: pathlib.Path, run: Experiment, state: TrainState, result: dict) -> None:
+    """Writes the evaluated variables of a state as a weights file."""
+    model = run.config.model
+    training = {k: v for k, v in result.items() if k not in ("class_names", "test_confusion_last")}
+    weights.save(
+        path,
+        weights.Weights(
+            model={
+                "name": model.name,
+                "shortcut": result["shortcut"],
+                "num_classes": model.num_classes,
+                "stride_in_3x3": model.stride_in_3x3,
+            },
+            variables=state.evaluated(),
+            mean=run.mean,
+            std=run.std,
+            class_names=run.dataset.class_names,
+            training=training | {"config": flatten(run.config)},
+        ),
+    )

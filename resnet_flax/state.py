@@ -1,0 +1,91 @@
+"""Everything a training step changes, and how it begins."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Sharding
+
+from resnet_flax.models import layout
+from resnet_flax.models.resnet import ResNet
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run, together with (seed, config) all that the next step depends on.
+
+    Attributes:
+      step: int32 scalar, steps done.
+      params: float32 parameters, in the model's layout (see `models.layout`).
+      batch_stats: float32 running means and variances, likewise.
+      opt_state: state of the optimizer.
+      ema: `{"params": …, "batch_stats": …}` averaged over steps, or None.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+    def evaluated(self) -> dict[str, Any]:
+        """The variables that evaluation uses: the averaged ones where there are any."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
+
+
+def initial_variables(model: ResNet, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
+    """`{"params": …, "batch_stats": …}` in the model's layout.
+
+    Drawn by the scanned form of the net whatever the model's own: the values do not depend on the
+    layout, and a thousand layers compile in seconds.
+
+    Args:
+      model: the net.
+      key: a typed PRNG key.
+      image_shape: (H, W, C).
+    """
+    variables = model.clone(scan=True).init(key, jnp.zeros((1, *image_shape)))
+    return variables if model.scan else layout.to_canonical(variables)
+
+
+def create_state(
+    model: ResNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    image_shape: tuple[int, ...],
+    ema: bool,
+    sharding: Sharding,
+    variables: Any = None,
+) -> TrainState:
+    """A run's first state, created where it will stay.
+
+    Args:
+      model: the net.
+      optimizer: as from `optim.sgd`.
+      seed: of the initialisation.
+      image_shape: (H, W, C).
+      ema: whether averaged weights are kept.
+      sharding: of every leaf.
+      variables: `{"params": …, "batch_stats": …}` in the model's layout to begin with, for example
+        from a weights file; None: drawn.
+    """
+
+    def create(variables):
+        if variables is None:
+            # The stream of keys is part of what a seed means: do not leave it to a default.
+            key = jax.random.key(seed, impl="threefry2x32")
+            variables = initial_variables(model, key, image_shape)
+        params, batch_stats = variables["params"], variables["batch_stats"]
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            # Copies: a donated state must not hold one buffer twice.
+            ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
+        )
+
+    return jax.jit(create, out_shardings=sharding)(variables)

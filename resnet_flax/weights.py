@@ -1,0 +1,117 @@
+"""Weight files: safetensors that say which net they are, how images must be prepared, and whence.
+
+Tensors: `params/…` and `batch_stats/…` in the canonical layout (see `models.layout`), and
+`preprocess/mean` and `preprocess/std` in pixel values 0 to 255. Metadata: `format`, and JSON in
+`model` (arguments of `create_model`), `class_names` and `training`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from resnet_flax.errors import UserError
+from resnet_flax.models import layout
+from resnet_flax.workdir import write_atomically
+
+FORMAT = "resnet_flax 1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The content of a weights file.
+
+    Attributes:
+      model: `name`, `shortcut`, `num_classes`, `stride_in_3x3` of `create_model`.
+      variables: `{"params": …, "batch_stats": …}`, float32 host arrays, canonical layout.
+      mean: float32, what is subtracted from pixel values 0 to 255: [H, W, C] or [C].
+      std: float32, what they are divided by then: [1] or [C].
+      class_names: one a class.
+      training: how the weights came about.
+    """
+
+    model: dict[str, Any]
+    variables: dict[str, Any]
+    mean: np.ndarray
+    std: np.ndarray
+    class_names: tuple[str, ...]
+    training: dict[str, Any]
+
+
+def save(path: pathlib.Path, weights: Weights) -> None:
+    """Writes a file, whole or not at all."""
+    tree = layout.to_canonical(jax.device_get(weights.variables))
+    tensors = {"preprocess/mean": weights.mean, "preprocess/std": weights.std}
+    tensors |= flax.traverse_util.flatten_dict(tree, sep="/")
+    metadata = {
+        "format": FORMAT,
+        "model": json.dumps(weights.model),
+        "class_names": json.dumps(weights.class_names),
+        "training": json.dumps(weights.training),
+    }
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def load(path: pathlib.Path) -> Weights:
+    """Reads a file.
+
+    Raises:
+      UserError: it is missing, damaged, or not in this format.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise UserError(f"weights file {path} does not exist") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"weights file {path} cannot be read: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"weights file {path} is of format {metadata.get('format')!r}, not {FORMAT!r}"
+        )
+    try:
+        mean, std = tensors.pop("preprocess/mean"), tensors.pop("preprocess/std")
+        variables = flax.traverse_util.unflatten_dict(tensors, sep="/")
+        model, class_names, training = (
+            json.loads(metadata[key]) for key in ("model", "class_names", "training")
+        )
+    except (KeyError, ValueError) as error:
+        raise UserError(f"weights file {path} is incomplete: {error}") from error
+    return Weights(model, variables, mean, std, tuple(class_names), training)
+
+
+def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:
+    """`variables`, once they are known to be those of a net.
+
+    Args:
+      variables: canonical `{"params": …, "batch_stats": …}`.
+      template: the net's own, with shapes and dtypes, in the canonical layout.
+      source: where they come from, for the message.
+
+    Raises:
+      UserError: names the first array that is missing, foreign, or of another shape.
+    """
+    have = flax.traverse_util.flatten_dict(variables, sep="/")
+    want = flax.traverse_util.flatten_dict(template, sep="/")
+    for name, spec in want.items():
+        if name not in have:
+            raise UserError(f"{source} is of another net: it lacks {name} {list(spec.shape)}")
+        if have[name].shape != spec.shape:
+            raise UserError(
+                f"{source} is of another net: {name} is {list(have[name].shape)}, but "
+                f"{list(spec.shape)} here"
+            )
+        if have[name].dtype != spec.dtype:
+            raise UserError(f"{source}: {name} is {have[name].dtype}, must be {spec.dtype}")
+    for name in have:
+        if name not in want:
+            raise UserError(f"{source} is of another net: it has {name}, which this one lacks")
+    return variables

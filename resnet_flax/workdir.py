@@ -1,0 +1,101 @@
+"""A run's directory: one process at a time, one configuration for ever, whole files only."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from resnet_flax.errors import UserError
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes JSON so that a reader, or a crash, finds the old file or the new one, never a part."""
+    text = json.dumps(value, indent=2, default=list)
+    # Lists of plain values on one line each: a confusion matrix should look like one.
+    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+    write_atomically(path, (text + "\n").encode())
+
+
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Replaces a file by way of a temporary one beside it, flushed to disk."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The content of a JSON file, or None where there is none.
+
+    Raises:
+      UserError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
+
+
+@contextlib.contextmanager
+def claim(directory: pathlib.Path) -> Iterator[None]:
+    """Makes the directory and holds it for this process; a failure leaves no empty one behind.
+
+    Raises:
+      UserError: it cannot be written, or another process holds it.
+    """
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = open(directory / ".lock", "a")
+    except OSError as error:
+        raise UserError(
+            f"cannot write in workdir {directory}: {error.strerror}; choose another --workdir"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(
+                f"another process is training in workdir {directory}; wait for it, or choose "
+                "another --workdir"
+            ) from error
+        try:
+            yield
+        except BaseException:
+            if is_new and [p.name for p in directory.iterdir()] == [".lock"]:
+                (directory / ".lock").unlink()
+                directory.rmdir()
+            raise
+
+
+def differing_keys(old: dict[str, Any], new: dict[str, Any], ignored: frozenset[str]) -> list[str]:
+    """Descriptions "key: old -> new" of flat configurations' differences."""
+    as_json = json.loads(json.dumps(new, default=list))
+    keys = sorted(set(old) | set(as_json))
+    missing = object()
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {as_json.get(key, 'absent')!r}"
+        for key in keys
+        if key not in ignored and old.get(key, missing) != as_json.get(key, missing)
+    ]
