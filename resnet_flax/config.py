@@ -140,9 +140,9 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 def nearest_key(key: str) -> str | None:
     """The declared key most like `key` ("optim.lerning_rate"), or None."""
     known = list(flatten(base_config()))
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not near:
-        near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    # First a right name in a wrong section, or in none.
+    near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return near[0] if near else None
 
 

@@ -1,5 +1,6 @@
 """From a configuration to data on the devices, a net, and the compiled functions."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -21,21 +22,30 @@ from resnet_flax.models.resnet import ResNet
 _MOST_BLOCKS_UNROLLED = 40
 
 
-def choose_devices(config: ConfigDict) -> None:
-    """Splits a CPU into devices; call it before anything else touches jax's devices."""
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
-        return
+def choose_mesh(config: ConfigDict) -> Mesh:
+    """The devices to run on; a CPU is first split into several where that pays.
+
+    Call it before anything else touches jax's devices: they are counted once per process.
+
+    Raises:
+      UserError: there are too few devices, or they do not divide the batch.
+    """
     count = sharding.choose_cpu_devices(
         config.train.cpu_devices, config.data.batch_size, config.model.bn_group_size
     )
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError as error:
-        if jax.default_backend() == "cpu" and jax.device_count() != count:
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Where jax has counted its devices already, as in a notebook, what it has must do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        if config.train.cpu_devices > len(devices):
             raise UserError(
-                f"config.train.cpu_devices={count}, but jax already runs with "
-                f"{jax.device_count()} devices in this process"
-            ) from error
+                f"config.train.cpu_devices={config.train.cpu_devices}, but jax already runs with "
+                f"{len(devices)} devices in this process"
+            )
+        devices = devices[:count]
+    return sharding.make_mesh(devices, config.data.batch_size)
 
 
 def make_model(config: ConfigDict) -> ResNet:
@@ -83,16 +93,6 @@ def make_optimizer(config: ConfigDict):
         weight_decay=o.weight_decay,
         decay_norm_and_bias=o.decay_norm_and_bias,
     )
-
-
-def check(config: ConfigDict) -> None:
-    """Checks names and divisibility before any data are touched.
-
-    Raises:
-      UserError: unknown model or shortcut, or a batch that the devices do not divide.
-    """
-    models.resolve_shortcut(config.model.name, config.model.shortcut)
-    sharding.make_mesh(config.data.batch_size)
 
 
 def load_data(config: ConfigDict) -> Dataset:
@@ -156,15 +156,18 @@ class Experiment:
         """See `make_optimizer`."""
         return make_optimizer(self.config)
 
-    def create_state(self, variables: Any = None) -> state.TrainState:
-        """The first state, from canonical `variables` or from the seed."""
+    def create_state(self, variables: Any = None, image_shape=None) -> state.TrainState:
+        """The first state, from canonical `variables` or from the seed.
+
+        `image_shape` (H, W, C) stands in for the data set's where there is none.
+        """
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
         return state.create_state(
             self.model,
             self.optimizer,
             seed=self.config.seed,
-            image_shape=self.dataset.train.images.shape[1:],
+            image_shape=image_shape or self.dataset.train.images.shape[1:],
             ema=self.config.optim.ema_decay > 0,
             sharding=sharding.replicated(self.mesh),
             variables=variables,
@@ -225,17 +228,18 @@ class Experiment:
         return score
 
 
-def build(config: ConfigDict, dataset: Dataset, preprocessing=None) -> Experiment:
+def build(config: ConfigDict, dataset: Dataset, mesh: Mesh, preprocessing=None) -> Experiment:
     """Puts an experiment together.
 
     Args:
       config: validated.
       dataset: on the host.
+      mesh: as from `choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
 
     Raises:
       UserError: what only shows with the data at hand: durations of less than a step, more classes
-        than outputs, images smaller than the crop.
+        than outputs.
     """
     config = resolve_steps(config, len(dataset.train.labels))
     classes = len(dataset.class_names)
@@ -246,5 +250,4 @@ def build(config: ConfigDict, dataset: Dataset, preprocessing=None) -> Experimen
             f"classes of {dataset.name}"
         )
     mean, std = preprocessing or augment.statistics(dataset.train.images, config.data.normalize)
-    mesh = sharding.make_mesh(config.data.batch_size)
     return Experiment(config, dataset, mesh, make_model(config), mean, std)

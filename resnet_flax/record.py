@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models, weights, workdir
@@ -77,7 +78,7 @@ def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, st
     path = directory / "run.json"
     old = workdir.read_json(path)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    start = {"time": now, "step": step, **environment()}
+    start = {"time": now, "step": step, **environment(run.mesh)}
     if old is not None:
         workdir.write_json(path, old | {"starts": [*old["starts"], start]})
         return
@@ -109,7 +110,7 @@ def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, st
     workdir.write_json(directory / "config.json", flatten(config))
 
 
-def environment() -> dict[str, Any]:
+def environment(mesh: Mesh) -> dict[str, Any]:
     """Command, commit, versions and hardware of this process."""
     packages = "resnet-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"
     return {
@@ -117,7 +118,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in packages},
-        "hardware": hardware(),
+        "hardware": hardware(mesh),
     }
 
 
@@ -128,12 +129,12 @@ def _version(package: str) -> str | None:
         return None
 
 
-def hardware() -> str:
+def hardware(mesh: Mesh) -> str:
     """For example "1 x NVIDIA H200 (gpu)" or "Intel Xeon, 2 cores as 2 devices (cpu)"."""
-    device = jax.devices()[0]
+    device = mesh.devices.flat[0]
     if device.platform == "cpu":
-        return f"{_cpu_name()}, {os.cpu_count()} cores as {jax.device_count()} device(s) (cpu)"
-    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"
+        return f"{_cpu_name()}, {os.cpu_count()} cores as {mesh.size} device(s) (cpu)"
+    return f"{mesh.size} x {device.device_kind} ({device.platform})"
 
 
 def _cpu_name() -> str:
@@ -227,7 +228,7 @@ def write_result(
         "test_confusion_last": scores["test"].confusion.tolist(),
         "seconds": round(seconds, 2),
         "images_per_second": round(images_per_second, 1),
-        **environment(),
+        **environment(run.mesh),
     }
     save_weights(directory / "weights.safetensors", run, state, result)
     draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import checkpoint, experiment, record, sharding, weights, workdir
+from resnet_flax import checkpoint, experiment, models, record, sharding, weights, workdir
 from resnet_flax.config import base_config, flatten, validate
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
@@ -44,10 +44,10 @@ def score(
     loaded = weights.load(path) if path.is_file() else None
     config = config or _own_config(path, loaded)
     validate(config)
-    experiment.choose_devices(config)
-    experiment.check(config)
+    models.resolve_shortcut(config.model.name, config.model.shortcut)
+    mesh = experiment.choose_mesh(config)
     dataset = experiment.load_data(config)
-    run = experiment.build(config, dataset, loaded and (loaded.mean, loaded.std))
+    run = experiment.build(config, dataset, mesh, loaded and (loaded.mean, loaded.std))
     if loaded:
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
         if run.model.scan:
@@ -63,7 +63,7 @@ def score(
         target.mkdir(parents=True, exist_ok=True)
         workdir.write_json(
             target / "evaluation.json",
-            {"source": str(path), "step": step, **content, **record.environment()},
+            {"source": str(path), "step": step, **content, **record.environment(mesh)},
         )
     head = f"{run.config.model.name} from {path}" + (f", step {step}" if step is not None else "")
     tables = [_table(name, s, dataset.class_names) for name, s in scores.items()]

@@ -1,6 +1,7 @@
 """Devices as a mesh with one axis, `data`: batches are split over it, all else is replicated."""
 
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -31,20 +32,19 @@ def choose_cpu_devices(requested: int, batch_size: int, bn_group_size: int) -> i
     return max((n for n in range(1, most + 1) if units % n == 0), default=1)
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """A one-axis mesh over all devices.
+def make_mesh(devices: Sequence[jax.Device], batch_size: int) -> Mesh:
+    """A one-axis mesh over `devices`.
 
     Raises:
-      UserError: the devices do not divide `batch_size`.
+      UserError: their number does not divide `batch_size`.
     """
-    count = jax.device_count()
-    if batch_size % count:
+    if batch_size % len(devices):
         raise UserError(
-            f"config.data.batch_size={batch_size} is not divisible by the {count} "
-            f"{jax.default_backend()} devices"
+            f"config.data.batch_size={batch_size} is not divisible by the {len(devices)} "
+            f"{devices[0].platform} devices"
         )
     # Explicit axes, today's default of jax.make_mesh, refuse an ordinary linen + optax step.
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

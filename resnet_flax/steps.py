@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
@@ -18,7 +19,7 @@ from resnet_flax.models.resnet import ResNet
 from resnet_flax.state import TrainState
 
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
-_STATISTICS_KEYS = 2**31
+_STATISTICS_KEYS = np.uint32(2**31)
 
 
 def _gather(resident, index, sharding):

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import checkpoint, experiment, record, sharding, weights, workdir
+from resnet_flax import checkpoint, experiment, models, record, sharding, weights, workdir
 from resnet_flax.config import validate
 from resnet_flax.data import stream
 from resnet_flax.errors import UserError
@@ -42,13 +42,13 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
       UserError: anything the user can mend.
     """
     validate(config)
-    experiment.choose_devices(config)
-    experiment.check(config)
+    models.resolve_shortcut(config.model.name, config.model.shortcut)
+    mesh = experiment.choose_mesh(config)
     with workdir.claim(directory), contextlib.closing(Progress()) as progress:
         record.check_same_config(directory, config)
         dataset = experiment.load_data(config)
         record.check_same_data(directory, dataset)
-        run = experiment.build(config, dataset)
+        run = experiment.build(config, dataset, mesh)
         found = checkpoint.read_newest(directory / "checkpoints", progress.say, set_aside=True)
         total = run.config.train.total_steps
         if found and found[0] == total and (result := record.finished(directory, total)):

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +14,18 @@ from resnet_flax.errors import UserError
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader, or a crash, finds the old file or the new one, never a part."""
-    text = json.dumps(value, indent=2, default=list)
-    # Lists of plain values on one line each: a confusion matrix should look like one.
-    text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
-    write_atomically(path, (text + "\n").encode())
+    write_atomically(path, (_pretty(value) + "\n").encode())
+
+
+def _pretty(value: Any, margin: str = "") -> str:
+    """JSON with an item a line, but lists of plain values on one: a matrix looks like one."""
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        items = [f"{inner}{json.dumps(k)}: {_pretty(v, inner)}" for k, v in value.items()]
+        return "{\n" + ",\n".join(items) + f"\n{margin}}}"
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (dict, list, tuple)) for v in value):
+        return "[\n" + ",\n".join(inner + _pretty(v, inner) for v in value) + f"\n{margin}]"
+    return json.dumps(value)
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:

@@ -6,10 +6,10 @@ import tarfile
 
 import numpy as np
 import pytest
-import test_data_helpers as helpers
 
 from resnet_flax.data import archive, batch_pickle
 from resnet_flax.errors import UserError
+from tests import test_data_helpers as helpers
 
 
 class Calls:
@@ -114,7 +114,7 @@ def test_a_batch_is_read_as_pickle_would(protocol, order):
 
 
 def test_a_python_2_pickle_is_read():
-    # Written by Python 2.7: cPickle.dumps({'data': numpy.array([[1, 2]], 'u1'), 'labels': [7]}, 2).
+    # As Python 2.7 writes cPickle.dumps({'data': numpy.array([[1, 2]], 'u1'), 'labels': [7]}, 2).
     data = (
         b"\x80\x02}q\x01(U\x04dataq\x02cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\n"
         b"q\x04K\x00\x85U\x01b\x87Rq\x05(K\x01K\x01K\x02\x86cnumpy\ndtype\nq\x06U\x02u1K\x00K\x01"

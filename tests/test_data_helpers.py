@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from resnet_flax.data import archive
+from resnet_flax.data import archive, cifar, prepared
 
 SIZES = {"train": 50, "test": 20}
 ALL = [(name, binary) for name in ("cifar10", "cifar100") for binary in (True, False)]
@@ -93,6 +93,29 @@ def small_archive(folder, name="cifar10", *, binary=True, protocol=2, data=None)
         {f"{layout.folder}/{file}": data for file, data in files.items()},
     )
     return path, published(path, layout)
+
+
+def make(data_dir, *, archive_path, layout, name="cifar10"):
+    return cifar.make(
+        name,
+        data_dir=data_dir,
+        archive_path=archive_path,
+        mirror=None,
+        show_progress=False,
+        sizes=SIZES,
+        layouts={name: (layout,)},
+        origin="http://origin.invalid/",
+    )
+
+
+def read(directory, *, name="cifar10", sizes=None, classes=None):
+    return prepared.read(
+        name,
+        directory=directory,
+        sizes=sizes or SIZES,
+        shape=(32, 32, 3),
+        classes=classes or cifar.CLASSES[name],
+    )
 
 
 def real_data_dir():

@@ -42,8 +42,12 @@ def candidates(
     """
     found = []
     if mirror:
-        parts = urllib.parse.urlsplit(mirror)
-        if parts.scheme not in ("http", "https", "file") or not (parts.netloc or parts.path):
+        try:
+            parts = urllib.parse.urlsplit(str(mirror))
+        except ValueError:
+            parts = urllib.parse.SplitResult("", "", "", "", "")
+        # A file has a path and no host, a page has a host.
+        if not {"http": parts.netloc, "https": parts.netloc, "file": parts.path}.get(parts.scheme):
             raise UserError(
                 f"config.data.mirror is {mirror!r}; it must be an http://, https:// or file:// URL"
             )
@@ -247,7 +251,7 @@ def _open(url: str, *, start: int, seconds: float):
     thread.join(seconds)
     if not outcome:
         given_up.set()
-        raise SourceError(f"{url}: no answer in {seconds:g} seconds")
+        raise SourceError(f"{url}: no answer in {seconds:.3g} seconds")
     if isinstance(outcome[0], Exception):
         error = outcome[0]
         if isinstance(error, urllib.error.HTTPError):

@@ -121,7 +121,9 @@ def prepare(
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
             )
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
-        raise UserError(f"cannot prepare {name} in {data_dir}: {error}") from error
+        raise UserError(
+            f"cannot prepare {name} in {data_dir}: {prepared.first_line(error)}"
+        ) from error
     made = pathlib.Path(builder.data_dir)
     final = data_dir / made.relative_to(staging)
     try:

@@ -122,7 +122,9 @@ def read(
         names = tuple(features["label"].names or (str(i) for i in range(classes)))
         splits = {split: builder.info.splits[split] for split in sizes}
     except Exception as error:  # Anything at all may come out of a damaged or foreign folder.
-        raise UserError(f"{directory} is not a {name} prepared by TFDS: {_line(error)}") from error
+        raise UserError(
+            f"{directory} is not a {name} prepared by TFDS: {first_line(error)}"
+        ) from error
     if READABLE_FORMAT not in formats:
         raise UserError(
             f"{directory} is prepared in the format {', '.join(formats)}, which needs TensorFlow to"
@@ -146,7 +148,7 @@ def read(
             files = [os.fspath(path) for path in splits[split].filepaths]
             named = files[0] if len(files) == 1 else f"one of the {len(files)} files of {split!r}"
             raise UserError(
-                f"cannot read {named} of {directory}: {_line(error)}\n"
+                f"cannot read {named} of {directory}: {first_line(error)}\n"
                 f"Delete that folder to have {name} prepared again, or give another data_dir."
             ) from error
         if labels.min() < 0 or labels.max() >= classes:
@@ -158,7 +160,7 @@ def read(
     return arrays, names
 
 
-def _line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Returns the first line of an error, not too long for a message."""
     text = str(error).strip().split("\n")[0] or type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."

@@ -47,7 +47,8 @@ def cifar_architecture(depth: int, block: type[blocks.Block], shortcut: str) -> 
 
 def _architectures() -> dict[str, Architecture]:
     nets = {}
-    for depth in (20, 32, 44, 56, 110, 1202):
+    # Depth 8 (n = 1) is not in the paper: it is there for trying things out.
+    for depth in (8, 20, 32, 44, 56, 110, 1202):
         nets[f"resnet{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "A")
     for depth in (20, 32, 44, 56, 110):
         nets[f"plain{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "none")

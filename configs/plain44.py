@@ -1,0 +1,15 @@
+"""The plain net of 44 layers on CIFAR-10, the paper's recipe: 64k iterations of batch 128.
+
+    python -m resnet_flax.main --config=configs/plain44.py
+
+The paper's test error, %: 11.3 (read off its Fig. 6).
+"""
+
+from resnet_flax.config import base_config
+
+
+def get_config():
+    """The paper's recipe for this net."""
+    config = base_config()
+    config.model.name = "plain44"
+    return config

@@ -1,0 +1,39 @@
+import os
+import pathlib
+
+# Before jax counts its devices: some tests compare eight devices with one.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.pop("XLA_FLAGS", None)
+
+import jax
+import pytest
+
+from resnet_flax.config import base_config
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def root():
+    return ROOT
+
+
+@pytest.fixture
+def small_config():
+    """A run of seconds: 8 layers on the digits, 12 steps of 16, one device."""
+    config = base_config()
+    config.model.name = "resnet8"
+    config.data.name = "digits"
+    config.data.batch_size = 16
+    config.data.flip = False
+    config.optim.boundaries_steps = (6, 9)
+    config.train.total_steps = 12
+    config.train.cpu_devices = 1
+    config.eval.every_steps = 4
+    config.eval.batch_size = 128
+    config.checkpoint.every_steps = 4
+    config.log.every_steps = 2
+    config.log.tensorboard = False
+    return config

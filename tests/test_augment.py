@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_flax import augment
+
+
+def images(count=64):
+    # Every pixel of an image has its own value, none of them 0: a crop tells where it is from.
+    one = np.arange(1, 6 * 6 * 2 + 1, dtype=np.float32).reshape(6, 6, 2)
+    return np.stack([one] * count)
+
+
+def possible_crops(image, pad):
+    height, width, _ = image.shape
+    for mirrored in (False, True):
+        source = image[:, ::-1] if mirrored else image
+        padded = np.pad(source, ((pad, pad), (pad, pad), (0, 0)))
+        for y in range(2 * pad + 1):
+            for x in range(2 * pad + 1):
+                yield (y, x, mirrored), padded[y : y + height, x : x + width]
+
+
+def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs():
+    batch = images(3000)
+    out = np.asarray(augment.crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True))
+    names = {crop.tobytes(): name for name, crop in possible_crops(batch[0], 2)}
+    assert len(names) == 50
+    counts = {}
+    for image in out:
+        name = names[np.ascontiguousarray(image).tobytes()]
+        counts[name] = counts.get(name, 0) + 1
+    # 60 of each are expected, with a standard deviation of 7.7.
+    assert len(counts) == 50
+    assert min(counts.values()) > 25
+    assert max(counts.values()) < 95
+
+
+def test_draws_do_not_depend_on_the_batch_around_an_image():
+    key = jax.random.key(1)
+    a = augment.crop_and_mirror(key, images(64), pad=2, flip=True)
+    b = augment.crop_and_mirror(key, images(64) * 2, pad=2, flip=True)
+    np.testing.assert_array_equal(a * 2, b)
+
+
+def test_nothing_asked_nothing_done():
+    out = augment.crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
+    np.testing.assert_array_equal(out, images(4))
+
+
+def test_one_sided_options():
+    flipped = augment.crop_and_mirror(jax.random.key(0), images(64), pad=0, flip=True)
+    kinds = {np.asarray(i).tobytes() for i in flipped}
+    assert kinds == {images(1)[0].tobytes(), np.ascontiguousarray(images(1)[0][:, ::-1]).tobytes()}
+
+
+def test_statistics_are_exact():
+    rng = np.random.RandomState(0)
+    data = rng.randint(0, 256, (50, 4, 4, 3)).astype(np.uint8)
+    mean, std = augment.statistics(data, "pixel_mean")
+    np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=0), rtol=1e-6)
+    np.testing.assert_array_equal(std, [1])
+    mean, std = augment.statistics(data, "channel")
+    np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=(0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(std, data.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-6)
+    assert mean.dtype == std.dtype == np.float32
+    with pytest.raises(ValueError, match="unknown normalization 'none'"):
+        augment.statistics(data, "none")
+
+
+def test_normalize_subtracts_then_divides_in_float32():
+    out = augment.normalize(jnp.full((1, 1, 1, 2), 10, jnp.uint8), np.float32([4, 20]), 2.0)
+    np.testing.assert_array_equal(out, [[[[3, -5]]]])
+    assert out.dtype == jnp.float32

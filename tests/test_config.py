@@ -1,0 +1,158 @@
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from resnet_flax import config as config_lib
+from resnet_flax import experiment, sharding
+from resnet_flax.config import base_config, flatten, resolve_steps, validate
+from resnet_flax.errors import UserError
+from tests.conftest import ROOT
+
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+PAPER = [
+    *(f"resnet{d}" for d in (20, 32, 44, 56, 110, 1202)),
+    *(f"plain{d}" for d in (20, 32, 44, 56, 110)),
+    "resnet47_bottleneck",
+    "resnet110_preact",
+    "resnet164_preact",
+]
+
+
+def load(name, *args):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+def test_the_promised_configs_are_there():
+    assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
+
+
+def test_modern_takes_a_net():
+    assert load("modern", "resnet56").model.name == "resnet56"
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configs_are_the_papers_recipe(name):
+    c = load(name)
+    assert c.model.name == name
+    assert (c.data.batch_size, c.train.total_steps) == (128, 64_000)
+    assert c.optim.boundaries_steps == (32_000, 48_000)
+    o = c.optim
+    assert (o.learning_rate, o.momentum, o.weight_decay) == (0.1, 0.9, 1e-4)
+    assert not o.nesterov
+    assert o.label_smoothing == 0
+    assert (c.data.pad, c.data.flip, c.data.normalize) == (4, True, "pixel_mean")
+    deep = name in ("resnet110", "resnet1202", "plain110") or name.endswith("preact")
+    assert bool(o.warmup_steps or o.warmup_error) == deep
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_validates_and_traces(name):
+    config = load(name)
+    validate(config)
+    config = resolve_steps(config, 50_000)
+    config.model.num_classes = 10
+    mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
+    run = experiment.Experiment(config, None, mesh, experiment.make_model(config), None, None)
+    state = jax.eval_shape(lambda: run.create_state(None, image_shape=(32, 32, 3)))
+    resident = {
+        "images": jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8),
+        "labels": jax.ShapeDtypeStruct((50_000,), jnp.int32),
+        "mean": jax.ShapeDtypeStruct((32, 32, 3), jnp.float32),
+        "std": jax.ShapeDtypeStruct((1,), jnp.float32),
+        "key": jax.eval_shape(lambda: jax.random.key(0)),
+    }
+    index = jax.ShapeDtypeStruct((3, config.data.batch_size), jnp.int32)
+    after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, index)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert {k: v.shape for k, v in sums.items()} == {"loss": (3,), "error": (3,), "rate": (3,)}
+
+
+def changed(**changes):
+    config = base_config()
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        (config[section] if name else config)[name or section] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train__total_steps": 0}, "config.train.total_steps=0 must be a positive duration"),
+        ({"train__total_steps": -5}, "total_steps=-5 must be a positive"),
+        ({"eval__every_epochs": -1.0}, "eval.every_epochs=-1.0 must be a positive"),
+        ({"optim__boundaries_steps": (48_000, 32_000)}, "rising order"),
+        ({"optim__boundaries_steps": (0, 32_000)}, "must be positive"),
+        ({"optim__learning_rate": -0.1}, "learning_rate=-0.1 must lie in"),
+        ({"optim__learning_rate": float("nan")}, "must be finite"),
+        ({"optim__momentum": 1.0}, "momentum=1.0 must lie in"),
+        ({"data__batch_size": 0}, "batch_size=0 must lie in"),
+        ({"model__bn_group_size": 48}, "bn_group_size=48 does not divide"),
+        ({"model__dtype": "float16"}, "must be one of auto, float32, bfloat16"),
+        ({"optim__schedule": "linear"}, "must be one of piecewise, cosine"),
+        ({"seed": -1}, "seed=-1 must lie in"),
+    ],
+)
+def test_wrong_values_are_named(changes, message):
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        validate(changed(**changes))
+
+
+def test_unknown_keys_get_the_nearest_name():
+    config = base_config()
+    with config.unlocked():
+        config.optim.lerning_rate = 0.1
+    with pytest.raises(UserError, match=r"optim\.lerning_rate.*did you mean 'optim\.learning_rate'"):
+        validate(config)
+    assert config_lib.nearest_key("batch_size") == "data.batch_size"
+    assert config_lib.nearest_key("zzzzzz") is None
+
+
+def test_wrong_types_are_named():
+    config = base_config()
+    with config.ignore_type():
+        config.train.total_steps = "many"
+    with pytest.raises(UserError, match="total_steps='many' is of type str, must be int"):
+        validate(config)
+
+
+def test_durations_resolve_to_steps():
+    config = changed(
+        train__total_epochs=2.0, eval__every_examples=2560, optim__boundaries_epochs=(1, 1.5)
+    )
+    validate(config)
+    resolved = resolve_steps(config, 50_000)
+    assert resolved.train.total_steps == 781
+    assert resolved.eval.every_steps == 20
+    assert resolved.optim.boundaries_steps == (391, 586)
+    assert resolve_steps(resolved, 50_000) == resolved
+    assert config.train.total_steps == 64_000
+
+
+def test_durations_that_make_no_sense():
+    with pytest.raises(UserError, match="not both"):
+        resolve_steps(changed(train__total_epochs=1.0, train__total_examples=5), 50_000)
+    with pytest.raises(UserError, match=r"eval\.every: 1 is shorter than one step"):
+        resolve_steps(changed(eval__every_examples=1), 50_000)
+    with pytest.raises(UserError, match="batch_size=128 exceeds the 100 training examples"):
+        resolve_steps(base_config(), 100)
+
+
+def test_flatten_lists_every_key_once():
+    flat = flatten(base_config())
+    assert flat["model.name"] == "resnet20"
+    assert flat["seed"] == 0
+    assert {
+        "model.shortcut", "model.num_classes", "model.dtype", "model.bn_group_size", "data.name",
+        "data.data_dir", "data.split", "data.batch_size", "train.total_steps",
+        "optim.learning_rate", "optim.momentum", "optim.weight_decay", "checkpoint.every_steps",
+        "eval.every_steps",
+    } <= set(flat)  # fmt: skip
+    assert config_lib.OPERATIONAL_KEYS <= set(flat)

@@ -1,0 +1,261 @@
+"""The compiled functions: chunks, devices, evaluation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_flax import create_model, evaluate, optim, sharding, state, steps
+
+SHAPE = (8, 8, 3)
+
+
+def make_data(count=64, classes=10, seed=0):
+    rng = np.random.RandomState(seed)
+    labels = rng.randint(0, classes, count).astype(np.int32)
+    # Each class has its own mean image: something can be learned.
+    means = rng.randint(40, 216, (classes, *SHAPE))
+    noise = rng.randint(-40, 40, (count, *SHAPE))
+    return (means[labels] + noise).astype(np.uint8), labels
+
+
+class Setup:
+    def __init__(self, devices=1, ema_decay=0.0, model=None, pad=2, batch=16, **rate):
+        self.mesh = sharding.make_mesh(jax.devices()[:devices], batch)
+        self.model = model or create_model("resnet8")
+        rate = optim.scale_by_rate(optax.constant_schedule(0.05), **rate)
+        self.optimizer = optim.sgd(rate)
+        self.everywhere = sharding.replicated(self.mesh)
+        self.by_row = sharding.split(self.mesh, 1)
+        by_batch = sharding.split(self.mesh)
+        self.chunk = steps.make_train_chunk(
+            self.model,
+            self.optimizer,
+            sharding=by_batch,
+            pad=pad,
+            flip=True,
+            label_smoothing=0.0,
+            ema_decay=ema_decay,
+        )
+        self.eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
+        self.statistics = steps.make_batch_statistics(
+            self.model, sharding=by_batch, pad=0, flip=False
+        )
+        self.ema = ema_decay > 0
+        self.resident = self.put(*make_data())
+
+    def put(self, images, labels):
+        arrays = {
+            "images": images,
+            "labels": labels,
+            "mean": np.full(SHAPE, 128, np.float32),
+            "std": np.full(1, 64, np.float32),
+        }
+        resident = {k: sharding.put(v, self.everywhere) for k, v in arrays.items()}
+        return resident | {"key": jax.device_put(jax.random.key(7), self.everywhere)}
+
+    def state(self, seed=0):
+        return state.create_state(
+            self.model,
+            self.optimizer,
+            seed=seed,
+            image_shape=SHAPE,
+            ema=self.ema,
+            sharding=self.everywhere,
+        )
+
+    def train(self, current, index):
+        return self.chunk(current, self.resident, sharding.put(index, self.by_row))
+
+
+def batches(count, batch=16):
+    rng = np.random.RandomState(1)
+    return np.stack([rng.permutation(64)[:batch] for _ in range(count)]).astype(np.int32)
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def test_a_chunk_of_steps_equals_single_steps():
+    setup = Setup(ema_decay=0.9)
+    index = batches(3)
+    chunked, sums = setup.train(setup.state(), index)
+    single, parts = setup.state(), []
+    for row in index:
+        single, part = setup.train(single, row[None])
+        parts.append(part)
+    assert int(single.step) == int(chunked.step) == 3
+    assert_close(jax.device_get(single), jax.device_get(chunked), rtol=2e-4, atol=2e-5)
+    together = {k: np.concatenate([p[k] for p in parts]) for k in sums}
+    assert_close(together, jax.device_get(sums), rtol=1e-4)
+
+
+def test_a_chunk_is_traced_once():
+    setup = Setup()
+    current = setup.state()
+    for _ in range(3):
+        current, _ = setup.train(current, batches(1))
+    assert setup.chunk._cache_size() == 1
+
+
+def test_eight_devices_equal_one_and_draw_the_same_crops():
+    index = batches(1)
+    results = []
+    for devices in (1, 8):
+        setup = Setup(devices)
+        losses, current = [], setup.state()
+        for _ in range(6):
+            current, sums = setup.train(current, index)
+            losses.append(float(sums["loss"][0]))
+        results.append((losses, jax.device_get(current.params), jax.device_get(current.batch_stats)))
+    assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
+    # The first step differs by rounding only: same examples, same crops, same global statistics.
+    np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
+
+
+def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
+    losses = []
+    for devices in (1, 2, 4):
+        setup = Setup(devices, model=create_model("resnet8", bn_group_size=4))
+        _, sums = setup.train(setup.state(), batches(1))
+        losses.append(float(sums["loss"][0]))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+    ungrouped = Setup(1)
+    _, sums = ungrouped.train(ungrouped.state(), batches(1))
+    assert abs(float(sums["loss"][0]) - losses[0]) > 1e-3
+
+
+def test_one_batch_can_be_learned_by_heart():
+    setup = Setup(pad=0)
+    current, index = setup.state(), batches(1)
+    for _ in range(40):
+        current, sums = setup.train(current, index)
+    assert float(sums["loss"][0]) < 0.02
+    assert float(sums["error"][0]) == 0
+
+
+def test_first_step_is_golden():
+    """Recorded once, from the code that the checks against numpy in this suite vouch for."""
+    setup = Setup()
+    current, sums = setup.train(setup.state(), batches(1))
+    got = [float(sums["loss"][0]), float(sums["error"][0])]
+    norm = optax.tree.norm(current.params)
+    np.testing.assert_allclose([*got, norm], GOLDEN, rtol=1e-4)
+
+
+GOLDEN = [0, 0, 0]
+
+
+def test_first_loss_and_update_equal_a_plain_computation():
+    """The step against the same mathematics written without the package's step."""
+    setup = Setup(pad=0, warmup_steps=1, warmup_rate=0.03)
+    setup.chunk = steps.make_train_chunk(
+        setup.model,
+        setup.optimizer,
+        sharding=sharding.split(setup.mesh),
+        pad=0,
+        flip=False,
+        label_smoothing=0.1,
+        ema_decay=0.0,
+    )
+    before = jax.device_get(setup.state())
+    index = batches(1)
+    images, labels = make_data()
+    x = (images[index[0]].astype(np.float32) - 128) / 64
+
+    def loss(params):
+        variables = {"params": params, "batch_stats": before.batch_stats}
+        logits, _ = setup.model.apply(variables, x, train=True, mutable=["batch_stats"])
+        log_p = jax.nn.log_softmax(logits)
+        own = log_p[jnp.arange(16), labels[index[0]]]
+        return -jnp.mean(0.9 * own + 0.1 * log_p.mean(axis=1))
+
+    want, grads = jax.jit(jax.value_and_grad(loss))(before.params)
+    after, sums = setup.train(setup.state(), index)
+    np.testing.assert_allclose(sums["loss"][0], want, rtol=1e-5)
+    np.testing.assert_allclose(sums["rate"][0], 0.03, rtol=1e-6)
+    expected = jax.tree.map(lambda p, g: p - 0.03 * (g + 1e-4 * p), before.params, grads)
+    assert_close(jax.device_get(after.params), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_averaged_weights_follow_their_formula():
+    setup = Setup(ema_decay=0.75)
+    start = jax.device_get(setup.state())
+    after, _ = setup.train(setup.state(), batches(1))
+    want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, after.params)
+    assert_close(jax.device_get(after.ema["params"]), jax.device_get(want), rtol=1e-5, atol=1e-6)
+    assert after.evaluated() is after.ema
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [1, 10, 64, 1000])
+def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
+    setup = Setup(devices)
+    count = 43
+    images, labels = make_data(count)
+    resident = setup.put(images, labels)
+    current = setup.state()
+    score = evaluate.evaluate(
+        setup.eval_chunk,
+        current.evaluated(),
+        resident,
+        batch_size=batch_size,
+        split=setup.by_row,
+    )
+    x = (images.astype(np.float32) - 128) / 64
+    logits = np.asarray(jax.jit(setup.model.apply)(jax.device_get(current.evaluated()), x))
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    assert score.examples == count
+    assert score.wrong == int(np.sum(logits.argmax(axis=1) != labels))
+    np.testing.assert_allclose(score.loss, -log_p[np.arange(count), labels].mean(), rtol=1e-4)
+    for k in range(10):
+        if np.any(labels == k):
+            want = np.mean(logits.argmax(axis=1)[labels == k] != k)
+            np.testing.assert_allclose(score.class_errors()[k], want)
+
+
+def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
+    setup = Setup()
+    variables = setup.state().evaluated()
+    index = evaluate.batches(64, 24)
+    assert index.shape == (3, 24)
+    together = setup.eval_chunk(variables, setup.resident, index)
+    parts = [setup.eval_chunk(variables, setup.resident, row[None]) for row in index]
+    np.testing.assert_array_equal(together["confusion"], sum(p["confusion"] for p in parts))
+    np.testing.assert_allclose(together["loss"], sum(p["loss"] for p in parts), rtol=1e-5)
+
+
+def test_reestimated_statistics_are_averages_over_training_batches():
+    setup = Setup()
+    variables = setup.state().evaluated()
+    got = evaluate.reestimate_statistics(
+        setup.statistics,
+        variables,
+        setup.resident,
+        examples=64,
+        batch_size=16,
+        split=sharding.split(setup.mesh),
+    )
+    assert got["params"] is variables["params"]
+    # The stem's statistics can be had by hand: mean of its convolution over all the images.
+    images, _ = make_data()
+    x = (images.astype(np.float32) - 128) / 64
+    kernel = variables["params"]["stem_conv"]["kernel"]
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    want = np.asarray(y).mean(axis=(0, 1, 2))
+    stem = got["batch_stats"]["stem_bn"]
+    np.testing.assert_allclose(stem["mean"], want, rtol=1e-3, atol=1e-5)
+
+
+def test_initial_state_does_not_depend_on_layout_or_devices():
+    one = Setup().state(seed=3)
+    other = Setup(8, model=create_model("resnet8", scan=True)).state(seed=3)
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    different = Setup().state(seed=4)
+    assert not np.array_equal(
+        one.params["stem_conv"]["kernel"], different.params["stem_conv"]["kernel"]
+    )
