@@ -2,9 +2,11 @@
 
 Each checkpoint is one orbax directory, `<directory>/<step>`, that holds the state in the canonical
 layout (see `models.layout`) and, as orbax's custom metadata, a small JSON record of the run and the
-SHA-256 of both: orbax itself loads a flipped bit without a word.
+SHA-256 of both: orbax itself loads a flipped bit without a word. `files.json`, written once a save
+is complete, holds the SHA-256 of each of its files.
 """
 
+import concurrent.futures
 import hashlib
 import json
 from collections.abc import Callable
@@ -20,6 +22,8 @@ from orbax.checkpoint import v1 as ocp
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.state import TrainState
+
+_FILES = "files.json"
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:
@@ -79,21 +83,58 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: it is damaged; the message says how.
     """
+    path = epath.Path(path)
+    reason = _damaged_file(path) or "its content does not match its SHA-256"
+    if not reason.startswith("file"):
+        try:
+            metadata = ocp.checkpointables_metadata(path).custom_metadata
+            record, expected = metadata["record"], metadata["sha256"]
+            tree = ocp.load_checkpointables(path, {"state": None})["state"]
+            if content_hash(tree, record) == expected:
+                return tree, record
+        except Exception as error:
+            # Whatever orbax, tensorstore or a JSON reader raises for a damaged file.
+            cause = error.__cause__ or error
+            first = str(cause).strip().partition("\n")[0][:160]
+            reason = f"{type(cause).__name__}: {first}"
+    raise UserError(f"checkpoint {path} is damaged: {reason}")
+
+
+def _list_files(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file below a checkpoint's directory, by its relative path."""
+    found = {}
+    for child in sorted(path.iterdir()):
+        if child.is_dir():
+            found |= {f"{child.name}/{k}": v for k, v in _list_files(child).items()}
+        elif child.name != _FILES:
+            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
+    return found
+
+
+def _write_file_list(path: epath.Path) -> None:
+    temporary = path / f"{_FILES}.tmp"
+    temporary.write_text(json.dumps(_list_files(path)))
+    temporary.replace(path / _FILES)
+
+
+def _damaged_file(path: epath.Path) -> str | None:
+    """What is wrong with the files, where there is a list to compare them with.
+
+    Orbax would find most of it too, but in pages of tracebacks from threads of its own.
+    """
     try:
-        metadata = ocp.checkpointables_metadata(path).custom_metadata
-        record, expected = metadata["record"], metadata["sha256"]
-        tree = ocp.load_checkpointables(path, {"state": None})["state"]
-        actual = content_hash(tree, record)
-    except Exception as error:
-        # Whatever orbax, tensorstore or a JSON reader raises for a damaged file.
-        cause = error.__cause__ or error
-        detail = str(cause).strip().splitlines()[0][:160] if str(cause).strip() else ""
-        raise UserError(
-            f"checkpoint {path} is damaged: {type(cause).__name__}: {detail}"
-        ) from error
-    if actual != expected:
-        raise UserError(f"checkpoint {path} is damaged: its content does not match its SHA-256")
-    return tree, record
+        expected = json.loads((path / _FILES).read_text())
+        actual = _list_files(path)
+        for name, digest in expected.items():
+            if name not in actual:
+                return f"file {name} is missing"
+            if actual[name] != digest:
+                return f"file {name} has changed"
+    except FileNotFoundError:
+        return None  # Killed between saving and listing: the content's own hash decides.
+    except (ValueError, AttributeError, OSError) as error:
+        return f"file {_FILES} cannot be read: {error}"
+    return None
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -156,24 +197,16 @@ class Writer:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        """Opens (or makes) `directory`; what an interrupted save left there is removed."""
+        """Opens (or makes) `directory`; what an interrupted save or deletion left is removed."""
         self.directory = epath.Path(directory)
         self.best_step: int | None = None
         self._keep = keep
-        self._pending = None
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=self,
-            cleanup_tmp_directories=True,
-            lightweight_initialize=True,
-        )
-
-    def should_preserve(self, checkpoints, *, context):
-        """Orbax's question which of the checkpoints, oldest first, to keep."""
-        del context
-        newest = len(checkpoints) - self._keep
-        return [i >= newest or c.step == self.best_step for i, c in enumerate(checkpoints)]
+        self._pending: concurrent.futures.Future | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if not path.name.isdigit():
+                path.rmtree()
 
     def save(self, state: TrainState, record: dict[str, Any]) -> str:
         """Begins to save; returns the checkpoint's path. An earlier save is waited for first.
@@ -183,7 +216,7 @@ class Writer:
           record: JSON-serialisable, returned by `read`.
 
         Raises:
-          UserError: a value is not finite, or an earlier save failed (disk full, say).
+          UserError: a value is not finite, or this save or an earlier one failed (disk full, say).
         """
         tree = to_tree(state)
         step = int(tree["step"])
@@ -194,13 +227,24 @@ class Writer:
         record = json.loads(json.dumps(record))
         metadata = {"record": record, "sha256": content_hash(tree, record)}
         self.wait()
+        path = self.directory / str(step)
         try:
-            self._pending = self._checkpointer.save_checkpointables_async(
-                step, {"state": tree}, custom_metadata=metadata, force=True
+            response = ocp.save_checkpointables_async(
+                path, {"state": tree}, custom_metadata=metadata
             )
-        except OSError as error:
+        except Exception as error:
             raise self._failure(error) from error
-        return str(self.directory / str(step))
+        self._pending = self._thread.submit(self._finish, path, response, self.best_step)
+        return str(path)
+
+    def _finish(self, path: epath.Path, response, best_step: int | None) -> None:
+        response.result()
+        _write_file_list(path)
+        for step in steps_in(self.directory)[: -self._keep]:
+            if step != best_step:
+                # Renamed first: half of a checkpoint must not pass for one.
+                doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleting")
+                doomed.rmtree()
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk.
@@ -209,12 +253,11 @@ class Writer:
           UserError: it failed.
         """
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except Exception as error:
-            raise self._failure(error) from error
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:
+                raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
         cause = error.__cause__ or error
@@ -222,6 +265,6 @@ class Writer:
         return UserError(f"could not save a checkpoint in {self.directory}: {lines[0][:200]}")
 
     def close(self) -> None:
-        """Waits, then releases orbax's threads."""
+        """Waits for the save under way."""
+        self._thread.shutdown()
         self.wait()
-        self._checkpointer.close()

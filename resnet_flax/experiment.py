@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, data, evaluate, models, optim, sharding, state, steps
+from resnet_flax import augment, cpu, data, evaluate, models, optim, sharding, state, steps
 from resnet_flax.config import resolve_steps
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.errors import UserError
@@ -30,7 +30,7 @@ def choose_mesh(config: ConfigDict) -> Mesh:
     Raises:
       UserError: there are too few devices, or they do not divide the batch.
     """
-    count = sharding.choose_cpu_devices(
+    count = cpu.choose_devices(
         config.train.cpu_devices, config.data.batch_size, config.model.bn_group_size
     )
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -156,26 +156,28 @@ class Experiment:
         """See `make_optimizer`."""
         return make_optimizer(self.config)
 
-    def create_state(self, variables: Any = None, image_shape=None) -> state.TrainState:
-        """The first state, from canonical `variables` or from the seed.
+    def create_state(self, variables: Any = None) -> state.TrainState:
+        """The first state, from canonical `variables` or from the seed."""
+        create = self._creator(variables, self.dataset.train.images.shape[1:])
+        return state.place(create, sharding.replicated(self.mesh))
 
-        `image_shape` (H, W, C) stands in for the data set's where there is none.
-        """
+    def abstract_state(self, image_shape=None) -> state.TrainState:
+        """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
+        shape = image_shape or self.dataset.train.images.shape[1:]
+        return jax.eval_shape(self._creator(None, shape))
+
+    def _creator(self, variables, image_shape):
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
-        return state.create_state(
+        return functools.partial(
+            state.create_state,
             self.model,
             self.optimizer,
             seed=self.config.seed,
-            image_shape=image_shape or self.dataset.train.images.shape[1:],
+            image_shape=image_shape,
             ema=self.config.optim.ema_decay > 0,
-            sharding=sharding.replicated(self.mesh),
             variables=variables,
         )
-
-    def abstract_state(self) -> state.TrainState:
-        """Shapes and dtypes of the state, without computing it."""
-        return jax.eval_shape(self.create_state)
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and dtypes of the variables in the canonical layout."""
@@ -193,6 +195,7 @@ class Experiment:
             flip=c.data.flip,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
+            compiler_options=cpu.compiler_options(),
         )
 
     def make_scorer(self):

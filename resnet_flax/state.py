@@ -1,5 +1,6 @@
 """Everything a training step changes, and how it begins."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -57,10 +58,9 @@ def create_state(
     seed: int,
     image_shape: tuple[int, ...],
     ema: bool,
-    sharding: Sharding,
     variables: Any = None,
 ) -> TrainState:
-    """A run's first state, created where it will stay.
+    """A run's first state; to be traced, see `place`.
 
     Args:
       model: the net.
@@ -68,24 +68,27 @@ def create_state(
       seed: of the initialisation.
       image_shape: (H, W, C).
       ema: whether averaged weights are kept.
-      sharding: of every leaf.
       variables: `{"params": …, "batch_stats": …}` in the model's layout to begin with, for example
         from a weights file; None: drawn.
     """
+    if variables is None:
+        # The stream of keys is part of what a seed means: do not leave it to a default.
+        key = jax.random.key(seed, impl="threefry2x32")
+        variables = initial_variables(model, key, image_shape)
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        # Copies: a donated state must not hold one buffer twice.
+        ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
+    )
 
-    def create(variables):
-        if variables is None:
-            # The stream of keys is part of what a seed means: do not leave it to a default.
-            key = jax.random.key(seed, impl="threefry2x32")
-            variables = initial_variables(model, key, image_shape)
-        params, batch_stats = variables["params"], variables["batch_stats"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=optimizer.init(params),
-            # Copies: a donated state must not hold one buffer twice.
-            ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
-        )
 
-    return jax.jit(create, out_shardings=sharding)(variables)
+def place(create: Callable[[], TrainState], sharding: Sharding) -> TrainState:
+    """Computes a state where it will stay: every leaf under `sharding`."""
+    # Run once: on a CPU, compiling the many random draws well takes longer than drawing badly.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(create, out_shardings=sharding, compiler_options=options)()

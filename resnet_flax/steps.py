@@ -49,6 +49,7 @@ def make_train_chunk(
     flip: bool,
     label_smoothing: float,
     ema_decay: float,
+    compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `train_chunk(state, resident, indices)`: one training step per row of `indices`.
 
@@ -60,6 +61,7 @@ def make_train_chunk(
       flip: likewise.
       label_smoothing: see `cross_entropy`.
       ema_decay: share of the averaged weights kept at each step, 0: no average.
+      compiler_options: of `jax.jit`.
 
     Returns:
       A jitted function from (state, resident, indices int32 [k, B]) to the next state and a dict of
@@ -101,7 +103,7 @@ def make_train_chunk(
             return state, jax.tree.map(lambda x: x[None], sums)
         return jax.lax.scan(lambda s, i: train_step(s, i, resident), state, indices)
 
-    return jax.jit(train_chunk, donate_argnums=0)
+    return jax.jit(train_chunk, donate_argnums=0, compiler_options=compiler_options)
 
 
 def make_eval_chunk(

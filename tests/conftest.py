@@ -1,9 +1,18 @@
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Before jax counts its devices: some tests compare eight devices with one.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.pop("XLA_FLAGS", None)
+# Many tests compile the same program, some in processes of their own: compile it once a session.
+CACHE = tempfile.mkdtemp(prefix="resnet_flax_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import jax
 import pytest

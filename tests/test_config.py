@@ -58,7 +58,7 @@ def test_every_config_validates_and_traces(name):
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
     run = experiment.Experiment(config, None, mesh, experiment.make_model(config), None, None)
-    state = jax.eval_shape(lambda: run.create_state(None, image_shape=(32, 32, 3)))
+    state = run.abstract_state(image_shape=(32, 32, 3))
     resident = {
         "images": jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8),
         "labels": jax.ShapeDtypeStruct((50_000,), jnp.int32),
@@ -109,7 +109,9 @@ def test_unknown_keys_get_the_nearest_name():
     config = base_config()
     with config.unlocked():
         config.optim.lerning_rate = 0.1
-    with pytest.raises(UserError, match=r"optim\.lerning_rate.*did you mean 'optim\.learning_rate'"):
+    with pytest.raises(
+        UserError, match=r"optim\.lerning_rate.*did you mean 'optim\.learning_rate'"
+    ):
         validate(config)
     assert config_lib.nearest_key("batch_size") == "data.batch_size"
     assert config_lib.nearest_key("zzzzzz") is None

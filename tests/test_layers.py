@@ -4,7 +4,7 @@ import ast
 
 LEVELS = [
     {"errors"},
-    {"config", "models", "augment", "optim", "sharding", "workdir", "progress"},
+    {"config", "models", "augment", "optim", "sharding", "cpu", "workdir", "progress"},
     {"data", "state", "metrics"},
     {"steps", "checkpoint", "weights"},
     {"evaluate"},

@@ -205,9 +205,7 @@ def numpy_resnet8(params, stats, x, plain):
 def test_forward_pass_equals_one_written_out_in_numpy(plain):
     model = create_model("resnet8")
     if plain:
-        model = model.clone(
-            shortcut_changing=blocks.no_shortcut, shortcut_same=blocks.no_shortcut
-        )
+        model = model.clone(shortcut_changing=blocks.no_shortcut, shortcut_same=blocks.no_shortcut)
     variables = model.init(jax.random.key(1), jnp.zeros((1, 8, 8, 3)))
     rng = np.random.RandomState(0)
     # Statistics and scales away from 0 and 1, so that each of them matters.
@@ -238,9 +236,7 @@ def test_batch_norm_is_over_the_batch_or_its_groups(group):
     parts = np.split(x.astype(np.float64), 4 // (group or 4))
     means = np.array([p.mean(axis=(0, 1, 2)) for p in parts])
     variances = np.array([p.var(axis=(0, 1, 2)) for p in parts])
-    want = [
-        (p - m) / np.sqrt(v + 1e-5) for p, m, v in zip(parts, means, variances, strict=True)
-    ]
+    want = [(p - m) / np.sqrt(v + 1e-5) for p, m, v in zip(parts, means, variances, strict=True)]
     np.testing.assert_allclose(got, np.concatenate(want), atol=2e-4)
     stats = new["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.25 * means.mean(axis=0), rtol=1e-5)

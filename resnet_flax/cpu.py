@@ -1,0 +1,66 @@
+"""What makes training on a CPU fast; none of it changes a result beyond rounding.
+
+Measured on two cores with ResNet-20, batch 128: see results/performance.md.
+"""
+
+import ctypes
+import os
+
+import jax
+
+# XLA replaces elementwise chains and reductions by calls of its YNNPACK kernels, beside the
+# convolutions and products that it replaces by default: naming a list replaces the default one.
+_FUSION = "xla_cpu_experimental_ynn_fusion_type"
+_KINDS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
+
+# Fewer images than this on each core's device cost more in dispatch than the core gains.
+_MIN_EXAMPLES_PER_DEVICE = 16
+
+
+def choose_devices(requested: int, batch_size: int, bn_group_size: int) -> int:
+    """How many devices to split a CPU into: XLA runs many operations on one core only.
+
+    Args:
+      requested: the number wanted; 0: as many as there are usable cores, at most, that divide the
+        batch (and its batch-norm groups) evenly and leave each at least 16 examples.
+      batch_size: examples per step.
+      bn_group_size: examples per batch-norm group, 0 for the whole batch.
+    """
+    if requested:
+        return requested
+    units = batch_size // (bn_group_size or 1)
+    # A container or a job may own fewer cores than the machine has; macOS cannot tell.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    most = min(cores or 1, batch_size // _MIN_EXAMPLES_PER_DEVICE)
+    return max((n for n in range(1, most + 1) if units % n == 0), default=1)
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep what XLA frees, for a whole process.
+
+    Else each step's activations are mapped afresh, and their pages cleared, at every step. Does
+    nothing under another C library, or where the environment has its own MALLOC_ settings.
+    """
+    if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # Parameters of mallopt(3).
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+    mallopt(arena_max, 1)
+
+
+def compiler_options() -> dict[str, str] | None:
+    """Options of `jax.jit` for a training step; None where the backend is no CPU or knows none."""
+    if jax.default_backend() != "cpu":
+        return None
+    options = {_FUSION: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
+    try:
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except Exception:
+        # An experimental option: another version of XLA may not have it.
+        return None
+    return options

@@ -1,0 +1,181 @@
+"""Checkpoints: bit-exact, canonical, and every kind of damage noticed."""
+
+import shutil
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from resnet_flax import checkpoint, create_model, optim, sharding, state
+from resnet_flax.errors import UserError
+
+MESH = sharding.make_mesh(jax.devices()[:1], 1)
+
+
+def abstract_state(model, seed=0, ema=True):
+    rate = optim.scale_by_rate(optax.constant_schedule(0.1))
+    return state.create_state(model, optim.sgd(rate), seed=seed, image_shape=(8, 8, 3), ema=ema)
+
+
+def make_state(*args, **options):
+    return state.place(lambda: abstract_state(*args, **options), sharding.replicated(MESH))
+
+
+def at_step(some, step):
+    return some.replace(step=jax.numpy.asarray(step, jax.numpy.int32))
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with checkpoints 5 and 10, and the state that was saved."""
+    directory = tmp_path_factory.mktemp("saved") / "checkpoints"
+    current = make_state(create_model("resnet8"))
+    writer = checkpoint.Writer(directory, keep=2)
+    writer.save(at_step(current, 5), {"seconds": 0.1, "window": [1, 2.5, 0.25]})
+    writer.save(at_step(current, 10), {"seconds": 0.2})
+    writer.close()
+    return directory, current
+
+
+def test_what_is_read_is_what_was_saved_to_the_bit(saved):
+    directory, current = saved
+    warnings = []
+    step, tree, record = checkpoint.read_newest(directory, warnings.append, set_aside=False)
+    assert (step, record, warnings) == (10, {"seconds": 0.2}, [])
+    template = jax.eval_shape(lambda: current)
+    assert_same(checkpoint.from_tree(tree, template, scanned=False), at_step(current, 10))
+    assert checkpoint.read(directory / "5")[1] == {"seconds": 0.1, "window": [1, 2.5, 0.25]}
+
+
+def test_scanned_and_unrolled_nets_read_each_other_s_checkpoints(tmp_path):
+    scanned, unrolled = (make_state(create_model("resnet20", scan=s)) for s in (True, False))
+    assert_same(checkpoint.to_tree(scanned), checkpoint.to_tree(unrolled))
+    tree = checkpoint.to_tree(unrolled)
+    template = jax.eval_shape(lambda: scanned)
+    assert_same(checkpoint.from_tree(tree, template, scanned=True), jax.device_get(scanned))
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    current = make_state(create_model("resnet8"), ema=False)
+    writer = checkpoint.Writer(tmp_path / "c", keep=2)
+    for step in range(1, 6):
+        writer.best_step = min(step, 2)
+        writer.save(at_step(current, step), {})
+    writer.close()
+    assert checkpoint.steps_in(tmp_path / "c") == [2, 4, 5]
+
+
+def files_of(path):
+    return sorted(p for p in path.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "flip", "remove"])
+def test_damage_to_any_file_of_the_newest_is_noticed_and_passed_over(saved, tmp_path, damage):
+    directory, current = saved
+    number = len(files_of(directory / "10"))
+    assert number >= 4
+    template = jax.eval_shape(lambda: current)
+    for i in range(number):
+        copy = tmp_path / str(i) / "checkpoints"
+        shutil.copytree(directory, copy)
+        file = files_of(copy / "10")[i]
+        content = bytearray(file.read_bytes())
+        if not content and damage != "remove":
+            continue
+        if damage == "truncate":
+            file.write_bytes(content[: len(content) // 2])
+        elif damage == "empty":
+            file.write_bytes(b"")
+        elif damage == "remove":
+            file.unlink()
+        else:
+            content[len(content) // 2] ^= 0x10
+            file.write_bytes(content)
+        warnings = []
+        step, tree, _ = checkpoint.read_newest(copy, warnings.append, set_aside=True)
+        assert_same(checkpoint.from_tree(tree, template, False), at_step(current, step))
+        # Without its list of files a checkpoint is as good as before.
+        assert step == (10 if damage == "remove" and file.name == "files.json" else 5)
+        if step == 5:
+            assert len(warnings) == 1
+            assert f"{copy}/10 is damaged" in warnings[0]
+            assert (copy.parent / "damaged_checkpoints" / "10.0").is_dir()
+            writer = checkpoint.Writer(copy, keep=2)
+            writer.save(at_step(current, 10), {})
+            writer.close()
+            assert checkpoint.steps_in(copy) == [5, 10]
+
+
+def test_a_flipped_bit_is_noticed_without_the_list_of_files(saved, tmp_path):
+    """As after a kill between saving and listing; some bits of orbax's files mean nothing."""
+    directory, current = saved
+    template = jax.eval_shape(lambda: current)
+    data = max(files_of(directory / "10"), key=lambda p: p.stat().st_size)
+    for position in (0.1, 0.5, 0.9):
+        copy = tmp_path / str(position) / "checkpoints"
+        shutil.copytree(directory, copy)
+        (copy / "10" / "files.json").unlink()
+        content = bytearray(data.read_bytes())
+        content[int(len(content) * position)] ^= 0x01
+        (copy / data.relative_to(directory)).write_bytes(content)
+        step, tree, _ = checkpoint.read_newest(copy, lambda _: None, set_aside=False)
+        assert step == 5
+        assert_same(checkpoint.from_tree(tree, template, False), at_step(current, 5))
+
+
+def test_only_damaged_checkpoints_are_never_a_fresh_start(saved, tmp_path):
+    directory, _ = saved
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(directory, copy)
+    for file in files_of(copy):
+        file.write_bytes(b"x")
+    with pytest.raises(UserError, match="all 2 checkpoints .* are damaged"):
+        checkpoint.read_newest(copy, lambda _: None, set_aside=True)
+    assert checkpoint.steps_in(copy) == [5, 10]
+
+
+def test_an_interrupted_save_is_ignored_and_cleared_away(saved, tmp_path):
+    directory, current = saved
+    copy = tmp_path / "checkpoints"
+    shutil.copytree(directory, copy)
+    shutil.copytree(copy / "10", copy / "15.orbax-checkpoint-tmp")
+    assert checkpoint.read_newest(copy, print, set_aside=True)[0] == 10
+    writer = checkpoint.Writer(copy, keep=3)
+    writer.save(at_step(current, 15), {})
+    writer.close()
+    assert sorted(p.name for p in copy.iterdir()) == ["10", "15", "5"]
+
+
+def test_nothing_there_is_a_fresh_start(tmp_path):
+    assert checkpoint.read_newest(tmp_path / "none", print, set_aside=True) is None
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    current = make_state(create_model("resnet8"), ema=False)
+    broken = jax.tree.map(lambda x: x, current.params)
+    broken["head"]["bias"] = broken["head"]["bias"].at[3].set(np.nan)
+    writer = checkpoint.Writer(tmp_path / "c", keep=2)
+    with pytest.raises(UserError, match="params/head/bias is not finite at step 0"):
+        writer.save(current.replace(params=broken), {})
+    writer.close()
+    assert checkpoint.steps_in(tmp_path / "c") == []
+
+
+def test_another_net_s_checkpoint_names_the_first_mismatch(saved):
+    directory, _ = saved
+    tree, _ = checkpoint.read(directory / "10")
+    wider = jax.eval_shape(lambda: abstract_state(create_model("resnet8", 7)))
+    with pytest.raises(UserError, match=r"head/.* is float32\[.*10\] in the checkpoint, but .*7\]"):
+        checkpoint.from_tree(tree, wider, False)
+    deeper = jax.eval_shape(lambda: abstract_state(create_model("resnet20")))
+    with pytest.raises(UserError, match="the checkpoint lacks .*block2"):
+        checkpoint.from_tree(tree, deeper, False)
+    lacking = jax.eval_shape(lambda: abstract_state(create_model("resnet8"), ema=False))
+    with pytest.raises(UserError, match="the checkpoint holds ema/"):
+        checkpoint.from_tree(tree, lacking, False)

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from resnet_flax import metrics, workdir
+from resnet_flax.errors import UserError
+
+
+def write(path, steps, split="train", tail=""):
+    lines = [json.dumps({"step": s, "split": split, "error": 0.5, "examples": 10}) for s in steps]
+    path.write_text("\n".join(lines) + ("\n" if lines else "") + tail)
+
+
+def test_a_line_cut_by_a_crash_is_mended_and_no_step_stands_twice(tmp_path):
+    write(tmp_path / "metrics.jsonl", [1, 2, 3], tail='{"step": 4, "spl')
+    log = metrics.RunLog(tmp_path, resume_step=3, tensorboard=False)
+    log.write("train", 3, {"error": 0.1})
+    log.write("train", 4, {"error": 0.4})
+    log.close()
+    records = metrics.read_records(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert records[2]["error"] == 0.5
+    assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+
+
+def test_records_of_steps_to_come_are_kept_aside(tmp_path):
+    write(tmp_path / "metrics.jsonl", [1, 2, 3])
+    log = metrics.RunLog(tmp_path, resume_step=1, tensorboard=False)
+    assert not log.has("train", 2)
+    log.write("train", 2, {"error": 0.25})
+    log.close()
+    assert [r["step"] for r in metrics.read_records(tmp_path / "metrics.jsonl")] == [1, 2]
+    aside = metrics.read_records(tmp_path / "metrics.superseded.jsonl")
+    assert [r["step"] for r in aside] == [2, 3]
+
+
+def test_recent_error_covers_an_epoch_and_no_more():
+    records = [
+        {"step": s, "split": "train", "error": e, "examples": 10}
+        for s, e in ((1, 1.0), (2, 0.5), (3, 0.25))
+    ]
+    assert metrics.recent_error(records, 10) == 0.25
+    assert metrics.recent_error(records, 15) == 0.375
+    assert metrics.recent_error(records, 1000) == pytest.approx(1.75 / 3)
+    assert metrics.recent_error([], 10) is None
+
+
+def test_curves_and_events_are_written(tmp_path):
+    log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=True)
+    for step in (1, 2):
+        log.write("train", step, {"error": 0.5 / step, "loss": 1.0})
+    log.write("test", 2, {"error": 0.5})
+    log.close()
+    metrics.draw_curves(log.records, tmp_path / "curves.png", "title")
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_json_is_replaced_whole_and_reads_back(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"c": ["x  y", "[ ]"], "d": {}}, "e": [[1, 2], [3, 4]]}
+    workdir.write_json(tmp_path / "f.json", {"old": 1})
+    workdir.write_json(tmp_path / "f.json", value)
+    assert workdir.read_json(tmp_path / "f.json") == value
+    assert "[1, 2]" in (tmp_path / "f.json").read_text()
+    assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+    assert workdir.read_json(tmp_path / "absent.json") is None
+    (tmp_path / "f.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        workdir.read_json(tmp_path / "f.json")
+
+
+def test_a_directory_is_held_by_one(tmp_path):
+    with workdir.claim(tmp_path / "run"):
+        with pytest.raises(UserError, match="another process"), workdir.claim(tmp_path / "run"):
+            pass
+    with workdir.claim(tmp_path / "run"):
+        pass
+
+
+def test_a_failure_leaves_no_empty_directory_behind(tmp_path):
+    with pytest.raises(UserError), workdir.claim(tmp_path / "run"):
+        raise UserError("early")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError), workdir.claim(tmp_path / "run"):
+        (tmp_path / "run" / "config.json").write_text("{}")
+        raise UserError("late")
+    assert (tmp_path / "run" / "config.json").exists()
