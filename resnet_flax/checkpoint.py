@@ -26,6 +26,10 @@ from resnet_flax.state import TrainState
 _FILES = "files.json"
 
 
+class NotFiniteError(Exception):
+    """The state to be saved holds an infinity or a NaN."""
+
+
 def to_tree(state: TrainState) -> dict[str, Any]:
     """Nested dicts of host arrays in the canonical layout, without empty branches."""
     canonical = layout.to_canonical(jax.device_get(state))
@@ -83,7 +87,7 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
       UserError: it is damaged; the message says how.
     """
-    path = epath.Path(path)
+    path = epath.Path(path).resolve()
     reason = _damaged_file(path) or "its content does not match its SHA-256"
     if not reason.startswith("file"):
         try:
@@ -198,7 +202,7 @@ class Writer:
 
     def __init__(self, directory: epath.PathLike, keep: int):
         """Opens (or makes) `directory`; what an interrupted save or deletion left is removed."""
-        self.directory = epath.Path(directory)
+        self.directory = epath.Path(directory).resolve()  # Orbax takes no relative path.
         self.best_step: int | None = None
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
@@ -216,13 +220,14 @@ class Writer:
           record: JSON-serialisable, returned by `read`.
 
         Raises:
-          UserError: a value is not finite, or this save or an earlier one failed (disk full, say).
+          NotFiniteError: a value is not finite: nothing is saved.
+          UserError: this save or an earlier one failed (disk full, say).
         """
         tree = to_tree(state)
         step = int(tree["step"])
         for path, value in flax.traverse_util.flatten_dict(tree).items():
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-                raise UserError(f"{'/'.join(path)} is not finite at step {step}: not saved")
+                raise NotFiniteError(f"{'/'.join(path)} is not finite at step {step}")
         # What JSON makes of the record (floats, say) is what will be hashed on reading.
         record = json.loads(json.dumps(record))
         metadata = {"record": record, "sha256": content_hash(tree, record)}

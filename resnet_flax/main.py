@@ -26,12 +26,26 @@ _WEIGHTS = flags.DEFINE_string(
 )
 
 
+def _check_config_file(path: str) -> None:
+    try:
+        pathlib.Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"cannot read the config file {path!r}: {reason}; the project's are in configs/, for "
+            "example --config=configs/resnet20.py"
+        ) from error
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; whatever is wrong with them becomes a `UserError`."""
     known = flatten(base_config())
     sections = {key.split(".")[0] for key in known}
-    for arg in argv[1:]:
-        name, dot, key = arg.lstrip("-").split("=", 1)[0].partition(".")
+    for arg, after in zip(argv[1:], [*argv[2:], ""], strict=True):
+        flag, equals, value = arg.lstrip("-").partition("=")
+        if arg.startswith("-") and flag == "config":
+            _check_config_file((value if equals else after).partition(":")[0])
+        name, dot, key = flag.partition(".")
         if not arg.startswith("-") or name not in ("config", "noconfig") or not dot:
             continue
         if key not in known:
@@ -43,11 +57,6 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read the config file {error.filename}: {error.strerror}; the project's are in "
-            "configs/, for example --config=configs/resnet20.py"
-        ) from error
     except UserError:
         raise
     except Exception as error:

@@ -121,6 +121,7 @@ class _Loop:
         self.pending: tuple[int, dict] | None = None
         self.saved: str | None = None
         self.scores: dict[str, Any] = {}
+        self.rate = math.nan
         self.compiled = False
         self.stop_signal = 0
         self.clock = time.monotonic()
@@ -214,16 +215,19 @@ class _Loop:
         ):
             step = first + i + 1
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {step} (learning rate {rate:g}); last good "
-                    f"checkpoint: {self.saved or 'none'}\nlower config.optim.learning_rate, or "
-                    "warm up with config.optim.warmup_steps"
-                )
+                raise self._diverged(f"the loss is {loss} at step {step}", rate)
             steps, loss_sum, error_sum = h.window
             h.window = steps + 1, loss_sum + loss, error_sum + error
             if step % self.config.log.every_steps == 0 or step == self.config.train.total_steps:
                 self._log_window(step, rate)
+        self.rate = rate
         self.progress.update(step, loss, error, rate, self._images_per_second())
+
+    def _diverged(self, what: str, rate: float) -> UserError:
+        return UserError(
+            f"{what} (learning rate {rate:g}); last good checkpoint: {self.saved or 'none'}\n"
+            "lower config.optim.learning_rate, or warm up with config.optim.warmup_steps"
+        )
 
     def _log_window(self, step: int, rate: float) -> None:
         steps, loss, error = self.history.window
@@ -266,7 +270,10 @@ class _Loop:
         self.writer.best_step = self._best_step()
         if self.saved and pathlib.Path(self.saved).name == str(self.step):
             return
-        self.saved = self.writer.save(self.state, dataclasses.asdict(self.history))
+        try:
+            self.saved = self.writer.save(self.state, dataclasses.asdict(self.history))
+        except checkpoint.NotFiniteError as error:
+            raise self._diverged(str(error), self.rate) from error
 
     def _tick(self) -> None:
         now = time.monotonic()

@@ -29,8 +29,7 @@ def root():
     return ROOT
 
 
-@pytest.fixture
-def small_config():
+def make_small_config():
     """A run of seconds: 8 layers on the digits, 12 steps of 16, one device."""
     config = base_config()
     config.model.name = "resnet8"
@@ -46,3 +45,8 @@ def small_config():
     config.log.every_steps = 2
     config.log.tensorboard = False
     return config
+
+
+@pytest.fixture
+def small_config():
+    return make_small_config()

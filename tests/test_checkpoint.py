@@ -161,7 +161,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     broken = jax.tree.map(lambda x: x, current.params)
     broken["head"]["bias"] = broken["head"]["bias"].at[3].set(np.nan)
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
-    with pytest.raises(UserError, match="params/head/bias is not finite at step 0"):
+    with pytest.raises(checkpoint.NotFiniteError, match="params/head/bias is not finite at step 0"):
         writer.save(current.replace(params=broken), {})
     writer.close()
     assert checkpoint.steps_in(tmp_path / "c") == []

@@ -69,19 +69,28 @@ def test_json_is_replaced_whole_and_reads_back(tmp_path):
         workdir.read_json(tmp_path / "f.json")
 
 
+def claim_and(directory, action=lambda: None):
+    with workdir.claim(directory):
+        action()
+
+
 def test_a_directory_is_held_by_one(tmp_path):
-    with workdir.claim(tmp_path / "run"):
-        with pytest.raises(UserError, match="another process"), workdir.claim(tmp_path / "run"):
-            pass
-    with workdir.claim(tmp_path / "run"):
-        pass
+    with workdir.claim(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        claim_and(tmp_path / "run")
+    claim_and(tmp_path / "run")
 
 
 def test_a_failure_leaves_no_empty_directory_behind(tmp_path):
-    with pytest.raises(UserError), workdir.claim(tmp_path / "run"):
+    def fail():
         raise UserError("early")
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(UserError), workdir.claim(tmp_path / "run"):
+
+    def write_and_fail():
         (tmp_path / "run" / "config.json").write_text("{}")
         raise UserError("late")
+
+    with pytest.raises(UserError, match="early"):
+        claim_and(tmp_path / "run", fail)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="late"):
+        claim_and(tmp_path / "run", write_and_fail)
     assert (tmp_path / "run" / "config.json").exists()

@@ -1,0 +1,196 @@
+"""The command line as a user meets it: real processes, real kills, and hostile input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_flax import checkpoint, metrics
+from tests.conftest import ROOT
+
+SMALL = [
+    "--config=configs/quickstart.py",
+    "--config.model.name=resnet8",
+    "--config.data.batch_size=16",
+    "--config.train.total_steps=40",
+    "--config.train.cpu_devices=1",
+    "--config.eval.every_steps=10",
+    "--config.checkpoint.every_steps=5",
+    "--config.log.every_steps=1",
+    "--config.log.tensorboard=False",
+]
+
+
+def command(*args):
+    return [sys.executable, "-m", "resnet_flax.main", *args]
+
+
+def run(*args, timeout=120):
+    return subprocess.run(
+        command(*args), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    done = run(*SMALL, f"--workdir={directory}")
+    assert done.returncode == 0, done.stderr
+    return directory, done
+
+
+def test_a_run_says_what_was_learned_and_what_to_run_next(uninterrupted):
+    directory, done = uninterrupted
+    assert "resnet8 on digits:" in done.stdout
+    assert "% test error" in done.stdout
+    assert "--config=configs/cifar10_short.py" in done.stdout
+    assert "step 40/40" in done.stderr
+    assert "images/s" in done.stderr
+    assert "left" in done.stderr
+    result = json.loads((directory / "result.json").read_text())
+    assert f"{100 * result['test_error_last']:.2f} %" in done.stdout
+    starts = json.loads((directory / "run.json").read_text())["starts"]
+    assert "-m resnet_flax.main --config=configs/quickstart.py" in starts[0]["command"]
+
+
+def test_evaluate_mode_gives_the_same_numbers(uninterrupted):
+    directory, _ = uninterrupted
+    done = run("--mode=evaluate", f"--workdir={directory}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((directory / "result.json").read_text())
+    wanted = f"({result['test_wrong_last']} of {result['test_examples']} wrong)"
+    assert wanted in done.stdout
+    assert done.stdout.count("%") == 11  # the whole and ten classes
+
+
+def last_step(directory):
+    records = metrics.read_records(directory / "metrics.jsonl")
+    return records[-1]["step"] if records else 0
+
+
+def test_killed_at_three_points_it_ends_with_the_same_parameters(uninterrupted, tmp_path):
+    reference, _ = uninterrupted
+    directory = tmp_path / "run"
+    # Points in the run, not in time: the machine's speed does not matter.
+    for kill_at in (3, 17, 31):
+        process = subprocess.Popen(
+            command(*SMALL, f"--workdir={directory}"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while last_step(directory) < kill_at and time.monotonic() < deadline:
+            assert process.poll() is None, "ended before it could be killed"
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(*SMALL, f"--workdir={directory}")
+    assert done.returncode == 0, done.stderr
+    trees = [checkpoint.read(d / "checkpoints" / "40")[0] for d in (reference, directory)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+    curves = [
+        [(r["split"], r["step"], r["loss"]) for r in metrics.read_records(d / "metrics.jsonl")]
+        for d in (reference, directory)
+    ]
+    assert curves[0] == curves[1]
+
+
+def test_a_relative_workdir_works_too(tmp_path):
+    done = run(*SMALL, "--config.train.total_steps=5", f"--workdir={os.path.relpath(tmp_path)}/r")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "r" / "result.json").exists()
+
+
+def test_sigterm_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    directory = tmp_path / "run"
+    process = subprocess.Popen(
+        command(*SMALL, "--config.train.total_steps=4000", f"--workdir={directory}"),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    while last_step(directory) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Stopped by SIGTERM at step" in out
+    step = int(out.split("at step ")[1].split(";")[0])
+    assert checkpoint.steps_in(directory / "checkpoints")[-1] == step
+
+
+QUICK = "--config=configs/quickstart.py"
+BAD_INPUT = {
+    "no config": ([], "no configuration given"),
+    "config file absent": (["--config=configs/absent.py"], "configs/absent.py"),
+    "config file no text": (["--config=docs/curves.png"], "docs/curves.png"),
+    "config file broken": (["--config={tmp}/broken.py"], "SyntaxError"),
+    "misspelt key": (
+        [QUICK, "--config.optim.lerning_rate=0.1"],
+        "did you mean --config.optim.learning_rate?",
+    ),
+    "section as key": ([QUICK, "--config.optim=3"], "config.optim is no config section"),
+    "wrong type": ([QUICK, "--config.train.total_steps=many"], "total_steps"),
+    "unknown flag": ([QUICK, "--workdirr=x"], "workdirr"),
+    "unknown mode": ([QUICK, "--mode=test"], "--mode=test must be one of train, evaluate"),
+    "stray argument": ([QUICK, "stray"], "unexpected argument 'stray'"),
+    "zero duration": ([QUICK, "--config.train.total_steps=0"], "must be a positive duration"),
+    "negative duration": ([QUICK, "--config.eval.every_steps=-1"], "must be a positive duration"),
+    "milestones": ([QUICK, "--config.optim.boundaries_steps=5,3"], "rising order"),
+    "unknown model": ([QUICK, "--config.model.name=resnet21"], "unknown model 'resnet21'"),
+    "unknown data": ([QUICK, "--config.data.name=cifar11"], "unknown data set 'cifar11'"),
+    "devices": (
+        [QUICK, "--config.data.batch_size=63", "--config.train.cpu_devices=2"],
+        "batch_size=63 is not divisible by the 2 cpu devices",
+    ),
+    "group": ([QUICK, "--config.model.bn_group_size=48"], "bn_group_size=48 does not divide"),
+    "archive": (
+        [QUICK, "--config.data.name=cifar10", "--config.data.archive=README.md",
+         "--config.data.data_dir={tmp}/data"],
+        "README.md",
+    ),
+    "nothing to evaluate": (["--mode=evaluate"], "nothing to evaluate"),
+    "no such run": (["--mode=evaluate", "--workdir={tmp}/absent"], "absent does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_clear_error_and_leaves_nothing(name, tmp_path):
+    args, message = BAD_INPUT[name]
+    (tmp_path / "broken.py").write_text("def get_config(:\n")
+    args = [a.replace("{tmp}", str(tmp_path)) for a in args]
+    if not any(a.startswith("--workdir") or a.startswith("--mode=evaluate") for a in args):
+        args.append(f"--workdir={tmp_path}/run")
+    done = run(*args)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ") or lines[-2].startswith("error: ")
+    assert message in done.stderr
+    assert len(lines) <= 3
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_workdir_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    done = run(*SMALL, f"--workdir={tmp_path}/run")
+    assert done.returncode == 1
+    assert "cannot write in workdir" in done.stderr
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    done = run(*SMALL, f"--workdir={tmp_path}/file")
+    assert done.returncode == 1
+    assert "cannot write in workdir" in done.stderr
+    assert (tmp_path / "file").read_text() == "precious"

@@ -1,0 +1,247 @@
+"""Whole runs in this process: what they leave, and that stopping them changes nothing."""
+
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from resnet_flax import checkpoint, metrics, scoring, train, weights
+from resnet_flax.errors import UserError
+from tests import conftest
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run, with a validation split and averaged weights."""
+    config = conftest.make_small_config()
+    config.data.split = "45k/5k"
+    config.optim.ema_decay = 0.5
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    return config, directory, train.train(config, directory)
+
+
+def final_tree(directory):
+    steps = checkpoint.steps_in(directory / "checkpoints")
+    return checkpoint.read(directory / "checkpoints" / str(steps[-1]))
+
+
+def assert_same_end(a, b):
+    """Equal to the bit: parameters, statistics, momentum, averages, and the training records."""
+    (tree_a, _), (tree_b, _) = final_tree(a), final_tree(b)
+    jax.tree.map(np.testing.assert_array_equal, tree_a, tree_b)
+    timing = ("images_per_second",)
+    records = [
+        [{k: v for k, v in r.items() if k not in timing} for r in metrics.read_records(path)]
+        for path in (a / "metrics.jsonl", b / "metrics.jsonl")
+    ]
+    assert records[0] == records[1]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    _, directory, result = finished
+    names = {p.name for p in directory.iterdir()}
+    assert {"config.json", "run.json", "metrics.jsonl", "curves.png", "result.json",
+            "weights.safetensors", "checkpoints"} <= names  # fmt: skip
+    assert json.loads((directory / "result.json").read_text()) == json.loads(
+        json.dumps(result, default=list)
+    )
+    assert result["model"] == "resnet8"
+    assert (result["seed"], result["steps"]) == (0, 12)
+    for key in ("test_error_last", "test_error_at_best_validation", "test_error_best_is_leakage",
+                "train_error_last"):  # fmt: skip
+        assert 0 <= result[key] <= 1
+    assert result["seconds"] > 0
+    assert result["images_per_second"] > 0
+    assert "cpu" in result["hardware"]
+    assert result["test_wrong_last"] == round(result["test_error_last"] * result["test_examples"])
+    run = json.loads((directory / "run.json").read_text())
+    assert run["parameters"] == 75_290
+    assert len(run["data"]["validation_draw"]) == run["data"]["validation_examples"] > 100
+    assert run["starts"][0]["versions"]["jax"] == jax.__version__
+    stored = json.loads((directory / "config.json").read_text())
+    assert stored["data.split"] == "45k/5k"
+
+
+def test_records_come_when_they_are_due(finished):
+    _, directory, _ = finished
+    records = metrics.read_records(directory / "metrics.jsonl")
+    steps = {s: [r["step"] for r in metrics.of_split(records, s)] for s in ("train", "test")}
+    assert steps == {"train": [2, 4, 6, 8, 10, 12], "test": [4, 8, 12]}
+    rates = [r["rate"] for r in metrics.of_split(records, "train")]
+    np.testing.assert_allclose(rates, [0.1] * 3 + [0.01, 0.001, 0.001], rtol=1e-5)
+    assert all(r["examples"] == 32 for r in metrics.of_split(records, "train"))
+
+
+def test_the_best_checkpoint_is_chosen_by_validation(finished):
+    _, directory, result = finished
+    records = metrics.of_split(metrics.read_records(directory / "metrics.jsonl"), "validation")
+    best = min(records, key=lambda r: r["error"])["step"]
+    assert result["best_validation_step"] == best
+    assert best in checkpoint.steps_in(directory / "checkpoints")
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
+    finished, tmp_path, stop_at, monkeypatch
+):
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+    original = train._Loop._train
+
+    def train_then_signal(self):
+        original(self)
+        if self.step == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(train._Loop, "_train", train_then_signal)
+    stopped = train.train(config, directory)
+    assert stopped == {"stopped": stop_at, "signal": "SIGTERM"}
+    assert not (directory / "result.json").exists()
+    assert stop_at in checkpoint.steps_in(directory / "checkpoints")
+    monkeypatch.undo()
+    train.train(config, directory)
+    assert_same_end(directory, uninterrupted)
+    starts = json.loads((directory / "run.json").read_text())["starts"]
+    assert [s["step"] for s in starts] == [0, stop_at]
+
+
+class Crash(BaseException):
+    pass
+
+
+def test_a_crash_between_checkpoint_and_evaluation_loses_nothing(finished, tmp_path, monkeypatch):
+    """A due evaluation that the crash prevented is run after the restart, before any step."""
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+
+    def crash(self):
+        self._save()
+        self.writer.close()
+        raise Crash
+
+    original = train._Loop._evaluate_if_due
+    monkeypatch.setattr(
+        train._Loop, "_evaluate_if_due", lambda s: crash(s) if s.step == 8 else original(s)
+    )
+    with pytest.raises(Crash):
+        train.train(config, directory)
+    monkeypatch.undo()
+    assert checkpoint.steps_in(directory / "checkpoints")[-1] == 8
+    assert [r["step"] for r in metrics.read_records(directory / "metrics.jsonl")][-1] == 8
+    train.train(config, directory)
+    assert_same_end(directory, uninterrupted)
+
+
+def test_a_damaged_newest_checkpoint_costs_time_but_nothing_else(finished, tmp_path, capsys):
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    (directory / "result.json").unlink()
+    victim = max((directory / "checkpoints" / "12").rglob("*"), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:100])
+    train.train(config, directory)
+    assert "12 is damaged" in capsys.readouterr().err
+    assert_same_end(directory, uninterrupted)
+    assert (directory / "damaged_checkpoints" / "12.0").is_dir()
+    # The records that the run passed a second time have been kept, too.
+    assert metrics.read_records(directory / "metrics.superseded.jsonl")
+
+
+def test_a_finished_run_is_left_alone(finished):
+    config, directory, result = finished
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
+    again = train.train(config, directory)
+    assert again["test_error_last"] == result["test_error_last"]
+    assert before == {p: p.stat().st_mtime_ns for p in directory.rglob("*") if p.name != ".lock"}
+
+
+def test_a_workdir_of_another_config_is_refused_naming_the_keys(finished, small_config):
+    _, directory, _ = finished
+    small_config.data.split = "45k/5k"
+    small_config.optim.ema_decay = 0.5
+    small_config.optim.learning_rate = 0.2
+    small_config.seed = 3
+    with pytest.raises(UserError, match=r"optim\.learning_rate: 0\.1 -> 0\.2; seed: 0 -> 3"):
+        train.train(small_config, directory)
+
+
+def test_changed_data_are_refused(finished, tmp_path):
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    run = json.loads((directory / "run.json").read_text())
+    run["data"]["fingerprint"] = "0" * 64
+    (directory / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match="digits is not the one that the run .* began with"):
+        train.train(config, directory)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
+    small_config.optim.learning_rate = 1e20
+    small_config.eval.every_steps = 1
+    small_config.checkpoint.every_steps = 1
+    with pytest.raises(UserError) as info:
+        train.train(small_config, tmp_path / "run")
+    message = str(info.value)
+    assert "learning rate 1e+20" in message or "not finite at step" in message
+    assert "last good checkpoint" in message
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_evaluation_of_checkpoint_and_weights_agree_with_the_result(finished, capsys):
+    config, directory, result = finished
+    percent = f"test: error {100 * result['test_error_last']:.2f} % ({result['test_wrong_last']} of"
+    from_run = scoring.score(None, str(directory), None)
+    assert percent in from_run
+    assert "step 12" in from_run
+    assert json.loads((directory / "evaluation.json").read_text())["test"]["examples"] == 355
+    file = str(directory / "weights.safetensors")
+    assert percent in scoring.score(None, None, file)
+    assert percent in scoring.score(config, None, file)
+    one = str(directory / "checkpoints" / "12")
+    assert percent in scoring.score(None, None, one)
+
+
+def test_weights_describe_themselves_and_begin_a_new_run(finished, small_config, tmp_path):
+    _, directory, result = finished
+    file = directory / "weights.safetensors"
+    loaded = weights.load(file)
+    assert loaded.model == {
+        "name": "resnet8", "shortcut": "A", "num_classes": 10, "stride_in_3x3": False
+    }  # fmt: skip
+    assert loaded.class_names == tuple("0123456789")
+    assert loaded.training["test_error_last"] == result["test_error_last"]
+    assert loaded.mean.shape == (32, 32, 3)
+    small_config.train.total_steps = 1
+    small_config.optim.learning_rate = 1e-12
+    train.train(small_config, tmp_path / "run", str(file))
+    tree, _ = final_tree(tmp_path / "run")
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-8)  # noqa: E731
+    jax.tree.map(close, tree["params"], loaded.variables["params"])
+
+
+def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):
+    _, directory, _ = finished
+    small_config.model.name = "resnet20"
+    with pytest.raises(UserError, match=r"is of another net: it lacks .*block2"):
+        scoring.score(small_config, None, str(directory / "weights.safetensors"))
+    (tmp_path / "text.safetensors").write_text("no weights")
+    with pytest.raises(UserError, match="cannot be read"):
+        scoring.score(None, None, str(tmp_path / "text.safetensors"))
+    with pytest.raises(UserError, match="does not exist"):
+        scoring.score(None, None, str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        scoring.score(None, None, None)
+
+
+def test_statistics_can_be_estimated_again_before_an_evaluation(small_config, tmp_path):
+    small_config.eval.bn_examples = 256
+    result = train.train(small_config, tmp_path / "run")
+    plain = pathlib.Path(tmp_path / "plain")
+    small_config.eval.bn_examples = 0
+    # Early on, running statistics lag far behind: the estimates must make a difference.
+    assert result["test_loss_last"] != train.train(small_config, plain)["test_loss_last"]
