@@ -198,7 +198,7 @@ def test_evaluation_of_checkpoint_and_weights_agree_with_the_result(finished, ca
     from_run = scoring.score(None, str(directory), None)
     assert percent in from_run
     assert "step 12" in from_run
-    assert json.loads((directory / "evaluation.json").read_text())["test"]["examples"] == 355
+    assert json.loads((directory / "evaluation.json").read_text())["test"]["examples"] == 359
     file = str(directory / "weights.safetensors")
     assert percent in scoring.score(None, None, file)
     assert percent in scoring.score(config, None, file)

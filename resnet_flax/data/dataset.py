@@ -112,7 +112,7 @@ def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
 
     Args:
       labels: integers [N].
-      parts: one example in this many is drawn, rounded down within each class.
+      parts: one example in this many is drawn, rounded within each class.
       seed: of the draw.
 
     Returns:
@@ -122,7 +122,7 @@ def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
     drawn = []
     for label in np.unique(labels):
         positions = np.flatnonzero(labels == label)
-        drawn.append(random.permutation(positions)[: len(positions) // parts])
+        drawn.append(random.permutation(positions)[: round(len(positions) / parts)])
     return np.sort(np.concatenate(drawn))
 
 

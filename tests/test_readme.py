@@ -1,0 +1,57 @@
+"""What README says is what the code does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from resnet_flax import create_model
+from resnet_flax.config import base_config, flatten
+from resnet_flax.models import ARCHITECTURES
+
+IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def readme():
+    from tests.conftest import ROOT
+
+    return (ROOT / "README.md").read_text()
+
+
+def parameters(name, shortcut):
+    model = create_model(name, shortcut=shortcut, scan=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)["params"]
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def net_table():
+    """The table of README, made from the code."""
+    rows = []
+    for name, architecture in ARCHITECTURES.items():
+        cells = []
+        for option in ("A", "B", "C"):
+            if architecture.shortcut == "none":
+                cells.append(f"**{parameters(name, None):,}**" if option == "A" else "–")
+            else:
+                count = f"{parameters(name, option):,}"
+                cells.append(f"**{count}**" if option == architecture.shortcut else count)
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_nets_is_true(readme):
+    inside = readme.split("<!-- nets -->")[1].split("<!-- /nets -->")[0].strip()
+    assert inside.split("\n", 2)[2] == net_table()
+
+
+def test_files_and_keys_that_readme_names_exist(readme, root):
+    for path in re.findall(r"\((?!http)([^)\s]+)\)", readme):
+        if "/" in path:
+            assert (root / path).exists(), path
+    for config in re.findall(r"--config=(configs/\w+\.py)", readme):
+        assert (root / config).exists(), config
+    known = flatten(base_config())
+    for key in re.findall(r"--config\.([\w.]+)=", readme):
+        assert key in known, key
