@@ -17,9 +17,9 @@ from tests.conftest import ROOT
 SMALL = [
     "--config=configs/quickstart.py",
     "--config.model.name=resnet8",
-    "--config.data.batch_size=16",
+    "--config.data.batch_size=32",
     "--config.train.total_steps=40",
-    "--config.train.cpu_devices=1",
+    "--config.train.cpu_devices=2",
     "--config.eval.every_steps=10",
     "--config.checkpoint.every_steps=5",
     "--config.log.every_steps=1",
