@@ -209,10 +209,10 @@ class Writer:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
-            if not path.name.isdigit():
+            if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".deleting"):
                 path.rmtree()
 
-    def save(self, state: TrainState, record: dict[str, Any]) -> str:
+    def save(self, state: TrainState, record: dict[str, Any]) -> epath.Path:
         """Begins to save; returns the checkpoint's path. An earlier save is waited for first.
 
         Args:
@@ -240,7 +240,7 @@ class Writer:
         except Exception as error:
             raise self._failure(error) from error
         self._pending = self._thread.submit(self._finish, path, response, self.best_step)
-        return str(path)
+        return path
 
     def _finish(self, path: epath.Path, response, best_step: int | None) -> None:
         response.result()

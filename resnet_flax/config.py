@@ -87,11 +87,11 @@ def base_config() -> ConfigDict:
     return c
 
 
-# A finished or interrupted run may be continued with other values of these: none changes a result.
+# A run may go on with other values of these: none changes a result by more than rounding.
 OPERATIONAL_KEYS = frozenset(
-    "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices checkpoint.keep "
-    "checkpoint.every_steps checkpoint.every_epochs checkpoint.every_examples log.every_steps "
-    "log.every_epochs log.every_examples log.tensorboard".split()
+    "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices eval.batch_size "
+    "checkpoint.keep checkpoint.every_steps checkpoint.every_epochs checkpoint.every_examples "
+    "log.tensorboard".split()
 )
 
 _CHOICES = {
@@ -108,11 +108,11 @@ _RANGES = {
     "model.bn_group_size": (0, math.inf, True, False),
     "model.bn_momentum": (0, 1, True, True),
     "data.batch_size": (1, math.inf, True, False),
-    "data.pad": (0, math.inf, True, False),
-    "optim.learning_rate": (0, math.inf, False, False),
+    "data.pad": (0, 1024, True, True),
+    "optim.learning_rate": (0, 1e6, False, True),
     "optim.decay_factor": (0, math.inf, False, False),
     "optim.warmup_error": (0, 1, True, True),
-    "optim.warmup_rate": (0, math.inf, True, False),
+    "optim.warmup_rate": (0, 1e6, True, True),
     "optim.momentum": (0, 1, True, False),
     "optim.weight_decay": (0, math.inf, True, False),
     "optim.label_smoothing": (0, 1, True, False),
@@ -123,7 +123,8 @@ _RANGES = {
     "eval.bn_examples": (0, math.inf, True, False),
     "checkpoint.keep": (1, math.inf, True, False),
 }
-_MAY_BE_ZERO = ("optim.warmup_steps",)
+# Steps are counted in 32 bits on the devices.
+_LONGEST = 2**31
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -169,24 +170,43 @@ def validate(config: ConfigDict) -> None:
             ):
                 bounds = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
                 raise UserError(f"config.{key}={value} must lie in {bounds}")
-        if key.endswith(("_steps", "_epochs", "_examples")) and not isinstance(value, tuple):
-            zero_ok = (
-                key in _MAY_BE_ZERO or not key.endswith("_steps") or key == "train.chunk_steps"
-            )
-            if not math.isfinite(value) or value < 0 or (value == 0 and not zero_ok):
-                raise UserError(f"config.{key}={value} must be a positive duration")
-        if key.rsplit("_", 1)[0] == "optim.boundaries":
-            if any(b <= 0 for b in value) or any(a >= b for a, b in itertools.pairwise(value)):
-                raise UserError(f"config.{key}={value} must be positive and in rising order")
+        if key.endswith(("_steps", "_epochs", "_examples")):
+            _check_duration(key, value)
     missing = [key for key in declared if key not in flat]
     if missing:
         raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
+    _check_warmup(config.optim)
     group = config.model.bn_group_size
     if group and config.data.batch_size % group:
         raise UserError(
             f"config.model.bn_group_size={group} does not divide "
             f"config.data.batch_size={config.data.batch_size}"
         )
+
+
+def _check_duration(key: str, value: Any) -> None:
+    many = value if isinstance(value, tuple) else (value,)
+    zero_ok = (
+        key in ("optim.warmup_steps", "train.chunk_steps") or not key.endswith("_steps")
+    ) and not isinstance(value, tuple)
+    for v in many:
+        if not 0 <= v < _LONGEST or (v == 0 and not zero_ok):
+            raise UserError(f"config.{key}={value} must be a positive duration, below {_LONGEST}")
+    if any(a >= b for a, b in itertools.pairwise(many)):
+        raise UserError(f"config.{key}={value} must be in rising order")
+
+
+def _check_warmup(o: ConfigDict) -> None:
+    lasts = o.warmup_steps or o.warmup_epochs or o.warmup_examples
+    if o.warmup_error and lasts:
+        raise UserError(
+            f"config.optim.warmup_error={o.warmup_error} and a length of the warm-up exclude each "
+            "other: set one of them to 0"
+        )
+    if o.warmup_error and not o.warmup_rate:
+        raise UserError("config.optim.warmup_rate=0 with warmup_error would never end: raise it")
+    if o.warmup_linear and not lasts:
+        raise UserError("config.optim.warmup_linear needs config.optim.warmup_steps")
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:
@@ -200,9 +220,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
     else:
         right = type(value) is want
     if not right:
-        raise UserError(
-            f"config.{key}={value!r} is of type {type(value).__name__}, must be {want.__name__}"
-        )
+        kind = "tuple of numbers" if want is tuple else want.__name__
+        raise UserError(f"config.{key}={value!r} is of type {type(value).__name__}, must be {kind}")
     if want is float and not math.isfinite(value):
         raise UserError(f"config.{key}={value} must be finite")
 
@@ -218,6 +237,11 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
       UserError: two of a duration's three forms are given, or one is shorter than a step.
     """
     c = config.copy_and_resolve_references()
+    if c.data.batch_size > train_examples:
+        raise UserError(
+            f"config.data.batch_size={c.data.batch_size} exceeds the {train_examples} training "
+            f"examples of {c.data.name}"
+        )
     for section_name, section in c.items():
         if not isinstance(section, ConfigDict):
             continue
@@ -236,11 +260,8 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
             steps = tuple(round(v * unit / c.data.batch_size) for v in many)
             if min(steps) < 1:
                 raise UserError(f"config.{section_name}.{stem}: {given} is shorter than one step")
+            if len(set(steps)) < len(steps) or max(steps) >= _LONGEST:
+                raise UserError(f"config.{section_name}.{stem}: {given} makes the steps {steps}")
             section[f"{stem}_steps"] = steps if isinstance(given, tuple) else steps[0]
             section[key], section[f"{stem}_examples"] = type(epochs)(), type(examples)()
-    if c.data.batch_size > train_examples:
-        raise UserError(
-            f"config.data.batch_size={c.data.batch_size} exceeds the {train_examples} training "
-            f"examples of {c.data.name}"
-        )
     return c

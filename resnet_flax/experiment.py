@@ -158,26 +158,28 @@ class Experiment:
 
     def create_state(self, variables: Any = None) -> state.TrainState:
         """The first state, from canonical `variables` or from the seed."""
-        create = self._creator(variables, self.dataset.train.images.shape[1:])
-        return state.place(create, sharding.replicated(self.mesh))
+        if variables is not None and self.model.scan:
+            variables = layout.to_scanned(variables)
+        create = self._creator(self.dataset.train.images.shape[1:])
+        return state.place(create, sharding.replicated(self.mesh), variables)
 
     def abstract_state(self, image_shape=None) -> state.TrainState:
         """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
         shape = image_shape or self.dataset.train.images.shape[1:]
-        return jax.eval_shape(self._creator(None, shape))
+        return jax.eval_shape(self._creator(shape), None)
 
-    def _creator(self, variables, image_shape):
-        if variables is not None and self.model.scan:
-            variables = layout.to_scanned(variables)
-        return functools.partial(
-            state.create_state,
-            self.model,
-            self.optimizer,
-            seed=self.config.seed,
-            image_shape=image_shape,
-            ema=self.config.optim.ema_decay > 0,
-            variables=variables,
-        )
+    def _creator(self, image_shape):
+        def create(variables):
+            return state.create_state(
+                self.model,
+                self.optimizer,
+                seed=self.config.seed,
+                image_shape=image_shape,
+                ema=self.config.optim.ema_decay > 0,
+                variables=variables,
+            )
+
+        return create
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and dtypes of the variables in the canonical layout."""
@@ -198,37 +200,39 @@ class Experiment:
             compiler_options=cpu.compiler_options(),
         )
 
-    def make_scorer(self):
-        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`."""
-        c = self.config
-        by_batch = sharding.split(self.mesh)
-        eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
+    def make_evaluated(self):
+        """A function from a net's variables to those that are scored and saved.
+
+        They differ where `eval.bn_examples` asks for statistics estimated again.
+        """
+        c, by_batch = self.config, sharding.split(self.mesh)
+        if not c.eval.bn_examples:
+            return lambda variables: variables
         batch_statistics = steps.make_batch_statistics(
             self.model, sharding=by_batch, pad=c.data.pad, flip=c.data.flip
         )
+        return lambda variables: evaluate.reestimate_statistics(
+            batch_statistics,
+            variables,
+            self.train_resident,
+            examples=c.eval.bn_examples,
+            batch_size=c.data.batch_size,
+            split=by_batch,
+        )
 
-        def score(variables) -> dict[str, evaluate.Score]:
-            if c.eval.bn_examples:
-                variables = evaluate.reestimate_statistics(
-                    batch_statistics,
-                    variables,
-                    self.train_resident,
-                    examples=c.eval.bn_examples,
-                    batch_size=c.data.batch_size,
-                    split=by_batch,
-                )
-            return {
-                name: evaluate.evaluate(
-                    eval_chunk,
-                    variables,
-                    resident,
-                    batch_size=c.eval.batch_size,
-                    split=sharding.split(self.mesh, 1),
-                )
-                for name, resident in self.eval_residents.items()
-            }
-
-        return score
+    def make_scorer(self):
+        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`."""
+        eval_chunk = steps.make_eval_chunk(self.model, sharding=sharding.split(self.mesh))
+        return lambda variables: {
+            name: evaluate.evaluate(
+                eval_chunk,
+                variables,
+                resident,
+                batch_size=self.config.eval.batch_size,
+                split=sharding.split(self.mesh, 1),
+            )
+            for name, resident in self.eval_residents.items()
+        }
 
 
 def build(config: ConfigDict, dataset: Dataset, mesh: Mesh, preprocessing=None) -> Experiment:

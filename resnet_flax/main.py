@@ -8,7 +8,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import cpu
-from resnet_flax.config import base_config, flatten, nearest_key
+from resnet_flax.config import base_config, flatten, nearest_key, validate
 from resnet_flax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -79,45 +79,63 @@ def _config_file() -> str | None:
     return getattr(flag, "config_filename", None) if flag.value is not None else None
 
 
-def _train(config: ConfigDict | None, directory: str | None, weights: str | None) -> int:
+def _path(text: str | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return str(pathlib.Path(text).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{text}: {error}") from error
+
+
+def _directory(config: ConfigDict) -> str:
+    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}/seed{config.seed}"
+
+
+def _train(config: ConfigDict | None) -> None:
     # Imported here: jax takes a second that a mistyped flag need not wait for.
-    from resnet_flax import train
+    from resnet_flax import loop, train
 
     if config is None:
         raise UserError("no configuration given; try --config=configs/quickstart.py")
-    if directory is None:
-        directory = f"runs/{_name_of(_config_file())}/seed{config.seed}"
-    path = pathlib.Path(directory).expanduser()
-    result = train.train(config, path, weights)
-    if train.STOPPED in result:
+    path = pathlib.Path(_directory(config))
+    result = train.train(config, path, _path(_WEIGHTS.value))
+    if loop.STOPPED in result:
         print(
-            f"Stopped by {result['signal']} at step {result[train.STOPPED]}; all is saved in "
+            f"Stopped by {result['signal']} at step {result[loop.STOPPED]}; all is saved in "
             f"{path}. The same command goes on from there."
         )
-        return 0
-    print(train.summary(result, path))
-    return 0
+    else:
+        print(train.summary(result, path))
 
 
-def _evaluate(config: ConfigDict | None, directory: str | None, weights: str | None) -> int:
+def _evaluate(config: ConfigDict | None) -> None:
     from resnet_flax import scoring
 
-    if config is not None and directory is None and weights is None:
-        directory = f"runs/{_name_of(_config_file())}/seed{config.seed}"
-    print(scoring.score(config, directory, weights))
-    return 0
+    directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
+    if config is not None and not (directory or source):
+        directory = _directory(config)
+    print(scoring.score(config, directory, source))
 
 
-def main(argv: list[str]) -> int:
-    """Runs the mode asked for; returns the exit status."""
+def main(argv: list[str]) -> None:
+    """Runs the mode asked for."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")
+    config = _CONFIG.value
+    if config is not None:
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"get_config() of the config file returns a {type(config).__name__}, must be a "
+                "ConfigDict: begin with resnet_flax.config.base_config()"
+            )
+        validate(config)
     # Libraries tell of their every step at the default level.
     logging.set_verbosity(logging.WARNING)
-    return modes[_MODE.value](_CONFIG.value, _WORKDIR.value, _WEIGHTS.value)
+    modes[_MODE.value](config)
 
 
 def _catch(function, *args):
@@ -125,6 +143,11 @@ def _catch(function, *args):
         return function(*args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        # A disk, a permission, a vanished directory: the machine's state, not a bug.
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

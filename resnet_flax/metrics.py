@@ -11,45 +11,58 @@ from resnet_flax.workdir import write_atomically
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
     """All whole records of a `metrics.jsonl`; a line cut off by a crash is left out."""
+    return [r for r in map(_parse, _lines(path)) if r is not None]
+
+
+def _lines(path: pathlib.Path) -> list[bytes]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        return [line for line in path.read_bytes().split(b"\n") if line]
     except FileNotFoundError:
         return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and {"step", "split"} <= record.keys():
-            records.append(record)
-    return records
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+        usable = isinstance(record["step"], int) and isinstance(record["split"], str)
+        if usable and math.isfinite(record["error"]) and record["examples"] >= 0:
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _join(lines: list[bytes]) -> bytes:
+    return b"".join(line + b"\n" for line in lines)
 
 
 class RunLog:
     """Appends records to `metrics.jsonl` and to TensorBoard, each (split, step) once.
 
-    A record is one JSON object a line with at least `step` and `split`: "train" records hold means
-    over the steps since the one before.
+    A record is one JSON object a line with at least `step`, `split`, `error` and `examples`:
+    "train" records hold means over the steps since the one before.
     """
 
     def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
         """Opens the log of a run that goes on from `resume_step` (0: from the start).
 
-        Records of later steps, which the run will pass again, move to `metrics.superseded.jsonl`.
+        Records of later steps, which the run will pass again, and lines that are none, move to
+        `metrics.superseded.jsonl`.
         """
         self._path = directory / "metrics.jsonl"
-        records = read_records(self._path)
-        self.records = [r for r in records if r["step"] <= resume_step]
-        superseded = [r for r in records if r["step"] > resume_step]
-        if superseded:
+        lines = _lines(self._path)
+        parsed = [_parse(line) for line in lines]
+        keep = [r is not None and r["step"] <= resume_step for r in parsed]
+        kept = [line for line, k in zip(lines, keep, strict=True) if k]
+        moved = [line for line, k in zip(lines, keep, strict=True) if not k]
+        self.records = [r for r, k in zip(parsed, keep, strict=True) if k]
+        if moved:
             with open(directory / "metrics.superseded.jsonl", "ab") as file:
-                file.write(_lines(superseded))
+                file.write(_join(moved))
                 file.flush()
                 os.fsync(file.fileno())
-        content = _lines(self.records)
-        if not self._path.exists() or self._path.read_bytes() != content:
-            write_atomically(self._path, content)
+        if moved or not self._path.exists() or not self._path.read_bytes().endswith(b"\n"):
+            write_atomically(self._path, _join(kept))
         self._known = {(r["split"], r["step"]) for r in self.records}
         self._file = open(self._path, "ab")
         self._events = None
@@ -57,8 +70,8 @@ class RunLog:
             # Imported here: it takes a while, and not every run wants it.
             from tensorboardX import SummaryWriter
 
-            purge = resume_step + 1 if resume_step else None
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
+            folder = str(directory / "tensorboard")
+            self._events = SummaryWriter(folder, purge_step=resume_step + 1)
 
     def has(self, split: str, step: int) -> bool:
         """Whether this record has been written."""
@@ -71,7 +84,7 @@ class RunLog:
         record = {"step": step, "split": split, **values}
         self._known.add((split, step))
         self.records.append(record)
-        self._file.write(_lines([record]))
+        self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
         if self._events:
             for name, value in values.items():
@@ -91,10 +104,6 @@ class RunLog:
         self._file.close()
         if self._events:
             self._events.close()
-
-
-def _lines(records: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(r) + "\n" for r in records).encode()
 
 
 def of_split(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -18,55 +19,34 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models, weights, workdir
-from resnet_flax.config import OPERATIONAL_KEYS, flatten
+from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import draw_curves, of_split, recent_error
-from resnet_flax.state import TrainState
 
 
-def check_same_config(directory: pathlib.Path, config: ConfigDict) -> None:
-    """Refuses a directory that belongs to another configuration.
-
-    Raises:
-      UserError: names the keys that differ.
-    """
-    old = workdir.read_json(directory / "config.json")
-    if old is None:
-        if any(p.name not in (".lock",) for p in directory.iterdir()):
-            known = {"checkpoints", "metrics.jsonl", "run.json", "result.json"}
-            if known & {p.name for p in directory.iterdir()}:
-                raise UserError(
-                    f"workdir {directory} holds a run without its config.json; restore it, or "
-                    "choose another --workdir"
-                )
-        return
-    differing = workdir.differing_keys(old, flatten(config), OPERATIONAL_KEYS)
-    if differing:
-        raise UserError(
-            f"workdir {directory} belongs to a run of another config; choose another --workdir, or "
-            f"undo: {'; '.join(differing)}"
-        )
+def describe_model(run: Experiment) -> dict[str, Any]:
+    """The arguments of `create_model` that make the run's net, as a weights file keeps them."""
+    model = run.config.model
+    return {
+        "name": model.name,
+        "shortcut": models.resolve_shortcut(model.name, model.shortcut),
+        "num_classes": model.num_classes,
+        "stride_in_3x3": model.stride_in_3x3,
+    }
 
 
-def check_same_data(directory: pathlib.Path, dataset: Dataset) -> None:
-    """Refuses to go on with other data than the run began with.
-
-    Raises:
-      UserError: the data's fingerprint has changed.
-    """
-    old = (workdir.read_json(directory / "run.json") or {}).get("data", {}).get("fingerprint")
-    if old not in (None, dataset.fingerprint):
-        raise UserError(
-            f"the data set {dataset.name} is not the one that the run in {directory} began with "
-            f"(fingerprint {dataset.fingerprint[:12]}, was {old[:12]}); restore it, or choose "
-            "another --workdir"
-        )
-
-
-def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, step: int) -> None:
+def write_start(
+    directory: pathlib.Path,
+    config: ConfigDict,
+    run: Experiment,
+    *,
+    step: int,
+    environment: dict[str, Any],
+    init_weights: str | None,
+) -> None:
     """Writes `config.json` and `run.json` at a run's start, and notes each restart in the latter.
 
     Args:
@@ -74,14 +54,17 @@ def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, st
       config: as given, before durations are resolved.
       run: the experiment.
       step: where it begins or goes on.
+      environment: see `environment`.
+      init_weights: SHA-256 of the weights file it began with, if any.
     """
     path = directory / "run.json"
-    old = workdir.read_json(path)
+    old = workdir.read_json(path) or {}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    start = {"time": now, "step": step, **environment(run.mesh)}
-    if old is not None:
-        workdir.write_json(path, old | {"starts": [*old["starts"], start]})
+    start = {"time": now, "step": step, **environment}
+    if old:
+        workdir.write_json(path, old | {"starts": [*old.get("starts", []), start]})
         return
+    workdir.write_json(directory / "config.json", flatten(config))
     dataset = run.dataset
     draw = dataset.validation_draw
     parameters = jax.tree.leaves(run.abstract_state().params)
@@ -89,7 +72,9 @@ def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, st
         path,
         {
             "model": run.config.model.name,
-            "shortcut": models.resolve_shortcut(run.config.model.name, run.config.model.shortcut),
+            "shortcut": describe_model(run)["shortcut"],
+            "devices": run.mesh.size,
+            "init_weights": init_weights,
             "dtype": str(np.dtype(run.model.dtype)),
             "parameters": sum(int(np.prod(p.shape)) for p in parameters),
             "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,
@@ -106,15 +91,13 @@ def write_start(directory: pathlib.Path, config: ConfigDict, run: Experiment, st
             "starts": [start],
         },
     )
-    # Last: a directory with this file is a run.
-    workdir.write_json(directory / "config.json", flatten(config))
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process."""
+    """Command, commit, versions and hardware of this process; ask for it when it begins."""
     packages = "resnet-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"
     return {
-        "command": " ".join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": _commit(),
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in packages},
@@ -185,19 +168,23 @@ def describe_score(score: Score) -> dict[str, Any]:
 
 def finished(directory: pathlib.Path, total_steps: int) -> dict[str, Any] | None:
     """The result of a run that has ended, or None."""
-    result = workdir.read_json(directory / "result.json")
-    return result if result and result.get("steps") == total_steps else None
+    try:
+        result = workdir.read_json(directory / "result.json") or {}
+    except UserError:
+        return None  # It can be made again from the last checkpoint.
+    return result if result.get("steps") == total_steps else None
 
 
 def write_result(
     directory: pathlib.Path,
     run: Experiment,
-    state: TrainState,
+    variables: Any,
     scores: dict[str, Score],
     records: list[dict[str, Any]],
     *,
     seconds: float,
     images_per_second: float,
+    environment: dict[str, Any],
 ) -> dict[str, Any]:
     """Writes `weights.safetensors`, `curves.png` and, last, `result.json`, which it returns.
 
@@ -207,11 +194,10 @@ def write_result(
     """
     name = run.config.model.name
     at_validation = best(records, "validation")
-    at_test = best(records, "test")
     test_by_step = {r["step"]: r["error"] for r in of_split(records, "test")}
     result = {
         "model": name,
-        "shortcut": models.resolve_shortcut(name, run.config.model.shortcut),
+        "shortcut": describe_model(run)["shortcut"],
         "data": run.dataset.name,
         "seed": run.config.seed,
         "steps": run.config.train.total_steps,
@@ -219,37 +205,31 @@ def write_result(
         "test_loss_last": scores["test"].loss,
         "test_wrong_last": scores["test"].wrong,
         "test_examples": scores["test"].examples,
-        "test_error_at_best_validation": at_validation and test_by_step[at_validation["step"]],
+        "test_error_at_best_validation": at_validation and test_by_step.get(at_validation["step"]),
         "best_validation_step": at_validation and at_validation["step"],
-        "test_error_best_is_leakage": at_test["error"],
+        "test_error_best_is_leakage": min(test_by_step.values(), default=None),
         "train_error_last": recent_error(records, len(run.dataset.train.labels)),
         "class_names": run.dataset.class_names,
         "test_class_errors_last": describe_score(scores["test"])["class_errors"],
         "test_confusion_last": scores["test"].confusion.tolist(),
+        # The whole of `starts` in run.json took part; time that a crash undid does not count.
         "seconds": round(seconds, 2),
         "images_per_second": round(images_per_second, 1),
-        **environment(run.mesh),
+        **environment,
     }
-    save_weights(directory / "weights.safetensors", run, state, result)
+    _save_weights(directory / "weights.safetensors", run, variables, result)
     draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
     workdir.write_json(directory / "result.json", result)
     return result
 
 
-def save_weights(path: pathlib.Path, run: Experiment, state: TrainState, result: dict) -> None:
-    """Writes the evaluated variables of a state as a weights file."""
-    model = run.config.model
+def _save_weights(path: pathlib.Path, run: Experiment, variables: Any, result: dict) -> None:
     training = {k: v for k, v in result.items() if k not in ("class_names", "test_confusion_last")}
     weights.save(
         path,
         weights.Weights(
-            model={
-                "name": model.name,
-                "shortcut": result["shortcut"],
-                "num_classes": model.num_classes,
-                "stride_in_3x3": model.stride_in_3x3,
-            },
-            variables=state.evaluated(),
+            model=describe_model(run),
+            variables=variables,
             mean=run.mean,
             std=run.std,
             class_names=run.dataset.class_names,

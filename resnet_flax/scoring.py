@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import checkpoint, experiment, models, record, sharding, weights, workdir
+from resnet_flax import checkpoint, experiment, identity, models, record, sharding, weights, workdir
 from resnet_flax.config import base_config, flatten, validate
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
@@ -36,19 +37,30 @@ def score(
     Raises:
       UserError: anything the user can mend.
     """
-    path = pathlib.Path(source or directory or "").expanduser()
     if not (source or directory):
         raise UserError("nothing to evaluate: give --workdir, --weights or --config")
+    path = pathlib.Path(source or directory)
     if not path.exists():
         raise UserError(f"{path} does not exist: give a weights file, or a run's directory")
+    if directory:
+        pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     loaded = weights.load(path) if path.is_file() else None
-    config = config or _own_config(path, loaded)
+    if config is None:
+        config = _own_config(path, loaded)
+    elif not loaded:
+        # What it was trained for, and on, is not the evaluation's to change.
+        identity.check_same_config(_run_of(path), config, sections=("model", "data", "seed"))
     validate(config)
     models.resolve_shortcut(config.model.name, config.model.shortcut)
     mesh = experiment.choose_mesh(config)
     dataset = experiment.load_data(config)
+    if loaded:
+        _check_preprocessing(loaded, dataset.test.images.shape[1:], path)
+    else:
+        identity.check_same_data(_run_of(path), dataset)
     run = experiment.build(config, dataset, mesh, loaded and (loaded.mean, loaded.std))
     if loaded:
+        weights.check_model(loaded, record.describe_model(run), str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
         if run.model.scan:
             variables = layout.to_scanned(variables)
@@ -56,13 +68,14 @@ def score(
     else:
         step, variables = _from_checkpoint(path, run, warn)
     variables = jax.device_put(variables, sharding.replicated(run.mesh))
+    if not loaded:
+        # A weights file holds what is to be scored; a checkpoint what was trained.
+        variables = run.make_evaluated()(variables)
     scores = run.make_scorer()(variables)
     if directory:
         content = {name: record.describe_score(s) for name, s in scores.items()}
-        target = pathlib.Path(directory).expanduser()
-        target.mkdir(parents=True, exist_ok=True)
         workdir.write_json(
-            target / "evaluation.json",
+            pathlib.Path(directory) / "evaluation.json",
             {"source": str(path), "step": step, **content, **record.environment(mesh)},
         )
     head = f"{run.config.model.name} from {path}" + (f", step {step}" if step is not None else "")
@@ -70,35 +83,62 @@ def score(
     return "\n".join([head, *tables])
 
 
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    return path.name.isdigit() and path.resolve().parent.name == "checkpoints"
+
+
+def _run_of(path: pathlib.Path) -> pathlib.Path:
+    """The run's directory, of it or of one of its checkpoints."""
+    return path.resolve().parent.parent if _is_checkpoint(path) else path
+
+
 def _own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDict:
     config = base_config()
+    elsewhere: tuple[str, ...] = ()
     if loaded:
         stored = loaded.training.get("config", {})
+        stored = stored if isinstance(stored, dict) else {}
         stored |= {f"model.{key}": value for key, value in loaded.model.items()}
+        # Where the data lay on the machine that made the file says nothing here.
+        elsewhere = "data.data_dir", "data.archive", "data.mirror"
     else:
-        run = path.parent.parent if path.name.isdigit() else path
-        stored = workdir.read_json(run / "config.json")
+        stored = workdir.read_json(_run_of(path) / "config.json")
         if stored is None:
-            raise UserError(f"{run} holds no config.json: give --config, or a run's directory")
+            raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
     for key in flatten(config):
-        if key in stored and key not in ("data.data_dir", "data.archive", "data.mirror"):
+        if key in stored and key not in elsewhere:
             value = stored[key]
             section, _, name = key.rpartition(".")
             target = config[section] if section else config
-            target[name] = tuple(value) if isinstance(value, list) else value
+            with target.ignore_type():  # `validate` names what is wrong.
+                target[name] = tuple(value) if isinstance(value, list) else value
     return config
 
 
+def _check_preprocessing(loaded: weights.Weights, image_shape, path: pathlib.Path) -> None:
+    try:
+        fits = np.broadcast_shapes(loaded.mean.shape, loaded.std.shape, image_shape) == image_shape
+    except ValueError:
+        fits = False
+    if not fits or np.any(loaded.std == 0):
+        raise UserError(
+            f"weights file {path} expects images of another shape: its mean is "
+            f"{list(loaded.mean.shape)}, the images are {list(image_shape)}"
+        )
+
+
 def _from_checkpoint(path: pathlib.Path, run: Experiment, warn) -> tuple[int, Any]:
-    if path.name.isdigit():
+    if _is_checkpoint(path):
         step, (tree, _) = int(path.name), checkpoint.read(path)
     else:
         found = checkpoint.read_newest(path / "checkpoints", warn, set_aside=False)
         if found is None:
             raise UserError(f"{path} holds no checkpoints")
         step, tree, _ = found
-    state = checkpoint.from_tree(tree, run.abstract_state(), run.model.scan)
-    return step, state.evaluated()
+    # Averaged weights are what was evaluated, whatever this evaluation's configuration says.
+    tree = tree["ema"] if "ema" in tree else {k: tree[k] for k in ("params", "batch_stats")}
+    variables = weights.fit(tree, run.abstract_variables(), str(path))
+    return step, layout.to_scanned(variables) if run.model.scan else variables
 
 
 def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:

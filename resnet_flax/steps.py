@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax import augment, optim
 from resnet_flax.models.resnet import ResNet
@@ -65,9 +65,10 @@ def make_train_chunk(
 
     Returns:
       A jitted function from (state, resident, indices int32 [k, B]) to the next state and a dict of
-      float32 [k]: `loss` (mean over the batch), `error` (0 to 1), `rate` (learning rate). It
-      donates the state. k = 1 runs without a loop: XLA's CPU backend is some 45 times slower at a
-      convolution's gradient inside one.
+      float32 [k]: `loss` (mean over the batch; NaN where the gradient or a batch statistic is not
+      finite), `error` (0 to 1), `rate` (learning rate). All come out replicated. It donates the
+      state. k = 1 runs without a loop: XLA's CPU backend is some 45 times slower at a convolution's
+      gradient inside one.
     """
 
     def train_step(state: TrainState, index: jax.Array, resident: dict):
@@ -88,6 +89,9 @@ def make_train_chunk(
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, (logits, batch_stats)), grads = gradient(state.params)
         error = jnp.mean(jnp.argmax(logits, axis=-1) != labels)
+        # XLA's CPU backend takes max(NaN, 0) for 0: a net can be lost and its loss be finite.
+        is_finite = jnp.isfinite(optax.tree.norm((grads, batch_stats)))
+        loss = jnp.where(is_finite, loss, jnp.nan)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, error=error)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -103,7 +107,12 @@ def make_train_chunk(
             return state, jax.tree.map(lambda x: x[None], sums)
         return jax.lax.scan(lambda s, i: train_step(s, i, resident), state, indices)
 
-    return jax.jit(train_chunk, donate_argnums=0, compiler_options=compiler_options)
+    return jax.jit(
+        train_chunk,
+        donate_argnums=0,
+        out_shardings=NamedSharding(sharding.mesh, PartitionSpec()),
+        compiler_options=compiler_options,
+    )
 
 
 def make_eval_chunk(
@@ -137,7 +146,7 @@ def make_eval_chunk(
         sums = jax.lax.map(lambda i: eval_step(variables, i, resident), indices)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-    return jax.jit(eval_chunk)
+    return jax.jit(eval_chunk, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def make_batch_statistics(
@@ -166,4 +175,4 @@ def make_batch_statistics(
         _, new = fresh.apply(variables, images, train=True, mutable=["batch_stats"])
         return new["batch_stats"]
 
-    return jax.jit(batch_statistics)
+    return jax.jit(batch_statistics, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))

@@ -65,12 +65,12 @@ def load(path: pathlib.Path) -> Weights:
     Raises:
       UserError: it is missing, damaged, or not in this format.
     """
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise UserError(f"weights file {path} does not exist") from error
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"weights file {path} cannot be read: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -85,7 +85,36 @@ def load(path: pathlib.Path) -> Weights:
         )
     except (KeyError, ValueError) as error:
         raise UserError(f"weights file {path} is incomplete: {error}") from error
+    if not (
+        isinstance(model, dict)
+        and isinstance(model.get("name"), str)
+        and isinstance(class_names, list)
+        and isinstance(training, dict)
+    ):
+        raise UserError(f"weights file {path} is damaged: its metadata are not of the right types")
+    for name, value in {"preprocess/mean": mean, "preprocess/std": std, **tensors}.items():
+        if not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
+            raise UserError(f"weights file {path} is damaged: {name} is not finite throughout")
     return Weights(model, variables, mean, std, tuple(class_names), training)
+
+
+def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
+    """Refuses the weights of a net whose arrays may fit, but which computes something else.
+
+    Args:
+      weights: from `load`.
+      model: what `Weights.model` must be.
+      source: where the weights come from, for the message.
+
+    Raises:
+      UserError: names the first option that differs.
+    """
+    for key, value in model.items():
+        if key in weights.model and weights.model[key] != value:
+            raise UserError(
+                f"{source} is of another net: its {key} is {weights.model[key]!r}, but {value!r} "
+                "here"
+            )
 
 
 def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:

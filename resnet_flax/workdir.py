@@ -50,18 +50,21 @@ def _umask() -> int:
     return mask
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """The content of a JSON file, or None where there is none.
+def read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where there is no file.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: it is not a JSON object.
     """
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (it holds no object); restore it from a copy")
+    return content
 
 
 @contextlib.contextmanager
@@ -71,7 +74,7 @@ def claim(directory: pathlib.Path) -> Iterator[None]:
     Raises:
       UserError: it cannot be written, or another process holds it.
     """
-    is_new = not directory.exists()
+    made = [p for p in (directory, *directory.parents) if not p.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / ".lock", "a")
@@ -82,17 +85,21 @@ def claim(directory: pathlib.Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(
                 f"another process is training in workdir {directory}; wait for it, or choose "
                 "another --workdir"
             ) from error
+        except OSError:
+            pass  # A file system without locks: two runs at once are the user's to avoid.
         try:
             yield
         except BaseException:
-            if is_new and [p.name for p in directory.iterdir()] == [".lock"]:
+            if made and [p.name for p in directory.iterdir()] == [".lock"]:
                 (directory / ".lock").unlink()
-                directory.rmdir()
+                with contextlib.suppress(OSError):
+                    for path in made:
+                        path.rmdir()
             raise
 
 

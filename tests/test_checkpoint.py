@@ -19,7 +19,7 @@ def abstract_state(model, seed=0, ema=True):
 
 
 def make_state(*args, **options):
-    return state.place(lambda: abstract_state(*args, **options), sharding.replicated(MESH))
+    return state.place(lambda _: abstract_state(*args, **options), sharding.replicated(MESH))
 
 
 def at_step(some, step):
@@ -145,11 +145,12 @@ def test_an_interrupted_save_is_ignored_and_cleared_away(saved, tmp_path):
     copy = tmp_path / "checkpoints"
     shutil.copytree(directory, copy)
     shutil.copytree(copy / "10", copy / "15.orbax-checkpoint-tmp")
+    (copy / "notes.txt").write_text("mine")
     assert checkpoint.read_newest(copy, print, set_aside=True)[0] == 10
     writer = checkpoint.Writer(copy, keep=3)
     writer.save(at_step(current, 15), {})
     writer.close()
-    assert sorted(p.name for p in copy.iterdir()) == ["10", "15", "5"]
+    assert sorted(p.name for p in copy.iterdir()) == ["10", "15", "5", "notes.txt"]
 
 
 def test_nothing_there_is_a_fresh_start(tmp_path):

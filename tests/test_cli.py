@@ -132,8 +132,10 @@ QUICK = "--config=configs/quickstart.py"
 BAD_INPUT = {
     "no config": ([], "no configuration given"),
     "config file absent": (["--config=configs/absent.py"], "configs/absent.py"),
-    "config file no text": (["--config=docs/curves.png"], "docs/curves.png"),
+    "config file no text": (["--config=results/cifar10_short/curves.png"], "not a text file"),
     "config file broken": (["--config={tmp}/broken.py"], "SyntaxError"),
+    "config is a dict": (["--config={tmp}/dict.py"], "returns a dict, must be a ConfigDict"),
+    "no such user": ([QUICK, "--workdir=~nosuchuser/x"], "~nosuchuser/x"),
     "misspelt key": (
         [QUICK, "--config.optim.lerning_rate=0.1"],
         "did you mean --config.optim.learning_rate?",
@@ -167,6 +169,7 @@ BAD_INPUT = {
 def test_bad_input_is_one_clear_error_and_leaves_nothing(name, tmp_path):
     args, message = BAD_INPUT[name]
     (tmp_path / "broken.py").write_text("def get_config(:\n")
+    (tmp_path / "dict.py").write_text("def get_config():\n    return {'seed': 1}\n")
     args = [a.replace("{tmp}", str(tmp_path)) for a in args]
     if not any(a.startswith("--workdir") or a.startswith("--mode=evaluate") for a in args):
         args.append(f"--workdir={tmp_path}/run")

@@ -89,7 +89,7 @@ def changed(**changes):
         ({"train__total_steps": -5}, "total_steps=-5 must be a positive"),
         ({"eval__every_epochs": -1.0}, "eval.every_epochs=-1.0 must be a positive"),
         ({"optim__boundaries_steps": (48_000, 32_000)}, "rising order"),
-        ({"optim__boundaries_steps": (0, 32_000)}, "must be positive"),
+        ({"optim__boundaries_steps": (0, 32_000)}, "must be a positive duration"),
         ({"optim__learning_rate": -0.1}, "learning_rate=-0.1 must lie in"),
         ({"optim__learning_rate": float("nan")}, "must be finite"),
         ({"optim__momentum": 1.0}, "momentum=1.0 must lie in"),
@@ -98,6 +98,11 @@ def changed(**changes):
         ({"model__dtype": "float16"}, "must be one of auto, float32, bfloat16"),
         ({"optim__schedule": "linear"}, "must be one of piecewise, cosine"),
         ({"seed": -1}, "seed=-1 must lie in"),
+        ({"train__total_steps": 3_000_000_000}, "below 2147483648"),
+        ({"optim__boundaries_epochs": (1.0, float("inf"))}, "positive duration"),
+        ({"optim__warmup_error": 0.8, "optim__warmup_steps": 5}, "exclude each other"),
+        ({"optim__warmup_error": 0.8, "optim__warmup_rate": 0.0}, "would never end"),
+        ({"optim__warmup_linear": True}, "warmup_linear needs"),
     ],
 )
 def test_wrong_values_are_named(changes, message):
@@ -145,6 +150,8 @@ def test_durations_that_make_no_sense():
         resolve_steps(changed(eval__every_examples=1), 50_000)
     with pytest.raises(UserError, match="batch_size=128 exceeds the 100 training examples"):
         resolve_steps(base_config(), 100)
+    with pytest.raises(UserError, match="makes the steps"):
+        resolve_steps(changed(optim__boundaries_epochs=(0.02, 0.0201)), 50_000)
 
 
 def test_flatten_lists_every_key_once():

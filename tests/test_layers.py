@@ -4,13 +4,24 @@ import ast
 
 LEVELS = [
     {"errors"},
-    {"config", "models", "augment", "optim", "sharding", "cpu", "workdir", "progress"},
+    {
+        "config",
+        "models",
+        "augment",
+        "optim",
+        "sharding",
+        "cpu",
+        "torch_names",
+        "workdir",
+        "progress",
+    },
     {"data", "state", "metrics"},
-    {"steps", "checkpoint", "weights"},
+    {"steps", "checkpoint", "weights", "identity"},
     {"evaluate"},
     {"experiment"},
     {"record"},
-    {"train", "scoring"},
+    {"loop", "scoring"},
+    {"train"},
     {"main", "tools"},
 ]
 

@@ -14,24 +14,38 @@ def write(path, steps, split="train", tail=""):
 def test_a_line_cut_by_a_crash_is_mended_and_no_step_stands_twice(tmp_path):
     write(tmp_path / "metrics.jsonl", [1, 2, 3], tail='{"step": 4, "spl')
     log = metrics.RunLog(tmp_path, resume_step=3, tensorboard=False)
-    log.write("train", 3, {"error": 0.1})
-    log.write("train", 4, {"error": 0.4})
+    log.write("train", 3, {"error": 0.1, "examples": 10})
+    log.write("train", 4, {"error": 0.4, "examples": 10})
     log.close()
     records = metrics.read_records(tmp_path / "metrics.jsonl")
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert records[2]["error"] == 0.5
     assert (tmp_path / "metrics.jsonl").read_text().endswith("\n")
+    # Nothing is thrown away, not even half a line.
+    assert (tmp_path / "metrics.superseded.jsonl").read_text() == '{"step": 4, "spl\n'
 
 
 def test_records_of_steps_to_come_are_kept_aside(tmp_path):
     write(tmp_path / "metrics.jsonl", [1, 2, 3])
     log = metrics.RunLog(tmp_path, resume_step=1, tensorboard=False)
     assert not log.has("train", 2)
-    log.write("train", 2, {"error": 0.25})
+    log.write("train", 2, {"error": 0.25, "examples": 10})
     log.close()
     assert [r["step"] for r in metrics.read_records(tmp_path / "metrics.jsonl")] == [1, 2]
     aside = metrics.read_records(tmp_path / "metrics.superseded.jsonl")
     assert [r["step"] for r in aside] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": "5", "split": "test", "error": 0.1, "examples": 1}', "[1, 2]", "null", "\x00\xff",
+     '{"step": 5, "split": "test"}', '{"step": 5, "split": "test", "error": NaN, "examples": 1}'],
+)  # fmt: skip
+def test_lines_that_are_no_records_do_not_stop_a_run(tmp_path, line):
+    write(tmp_path / "metrics.jsonl", [1], tail=line + "\n")
+    log = metrics.RunLog(tmp_path, resume_step=9, tensorboard=False)
+    log.close()
+    assert [r["step"] for r in log.records] == [1]
 
 
 def test_recent_error_covers_an_epoch_and_no_more():
@@ -64,6 +78,9 @@ def test_json_is_replaced_whole_and_reads_back(tmp_path):
     assert "[1, 2]" in (tmp_path / "f.json").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
     assert workdir.read_json(tmp_path / "absent.json") is None
+    (tmp_path / "f.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds no object"):
+        workdir.read_json(tmp_path / "f.json")
     (tmp_path / "f.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         workdir.read_json(tmp_path / "f.json")

@@ -1,5 +1,6 @@
 """The nets are the paper's, to the last parameter. Numbers: He et al. 2015 and 2016."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,8 +135,8 @@ def test_unknown_names_are_refused_with_help():
         create_model("resnet20", shortcut="D")
     with pytest.raises(UserError, match="plain and has no shortcuts.*'resnet20'"):
         create_model("plain20", shortcut="B")
-    with pytest.raises(UserError, match="num_classes=0"):
-        create_model("resnet20", 0)
+    with pytest.raises(UserError, match="num_classes=-1"):
+        create_model("resnet20", -1)
     with pytest.raises(UserError, match="unknown dtype 'float33'"):
         create_model("resnet20", dtype="float33")
     with pytest.raises(ValueError, match="depth=21"):
@@ -148,6 +149,32 @@ def test_default_shortcuts_are_the_papers():
     assert resolve_shortcut("resnet47_bottleneck", "auto") == "B"
     assert resolve_shortcut("resnet110_preact", "auto") == "B"
     assert resolve_shortcut("resnet110_preact", "A") == "A"
+
+
+@pytest.mark.parametrize("name", ["resnet20_preact", "resnet47_preact"])
+def test_the_first_preactivation_block_activates_before_it_splits(name):
+    """[I, Appendix]: "the first activation right after conv1 and before splitting"."""
+    model = create_model(name)
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGE)
+    variables = jax.tree.map(lambda v: jnp.ones(v.shape, v.dtype), variables)
+    # With its last convolution at zero a block is its shortcut: of the activated input, here
+    # max(0, (x + shift)) with x = 9 * 3 * image in the middle of the picture.
+    first = variables["params"]["stage1_block1"]
+    last = max(k for k in first if k.startswith("conv"))
+    first[last]["kernel"] *= 0
+    x = -jnp.ones((1, 8, 8, 3))
+    outputs = {}
+
+    def note(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        outputs[context.module.path] = out
+        return out
+
+    with nn.intercept_methods(note):
+        model.apply(variables, x)
+    stem = outputs[("stem_conv",)][0, 4, 4]
+    assert float(stem[0]) == -27
+    np.testing.assert_allclose(outputs[("stage1_block1",)][0, 4, 4], 0, atol=1e-6)
 
 
 def reference_conv(x, kernel, stride):

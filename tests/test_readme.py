@@ -33,7 +33,7 @@ def net_table():
         cells = []
         for option in ("A", "B", "C"):
             if architecture.shortcut == "none":
-                cells.append(f"**{parameters(name, None):,}**" if option == "A" else "–")
+                cells.append(f"**{parameters(name, None):,}**" if option == "A" else "\N{EN DASH}")
             else:
                 count = f"{parameters(name, option):,}"
                 cells.append(f"**{count}**" if option == architecture.shortcut else count)

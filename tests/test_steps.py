@@ -57,7 +57,7 @@ class Setup:
 
     def state(self, seed=0):
         return state.place(
-            lambda: state.create_state(
+            lambda _: state.create_state(
                 self.model, self.optimizer, seed=seed, image_shape=SHAPE, ema=self.ema
             ),
             self.everywhere,
@@ -178,6 +178,15 @@ def test_first_loss_and_update_equal_a_plain_computation():
     np.testing.assert_allclose(sums["rate"][0], 0.03, rtol=1e-6)
     expected = jax.tree.map(lambda p, g: p - 0.03 * (g + 1e-4 * p), before.params, grads)
     assert_close(jax.device_get(after.params), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lost_net_is_noticed_even_where_its_loss_is_finite():
+    setup = Setup()
+    current = setup.state()
+    kernel = current.params["stem_conv"]["kernel"]
+    current.params["stem_conv"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.nan)
+    _, sums = setup.train(current, batches(1))
+    assert np.isnan(sums["loss"][0])
 
 
 def test_averaged_weights_follow_their_formula():

@@ -86,20 +86,22 @@ class Block(nn.Module):
     Attributes:
       features: width of the block's 3x3 convolutions; the output has `features * expansion`.
       strides: 1 or 2.
-      changes_shape: whether the output's shape differs from the input's.
+      shares_activation: whether a pre-activation block's first BN-ReLU feeds its shortcut too.
       shortcut: how input and branch are joined.
       conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
       norm: makes a normalisation `norm(name=…)`.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
+      last_scale_init: initialiser of the scale that ends the branch, in post-activation blocks.
     """
 
     features: int
     strides: int
-    changes_shape: bool
+    shares_activation: bool
     shortcut: Shortcut
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     stride_in_3x3: bool = False
+    last_scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     expansion = 1
     weighted_layers = 2
@@ -119,7 +121,7 @@ class BasicBlock(Block):
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
-        y = self.norm(name="bn2")(y)
+        y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
         return nn.relu(self.join(x, y))
 
 
@@ -138,14 +140,15 @@ class BottleneckBlock(Block):
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
-        y = self.norm(name="bn3")(y)
+        y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
         return nn.relu(self.join(x, y))
 
 
 class PreactBasicBlock(Block):
     """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e].
 
-    Where the shape changes, the first BN-ReLU is shared by branch and shortcut [I, Appendix].
+    The first BN-ReLU is shared by branch and shortcut where the shape changes, and in the first
+    block of the net, whose input is a bare convolution's output [I, Appendix].
     """
 
     preactivation = True
@@ -154,7 +157,7 @@ class PreactBasicBlock(Block):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
         y = nn.relu(self.norm(name="bn1")(x))
-        x = y if self.changes_shape else x
+        x = y if self.shares_activation else x
         y = self.conv(self.features, strides=self.strides, name="conv1")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, name="conv2")(y)
@@ -173,7 +176,7 @@ class PreactBottleneckBlock(Block):
         """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = nn.relu(self.norm(name="bn1")(x))
-        x = y if self.changes_shape else x
+        x = y if self.shares_activation else x
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)

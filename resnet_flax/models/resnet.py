@@ -12,7 +12,7 @@ from resnet_flax.models.norm import BatchNorm
 
 
 class ResNet(nn.Module):
-    """A CIFAR net of [R §4.2]: 3x3 convolution, stages, global average pool, dense.
+    """The nets of [R §4]: a convolution, stages of blocks, global average pool, dense.
 
     Parameters and batch statistics are named `stem_conv`, `stem_bn`, `stage<s>_block<b>` (both from
     1), `final_bn` (pre-activation nets) and `head`. With `scan`, blocks 2 to n of a stage, which
@@ -26,7 +26,12 @@ class ResNet(nn.Module):
       block: class of the blocks.
       shortcut_changing: shortcut of a block whose output has another shape than its input.
       shortcut_same: shortcut of every other block.
-      num_classes: outputs of the dense layer.
+      num_classes: outputs of the dense layer; 0: no such layer, the pooled features come out.
+      stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
+      stem_strides: its stride.
+      stem_pool: follow it by a 3x3 max-pool of stride 2.
+      zero_init_last: begin with the last scale of each post-activation branch at 0, every block
+        then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution.
       dtype: of the activations; parameters, statistics and logits are float32 always.
       bn_momentum: share of the running statistics kept at each step.
@@ -41,6 +46,10 @@ class ResNet(nn.Module):
     shortcut_changing: Shortcut
     shortcut_same: Shortcut
     num_classes: int = 10
+    stem_kernel: int = 3
+    stem_strides: int = 1
+    stem_pool: bool = False
+    zero_init_last: bool = False
     stride_in_3x3: bool = False
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
@@ -49,10 +58,20 @@ class ResNet(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, train: bool = False, features: bool = False
+    ) -> jax.Array | tuple[jax.Array, ...]:
         """Returns float32 logits [B, num_classes] of normalised images [B, H, W, C].
 
-        With `train`, batch statistics normalise and `batch_stats` must be mutable.
+        Args:
+          x: the images.
+          train: normalise by batch statistics; `batch_stats` must be mutable.
+          features: return each stage's output instead, [B, H/s, W/s, D] in the net's dtype, for a
+            detection or segmentation head. A pre-activation net's last one is after its final
+            BN-ReLU.
+
+        Returns:
+          Logits; without `num_classes` the pooled features, float32 [B, D].
         """
         conv = functools.partial(Conv, dtype=self.dtype)
         norm = functools.partial(
@@ -62,21 +81,33 @@ class ResNet(nn.Module):
             group_size=self.bn_group_size,
             dtype=self.dtype,
         )
-        x = conv(self.widths[0], name="stem_conv")(x)
+        last_scale_init = nn.initializers.zeros if self.zero_init_last else nn.initializers.ones
+        outputs = []
+        x = conv(
+            self.widths[0], kernel=self.stem_kernel, strides=self.stem_strides, name="stem_conv"
+        )(x)
         if not self.block.preactivation:
             x = nn.relu(norm(name="stem_bn")(x))
+        if self.stem_pool:
+            # Explicit padding: SAME would pad one side only, as with convolutions.
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), 1):
             strides = 1 if stage == 1 else 2
             changes = strides != 1 or x.shape[-1] != width * self.block.expansion
             block = functools.partial(
-                self.block, width, conv=conv, norm=norm, stride_in_3x3=self.stride_in_3x3
+                self.block,
+                width,
+                conv=conv,
+                norm=norm,
+                stride_in_3x3=self.stride_in_3x3,
+                last_scale_init=last_scale_init,
             )
             same = functools.partial(
-                block, strides=1, changes_shape=False, shortcut=self.shortcut_same
+                block, strides=1, shares_activation=False, shortcut=self.shortcut_same
             )
             first = block(
                 strides=strides,
-                changes_shape=changes,
+                shares_activation=changes or stage == 1,
                 shortcut=self.shortcut_changing if changes else self.shortcut_same,
                 name=f"stage{stage}_block1",
             )
@@ -86,9 +117,14 @@ class ResNet(nn.Module):
             else:
                 for i in range(2, size + 1):
                     x = self._run(same(name=f"stage{stage}_block{i}"), x)
+            outputs.append(x)
         if self.block.preactivation:
-            x = nn.relu(norm(name="final_bn")(x))
+            outputs[-1] = x = nn.relu(norm(name="final_bn")(x))
+        if features:
+            return tuple(outputs)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        if not self.num_classes:
+            return x
         return nn.Dense(self.num_classes, kernel_init=he_normal, name="head")(x)
 
     def _run(self, block: Block, x: jax.Array) -> jax.Array:

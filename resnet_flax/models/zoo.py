@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -20,12 +22,18 @@ class Architecture:
       widths: width of each stage's 3x3 convolutions.
       block: class of the blocks.
       shortcut: "A", "B", "C" or "none": the paper's choice for this net.
+      image_size: side of the square images the net is for, pixels.
+      num_classes: classes of the data set the net is for.
+      stem: further arguments of `ResNet`.
     """
 
     stage_sizes: tuple[int, ...]
     widths: tuple[int, ...]
     block: type[blocks.Block]
     shortcut: str
+    image_size: int = 32
+    num_classes: int = 10
+    stem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def weighted_layers(self) -> int:
@@ -45,6 +53,14 @@ def cifar_architecture(depth: int, block: type[blocks.Block], shortcut: str) -> 
     return Architecture((n, n, n), (16, 32, 64), block, shortcut)
 
 
+def imagenet_architecture(
+    stage_sizes: tuple[int, ...], block: type[blocks.Block], shortcut: str
+) -> Architecture:
+    """A net of [R §4.1, Table 1]: 7x7 convolution of stride 2, max-pool, four stages."""
+    stem = {"stem_kernel": 7, "stem_strides": 2, "stem_pool": True}
+    return Architecture(stage_sizes, (64, 128, 256, 512), block, shortcut, 224, 1000, stem)
+
+
 def _architectures() -> dict[str, Architecture]:
     nets = {}
     # Depth 8 (n = 1) is not in the paper: it is there for trying things out.
@@ -59,6 +75,11 @@ def _architectures() -> dict[str, Architecture]:
         nets[f"resnet{depth}_preact"] = cifar_architecture(depth, blocks.PreactBasicBlock, "B")
     for depth in (47, 164, 1001):
         nets[f"resnet{depth}_preact"] = cifar_architecture(depth, blocks.PreactBottleneckBlock, "B")
+    for depth, sizes in ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3))):
+        nets[f"resnet{depth}"] = imagenet_architecture(sizes, blocks.BasicBlock, "B")
+        nets[f"plain{depth}"] = imagenet_architecture(sizes, blocks.BasicBlock, "none")
+    for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
+        nets[f"resnet{depth}"] = imagenet_architecture(sizes, blocks.BottleneckBlock, "B")
     return nets
 
 
@@ -115,13 +136,14 @@ def resolve_shortcut(name: str, shortcut: str | None) -> str:
 
 def create_model(
     name: str,
-    num_classes: int = 10,
+    num_classes: int | None = None,
     *,
     shortcut: str | None = None,
     dtype: DTypeLike = jnp.float32,
     stride_in_3x3: bool = False,
     bn_momentum: float = 0.9,
     bn_group_size: int | None = None,
+    zero_init_last: bool = False,
     scan: bool = False,
     remat: bool = False,
 ) -> ResNet:
@@ -129,7 +151,8 @@ def create_model(
 
     Args:
       name: one of `ARCHITECTURES`.
-      num_classes: outputs of the last layer.
+      num_classes: outputs of the last layer; 0: none, the pooled features come out; None: 10 for
+        a CIFAR net, 1000 for an ImageNet net.
       shortcut: "A" identity padded with zeros, "B" projection where the shape changes, "C"
         projection everywhere; None takes the paper's: A for 6n+2 nets [R §4.2], B for bottleneck
         [R §4.1] and pre-activation nets [I] (there without batch normalisation).
@@ -137,18 +160,22 @@ def create_model(
       stride_in_3x3: put a bottleneck's stride in the 3x3 and not in the first 1x1.
       bn_momentum: share of the running statistics kept at each step.
       bn_group_size: examples per batch-norm group, None for the whole batch.
+      zero_init_last: see `ResNet`; not the paper's.
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
 
     Returns:
-      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes].
+      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes]; its call takes
+      `train` and `features`, see `ResNet`.
 
     Raises:
-      UserError: unknown name, shortcut or dtype, or num_classes < 1.
+      UserError: unknown name, shortcut or dtype, or num_classes < 0.
     """
     architecture = get_architecture(name)
-    if num_classes < 1:
-        raise UserError(f"num_classes={num_classes} must be at least 1")
+    if num_classes is None:
+        num_classes = architecture.num_classes
+    if num_classes < 0:
+        raise UserError(f"num_classes={num_classes} must be 0 (pooled features) or more")
     try:
         is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
@@ -168,6 +195,8 @@ def create_model(
         dtype=jnp.dtype(dtype),
         bn_momentum=bn_momentum,
         bn_group_size=bn_group_size,
+        zero_init_last=zero_init_last,
+        **architecture.stem,
         scan=scan,
         remat=remat,
     )

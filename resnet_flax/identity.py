@@ -1,0 +1,101 @@
+"""Whether the run in a directory is the one asked for: configuration, data, beginning, devices."""
+
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_flax import workdir
+from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
+from resnet_flax.data.dataset import Dataset
+from resnet_flax.errors import UserError
+
+
+def check_same_config(
+    directory: pathlib.Path, config: ConfigDict, sections: tuple[str, ...] | None = None
+) -> None:
+    """Refuses a directory that belongs to another configuration.
+
+    Args:
+      directory: a run's, or an empty one.
+      config: as given, before durations are resolved.
+      sections: compare these only; None: everything but operational keys.
+
+    Raises:
+      UserError: names the keys that differ.
+    """
+    old = workdir.read_json(directory / "config.json")
+    if old is None:
+        if any((directory / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+            raise UserError(
+                f"workdir {directory} holds a run without its config.json; restore it, or choose "
+                "another --workdir"
+            )
+        return
+    # A key that the run's version of the program did not have stood, in effect, at its default.
+    old = flatten(base_config()) | old
+    ignored = set(OPERATIONAL_KEYS)
+    if sections is not None:
+        ignored |= {key for key in old if key.split(".")[0] not in sections}
+    differing = workdir.differing_keys(old, flatten(config), frozenset(ignored))
+    if differing:
+        raise UserError(
+            f"workdir {directory} belongs to a run of another config; choose another --workdir, or "
+            f"undo: {'; '.join(differing)}"
+        )
+
+
+def check_same_data(directory: pathlib.Path, dataset: Dataset) -> None:
+    """Refuses to go on with other data than the run began with.
+
+    Raises:
+      UserError: the data's fingerprint has changed.
+    """
+    old = _run_record(directory).get("data", {}).get("fingerprint")
+    if old not in (None, dataset.fingerprint):
+        raise UserError(
+            f"the data set {dataset.name} is not the one that the run in {directory} began with "
+            f"(fingerprint {dataset.fingerprint[:12]}, was {old[:12]}); restore it, or choose "
+            "another --workdir"
+        )
+
+
+def check_same_beginning(directory: pathlib.Path, digest: str | None, *, resuming: bool) -> None:
+    """Refuses to begin a run again from other weights than before.
+
+    Args:
+      directory: the run's.
+      digest: SHA-256 of the weights file given, None where none is.
+      resuming: whether there is a checkpoint: then no weights need be given.
+
+    Raises:
+      UserError: says which weights the run began with.
+    """
+    old = _run_record(directory)
+    if not old or old.get("init_weights") == digest or (resuming and digest is None):
+        return
+    began = (
+        f"the weights file with SHA-256 {old['init_weights'][:12]}…"
+        if old.get("init_weights")
+        else "no weights file"
+    )
+    raise UserError(
+        f"the run in {directory} began with {began}: give the same --weights, or choose another "
+        "--workdir"
+    )
+
+
+def other_devices(directory: pathlib.Path, mesh: Mesh) -> str | None:
+    """A note, where a run goes on with another number of devices than it began with."""
+    old = _run_record(directory).get("devices")
+    if old in (None, mesh.size):
+        return None
+    return (
+        f"note: the run began on {old} device(s) and goes on with {mesh.size}: the results agree "
+        "up to rounding, not to the bit"
+    )
+
+
+def _run_record(directory: pathlib.Path) -> dict[str, Any]:
+    return workdir.read_json(directory / "run.json") or {}

@@ -1,0 +1,1 @@
+"""Command-line tools beside training: `python -m resnet_flax.tools.<name> --help`."""

@@ -1,0 +1,207 @@
+r"""Converts weights between this package's format and PyTorch's.
+
+    python -m resnet_flax.tools.convert --from_torch=resnet20.th --model=resnet20 \
+        --preprocess=imagenet --out=resnet20.safetensors
+    python -m resnet_flax.tools.convert --to_torch=resnet20.safetensors --out=resnet20.pth
+
+PyTorch files are read with `weights_only`: nothing in them is ever executed. A `.safetensors` file
+with PyTorch's names is read and written without PyTorch.
+"""
+
+import io
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from resnet_flax import models, torch_names, weights
+from resnet_flax.errors import UserError
+from resnet_flax.models import layout
+from resnet_flax.state import initial_variables
+from resnet_flax.tools import entry
+from resnet_flax.workdir import write_atomically
+
+# Mean and standard deviation of the channels, of pixel values from 0 to 1.
+PREPROCESS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar10_0.2": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+}
+
+
+def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The state dict in a PyTorch or safetensors file, as float32 arrays.
+
+    Raises:
+      UserError: there is none, or it holds more than tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.numpy.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+    torch = _torch()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).strip().partition("\n")[0][:160]
+        raise UserError(f"{path} cannot be read as weights only: {first}") from error
+    for key in ("state_dict", "model", "net", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no state dict")
+    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors")
+    return {k: v.detach().to(torch.float32).numpy() for k, v in tensors.items()}
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("this needs PyTorch: pip install torch") from error
+    return torch
+
+
+def from_torch(
+    state_dict: dict[str, np.ndarray],
+    name: str,
+    *,
+    mean: np.ndarray,
+    std: np.ndarray,
+    shortcut: str | None = None,
+    stride_in_3x3: bool | None = None,
+    class_names: tuple[str, ...] | None = None,
+    source: str = "",
+) -> weights.Weights:
+    """Weights of the net called `name` from a PyTorch state dict.
+
+    Args:
+      state_dict: arrays by name.
+      name: of the net.
+      mean: [C] or [H, W, C], subtracted from pixel values 0 to 255.
+      std: [C], divided by.
+      shortcut: A, B or C; None: by the projections that the state dict has.
+      stride_in_3x3: of bottlenecks; None: as torchvision has it in its ImageNet nets.
+      class_names: one a class; None: numbers.
+      source: where it comes from, for the record.
+
+    Raises:
+      UserError: the state dict is not that net's.
+    """
+    architecture = models.get_architecture(name)
+    if shortcut is None and architecture.shortcut != "none":
+        shortcut = torch_names.shortcut_option(state_dict)
+    if stride_in_3x3 is None:
+        stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
+    heads = [v for k, v in state_dict.items() if np.ndim(v) == 2 and k.endswith(".weight")]
+    num_classes = len(heads[-1]) if heads else architecture.num_classes
+    model = models.create_model(name, num_classes, shortcut=shortcut, stride_in_3x3=stride_in_3x3)
+    template = abstract_variables(model)
+    return weights.Weights(
+        model={
+            "name": name,
+            "shortcut": models.resolve_shortcut(name, shortcut),
+            "num_classes": num_classes,
+            "stride_in_3x3": stride_in_3x3,
+        },
+        variables=torch_names.from_torch(state_dict, template),
+        mean=np.asarray(mean, np.float32),
+        std=np.asarray(std, np.float32),
+        class_names=class_names or tuple(map(str, range(num_classes))),
+        training={"source": source} if source else {},
+    )
+
+
+def abstract_variables(model) -> dict[str, Any]:
+    """Shapes of a net's variables in the canonical layout."""
+    shape = (32, 32, 3)
+    scanned = model.clone(scan=True)
+    abstract = jax.eval_shape(lambda key: initial_variables(scanned, key, shape), jax.random.key(0))
+    return layout.to_canonical(abstract)
+
+
+def _numbers(text: str, flag: str) -> np.ndarray:
+    try:
+        values = np.array([float(v) for v in text.split(",")], np.float32)
+    except ValueError:
+        values = np.zeros(0)
+    if len(values) != 3 or not np.isfinite(values).all():
+        raise UserError(f"{flag}={text} must be three numbers, as in {flag}=0.49,0.48,0.45")
+    return values
+
+
+def main(argv: list[str]) -> None:
+    """Converts one file."""
+    parser = entry.parser(__doc__)
+    parser.add_argument("--from_torch", type=pathlib.Path, help="a PyTorch file to read")
+    parser.add_argument("--to_torch", type=pathlib.Path, help="a file of ours to read")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
+    parser.add_argument("--model", help="the net's name (from_torch)")
+    parser.add_argument("--shortcut", help="A, B or C; default: as the file has it")
+    parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks")
+    parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects of images")
+    parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1")
+    parser.add_argument("--std", help="likewise")
+    parser.add_argument("--names", choices=["cifar", "torchvision"], help="style (to_torch)")
+    args = parser.parse_args(argv)
+    if (args.from_torch is None) == (args.to_torch is None):
+        raise UserError("give either --from_torch=FILE or --to_torch=FILE")
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        (_from if args.from_torch else _to)(args)
+    except OSError as error:
+        raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+    print(f"wrote {args.out}")
+
+
+def _from(args) -> None:
+    if not args.model:
+        raise UserError("--from_torch needs --model=NAME")
+    if args.preprocess:
+        mean, std = (np.array(v, np.float32) for v in PREPROCESS[args.preprocess])
+    elif args.mean and args.std:
+        mean, std = _numbers(args.mean, "--mean"), _numbers(args.std, "--std")
+    else:
+        raise UserError(
+            "say what the net expects of images: --preprocess="
+            f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
+        )
+    stride = None if args.stride_in_3x3 is None else args.stride_in_3x3 == "true"
+    converted = from_torch(
+        read_torch(args.from_torch),
+        args.model,
+        mean=255 * mean,
+        std=255 * std,
+        shortcut=args.shortcut,
+        stride_in_3x3=stride,
+        source=args.from_torch.name,
+    )
+    weights.save(args.out, converted)
+
+
+def _to(args) -> None:
+    loaded = weights.load(args.to_torch)
+    name = loaded.model["name"]
+    cifar = models.get_architecture(name).image_size == 32
+    style = args.names or ("cifar" if cifar else "torchvision")
+    names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")
+    arrays = torch_names.to_torch(loaded.variables, shortcut=names[0], head=names[1])
+    if args.out.suffix == ".safetensors":
+        write_atomically(args.out, safetensors.numpy.save(arrays))
+        return
+    torch = _torch()
+    buffer = io.BytesIO()
+    torch.save({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, buffer)
+    write_atomically(args.out, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    entry.run(main)

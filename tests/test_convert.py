@@ -1,0 +1,224 @@
+"""Weights to and from PyTorch: same names, same numbers, same outputs, nothing executed."""
+
+import pickle
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from resnet_flax import create_model, torch_names, weights
+from resnet_flax.errors import UserError
+from resnet_flax.tools import convert
+from tests.conftest import ROOT
+
+
+def random_variables(model, seed=0):
+    """Every array random, statistics and scales positive, so that each of them matters."""
+    rng = np.random.RandomState(seed)
+
+    def draw(path, spec):
+        if path[-1].key == "kernel":
+            fan_in = np.prod(spec.shape[:-1])
+            return (rng.randn(*spec.shape) / np.sqrt(fan_in)).astype(np.float32)
+        if path[-1].key in ("var", "scale"):
+            return rng.uniform(0.5, 1.5, spec.shape).astype(np.float32)
+        return (0.1 * rng.randn(*spec.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, convert.abstract_variables(model))
+
+
+NETS = [
+    ("resnet20", {}),
+    ("resnet20", {"shortcut": "B"}),
+    ("resnet8", {"shortcut": "C"}),
+    ("plain20", {}),
+    ("resnet18", {}),
+    ("resnet50", {"stride_in_3x3": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), NETS)
+def test_there_and_back_is_the_same_to_the_bit(name, options):
+    model = create_model(name, **options)
+    variables = random_variables(model)
+    state_dict = torch_names.to_torch(variables)
+    back = torch_names.from_torch(state_dict, convert.abstract_variables(model))
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+
+
+def test_names_are_those_that_pytorch_projects_use():
+    names = set(torch_names.to_torch(random_variables(create_model("resnet20", shortcut="B"))))
+    assert {
+        "conv1.weight", "bn1.running_var", "bn1.num_batches_tracked", "layer1.0.conv1.weight",
+        "layer3.2.bn2.bias", "layer2.0.shortcut.0.weight", "layer2.0.shortcut.1.running_mean",
+        "linear.weight", "linear.bias",
+    } <= names  # fmt: skip
+    variables = random_variables(create_model("resnet18"))
+    names = set(torch_names.to_torch(variables, shortcut="downsample", head="fc"))
+    assert {"layer2.0.downsample.0.weight", "fc.bias"} <= names
+
+
+def test_prefixes_are_taken_off_and_the_option_is_recognised():
+    for option in "ABC":
+        variables = random_variables(create_model("resnet20", shortcut=option))
+        state_dict = {f"module.{k}": v for k, v in torch_names.to_torch(variables).items()}
+        assert torch_names.shortcut_option(state_dict) == option
+        got = convert.from_torch(state_dict, "resnet20", mean=np.zeros(3), std=np.ones(3))
+        assert got.model["shortcut"] == option
+        jax.tree.map(np.testing.assert_array_equal, got.variables, variables)
+
+
+def test_another_net_s_state_dict_is_refused_by_name():
+    state_dict = torch_names.to_torch(random_variables(create_model("resnet20")))
+    common = {"mean": np.zeros(3), "std": np.ones(3)}
+    with pytest.raises(UserError, match=r"it lacks layer1\.3\.bn1"):
+        convert.from_torch(state_dict, "resnet32", **common)
+    with pytest.raises(UserError, match=r"it has layer1\.1\.bn1\.bias, which this one lacks"):
+        convert.from_torch(state_dict, "resnet8", **common)
+    state_dict["conv1.weight"] = state_dict["conv1.weight"][:8]
+    with pytest.raises(UserError, match=r"conv1\.weight is \[3, 3, 3, 8\]"):
+        convert.from_torch(state_dict, "resnet20", **common)
+
+
+def run(*args):
+    command = [sys.executable, "-m", "resnet_flax.tools.convert", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_command_line_both_ways_without_torch(tmp_path):
+    variables = random_variables(create_model("resnet8"))
+    source = tmp_path / "theirs.safetensors"
+    safetensors.numpy.save_file(torch_names.to_torch(variables), source)
+    ours = tmp_path / "ours.safetensors"
+    done = run(
+        f"--from_torch={source}", "--model=resnet8", "--preprocess=imagenet", f"--out={ours}"
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = weights.load(ours)
+    np.testing.assert_allclose(loaded.mean, [123.675, 116.28, 103.53], rtol=1e-6)
+    np.testing.assert_allclose(loaded.std, [58.395, 57.12, 57.375], rtol=1e-6)
+    assert loaded.training == {"source": "theirs.safetensors"}
+    back = tmp_path / "back.safetensors"
+    assert run(f"--to_torch={ours}", f"--out={back}").returncode == 0
+    want, got = safetensors.numpy.load_file(source), safetensors.numpy.load_file(back)
+    assert want.keys() == got.keys()
+    for key in want:
+        np.testing.assert_array_equal(want[key], got[key])
+    for args, message in (
+        ([f"--from_torch={source}", f"--out={ours}"], "needs --model"),
+        ([f"--from_torch={source}", "--model=resnet8", f"--out={ours}"], "--preprocess="),
+        ([f"--out={ours}"], "either --from_torch=FILE or --to_torch=FILE"),
+        ([f"--from_torch={tmp_path}/no.pth", "--model=resnet8", "--preprocess=imagenet",
+          f"--out={ours}"], "does not exist"),
+        ([f"--from_torch={source}", "--model=resnet8", "--mean=1,2", "--std=1,1,1",
+          f"--out={ours}"], "must be three numbers"),
+        ([f"--to_torch={source}", f"--out={back}"], "is of format None"),
+    ):  # fmt: skip
+        done = run(*args)
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+# From here on PyTorch is needed.
+
+
+def torch_net(depth, option):
+    """The CIFAR net of the paper in plain PyTorch, under the names in circulation."""
+    torch = pytest.importorskip("torch")
+    nn, functional = torch.nn, torch.nn.functional
+
+    class Block(nn.Module):
+        def __init__(self, width_in, width, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(width)
+            self.stride, self.pad = stride, (width - width_in) // 2
+            if option == "B" and stride != 1:
+                conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
+                self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
+
+        def forward(self, x):
+            y = functional.relu(self.bn1(self.conv1(x)))
+            y = self.bn2(self.conv2(y))
+            if hasattr(self, "shortcut"):
+                x = self.shortcut(x)
+            elif self.stride != 1:
+                x = x[:, :, :: self.stride, :: self.stride]
+                x = functional.pad(x, (0, 0, 0, 0, self.pad, self.pad))
+            return functional.relu(x + y)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(16)
+            width_in = 16
+            for stage, width in enumerate((16, 32, 64), 1):
+                rest = []
+                for block in range((depth - 2) // 6):
+                    stride = 2 if stage > 1 and block == 0 else 1
+                    rest.append(Block(width_in, width, stride))
+                    width_in = width
+                setattr(self, f"layer{stage}", nn.Sequential(*rest))
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = functional.relu(self.bn1(self.conv1(x)))
+            x = self.layer3(self.layer2(self.layer1(x)))
+            return self.linear(x.mean(dim=(2, 3)))
+
+    net = Net()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if name.endswith("running_var") or ("bn" in name and name.endswith("weight")):
+                value.uniform_(0.5, 1.5, generator=generator)
+            elif name.endswith(("running_mean", "bias")):
+                value.normal_(0, 0.1, generator=generator)
+    return net.eval()
+
+
+@pytest.mark.parametrize("option", ["A", "B"])
+def test_outputs_equal_pytorch_s(option, tmp_path):
+    torch = pytest.importorskip("torch")
+    net = torch_net(20, option)
+    torch.save({"state_dict": net.state_dict(), "best_prec1": 91.7}, tmp_path / "net.th")
+    state_dict = convert.read_torch(tmp_path / "net.th")
+    got = convert.from_torch(state_dict, "resnet20", mean=np.zeros(3), std=np.ones(3))
+    x = np.random.RandomState(0).randn(8, 32, 32, 3).astype(np.float32)
+    with torch.no_grad():
+        want = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    model = create_model("resnet20", shortcut=option)
+    ours = jax.jit(model.apply)(got.variables, x)
+    np.testing.assert_allclose(ours, want, atol=1e-4, rtol=1e-4)
+
+
+def test_pytorch_loads_what_we_write(tmp_path):
+    torch = pytest.importorskip("torch")
+    net = torch_net(20, "B")
+    variables = random_variables(create_model("resnet20", shortcut="B"))
+    model = {"name": "resnet20", "shortcut": "B", "num_classes": 10, "stride_in_3x3": False}
+    file = weights.Weights(model, variables, np.zeros(3), np.ones(3), tuple("0123456789"), {})
+    weights.save(tmp_path / "ours.safetensors", file)
+    convert.main([f"--to_torch={tmp_path}/ours.safetensors", f"--out={tmp_path}/theirs.pth"])
+    net.load_state_dict(torch.load(tmp_path / "theirs.pth", weights_only=True), strict=True)
+
+
+def test_a_pickle_is_never_executed(tmp_path):
+    pytest.importorskip("torch")
+    witness = tmp_path / "witness"
+
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(witness), "w"))
+
+    (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb()}))
+    with pytest.raises(UserError, match="cannot be read as weights only"):
+        convert.read_torch(tmp_path / "bomb.pth")
+    assert not witness.exists()
