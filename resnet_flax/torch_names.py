@@ -34,9 +34,9 @@ def _strip(name: str) -> str:
 def shortcut_option(names: Iterable[str]) -> str:
     """Option A, B or C: by which blocks have a projection in the keys of a state dict."""
     names = [_strip(name) for name in names]
-    blocks = {match[1, 2] for name in names if (match := _BLOCK.match(name))}
+    blocks = {match.group(1, 2) for name in names if (match := _BLOCK.match(name))}
     projected = {
-        match[1, 2]
+        match.group(1, 2)
         for name in names
         if (match := _BLOCK.match(name)) and match[3].startswith(_SHORTCUTS)
     }
