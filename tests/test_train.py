@@ -324,6 +324,28 @@ def test_many_steps_a_dispatch_change_nothing_but_rounding(small_config, tmp_pat
     assert results[1]["images_per_second"] > 0
 
 
+def test_every_option_of_the_modern_recipe_trains(small_config, tmp_path):
+    c = small_config
+    c.model.dtype = "bfloat16"
+    c.model.remat = True
+    c.model.bn_group_size = 8
+    c.optim.schedule = "cosine"
+    c.optim.nesterov = True
+    c.optim.label_smoothing = 0.1
+    c.optim.decay_norm_and_bias = False
+    c.optim.warmup_linear = True
+    c.optim.warmup_steps = 3
+    c.optim.ema_decay = 0.5
+    c.data.normalize = "channel"
+    c.data.flip = True
+    result = train.train(c, tmp_path / "run")
+    losses = [r["loss"] for r in metrics.read_records(tmp_path / "run" / "metrics.jsonl")]
+    assert np.isfinite(losses).all()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["dtype"] == "bfloat16"
+    file = str(tmp_path / "run" / "weights.safetensors")
+    assert f"({result['test_wrong_last']} of" in scoring.score(None, None, file)
+
+
 def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):
     _, directory, _ = finished
     small_config.model.name = "resnet20"
