@@ -1,5 +1,6 @@
 """What README says is what the code does."""
 
+import json
 import re
 
 import jax
@@ -47,7 +48,7 @@ def test_the_table_of_nets_is_true(readme):
 
 
 def test_files_and_keys_that_readme_names_exist(readme, root):
-    for path in re.findall(r"\((?!http)([^)\s]+)\)", readme):
+    for path in re.findall(r"\]\((?!http)([^)\s]+)\)", readme):
         if "/" in path:
             assert (root / path).exists(), path
     for config in re.findall(r"--config=(configs/\w+\.py)", readme):
@@ -55,3 +56,10 @@ def test_files_and_keys_that_readme_names_exist(readme, root):
     known = flatten(base_config())
     for key in re.findall(r"--config\.([\w.]+)=", readme):
         assert key in known, key
+
+
+def test_the_result_that_readme_quotes_is_the_recorded_one(readme, root):
+    result = json.loads((root / "results" / "cifar10_short" / "result.json").read_text())
+    row = next(line for line in readme.splitlines() if "configs/cifar10_short.py`, one run" in line)
+    assert f"{100 * result['test_error_last']:.2f} %" in row
+    assert f"{100 * result['train_error_last']:.2f} %" in row
