@@ -8,6 +8,7 @@ from resnet_flax import config as config_lib
 from resnet_flax import experiment, sharding
 from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.errors import UserError
+from resnet_flax.models import ARCHITECTURES
 from tests.conftest import ROOT
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -33,6 +34,30 @@ def test_the_promised_configs_are_there():
 
 def test_modern_takes_a_net():
     assert load("modern", "resnet56").model.name == "resnet56"
+
+
+@pytest.mark.parametrize("name", ["resnet56_keras_v1", "resnet56_keras_v2"])
+def test_keras_recipe_is_the_example_s(name):
+    c = load(name[-8:], name)
+    assert c.model.name == name
+    steps = resolve_steps(c, 50_000)
+    assert steps.train.total_steps == 200 * 1562.5
+    rate = experiment.optim.make_schedule(
+        "piecewise",
+        learning_rate=c.optim.learning_rate,
+        total_steps=steps.train.total_steps,
+        boundaries=steps.optim.boundaries_steps,
+        decay_factors=c.optim.decay_factors,
+    )
+    for epoch, want in ((0, 1e-3), (80, 1e-3), (81, 1e-4), (121, 1e-5), (161, 1e-6), (181, 5e-7)):
+        assert float(rate((epoch + 0.5) * 1562.5)) == pytest.approx(want)
+
+
+def test_a_net_s_own_shortcut_can_be_recorded():
+    for architecture in ARCHITECTURES.values():
+        config = base_config()
+        config.model.shortcut = architecture.shortcut
+        validate(config)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -102,6 +127,9 @@ def changed(**changes):
         ({"optim__boundaries_epochs": (1.0, float("inf"))}, "positive duration"),
         ({"optim__warmup_error": 0.8, "optim__warmup_steps": 5}, "exclude each other"),
         ({"optim__warmup_error": 0.8, "optim__warmup_rate": 0.0}, "would never end"),
+        ({"optim__decay_factors": (0.1,)}, "must be as many as the boundaries"),
+        ({"optim__decay_factors": (0.1, 0.0)}, "must be above 0"),
+        ({"optim__name": "adam", "optim__nesterov": True}, "goes with config.optim.name=sgd"),
         ({"optim__warmup_linear": True}, "warmup_linear needs"),
     ],
 )

@@ -279,7 +279,10 @@ def test_batch_norm_refuses_a_batch_that_does_not_divide():
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_preact"])
 def test_scanned_and_unrolled_agree_with_and_without_remat(name):
     # Two stages are enough to have blocks that change the shape, and fast to compile.
-    unrolled = create_model(name).clone(stage_sizes=(3, 2), widths=(4, 8))
+    check_scanned_and_unrolled_agree(create_model(name).clone(stage_sizes=(3, 2), widths=(4, 8)))
+
+
+def check_scanned_and_unrolled_agree(unrolled):
     scanned = unrolled.clone(scan=True)
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
     stacked = jax.jit(scanned.init)(jax.random.key(0), x)

@@ -18,30 +18,46 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Conv(nn.Module):
-    """k x k convolution without bias, padded by (k - 1) // 2 on every side.
+    """k x k convolution, padded by (k - 1) // 2 on every side.
 
     `SAME` with stride 2 would pad on one side only: then the outputs would not line up with
     `x[:, ::2, ::2]`, nor with the weights that other frameworks publish.
+
+    Attributes:
+      features: channels of the output.
+      kernel: k.
+      strides: of the window, both ways.
+      dtype: of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of a bias; None: there is none, as in the papers' nets.
+      same: pad as TensorFlow's and XLA's `SAME` does all the same, for the Keras nets.
     """
 
     features: int
     kernel: int = 3
     strides: int = 1
     dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = he_normal
+    bias_init: nn.initializers.Initializer | None = None
+    same: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_normal, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         pad = (self.kernel - 1) // 2
-        return jax.lax.conv_general_dilated(
+        y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             window_strides=(self.strides, self.strides),
-            padding=((pad, pad), (pad, pad)),
+            padding="SAME" if self.same else ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        if self.bias_init is None:
+            return y
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        return y + bias.astype(self.dtype)
 
 
 def no_shortcut(x, y, strides, conv, norm):
@@ -83,9 +99,16 @@ def bare_projection(x, y, strides, conv, norm):
 class Block(nn.Module):
     """What all blocks share.
 
+    Class attributes say what kind of net a block makes: `expansion`, the output's width over that
+    of the 3x3 convolutions, where the net does not say otherwise; `weighted_layers` in a block;
+    `preactivation`, no ReLU after the addition: the net has one at its end; `stem_activation`, the
+    net has BN-ReLU after its stem; `final_norm`, it has BN before the ReLU at its end.
+
     Attributes:
-      features: width of the block's 3x3 convolutions; the output has `features * expansion`.
+      features: width of the block's 3x3 convolutions.
+      out_features: channels of the output.
       strides: 1 or 2.
+      is_first: whether it is the net's first block.
       shares_activation: whether a pre-activation block's first BN-ReLU feeds its shortcut too.
       shortcut: how input and branch are joined.
       conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
@@ -95,7 +118,9 @@ class Block(nn.Module):
     """
 
     features: int
+    out_features: int
     strides: int
+    is_first: bool
     shares_activation: bool
     shortcut: Shortcut
     conv: Callable[..., nn.Module]
@@ -106,6 +131,8 @@ class Block(nn.Module):
     expansion = 1
     weighted_layers = 2
     preactivation = False
+    stem_activation = True
+    final_norm = False
 
     def join(self, x, y):
         """Applies the shortcut to input `x` and branch `y`."""
@@ -133,13 +160,13 @@ class BottleneckBlock(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
-        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
+        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
         return nn.relu(self.join(x, y))
 
@@ -152,6 +179,8 @@ class PreactBasicBlock(Block):
     """
 
     preactivation = True
+    stem_activation = False
+    final_norm = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -170,10 +199,12 @@ class PreactBottleneckBlock(Block):
     expansion = 4
     weighted_layers = 3
     preactivation = True
+    stem_activation = False
+    final_norm = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = nn.relu(self.norm(name="bn1")(x))
         x = y if self.shares_activation else x
@@ -181,5 +212,5 @@ class PreactBottleneckBlock(Block):
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = nn.relu(self.norm(name="bn3")(y))
-        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
+        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         return self.join(x, y)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks
+from resnet_flax.models import blocks, keras
 from resnet_flax.models.resnet import ResNet
 
 
@@ -21,10 +21,11 @@ class Architecture:
       stage_sizes: blocks per stage.
       widths: width of each stage's 3x3 convolutions.
       block: class of the blocks.
-      shortcut: "A", "B", "C" or "none": the paper's choice for this net.
+      shortcut: "A", "B" or "C": the paper's choice for this net; or another key of `_SHORTCUTS`,
+        which then is the net and no option.
       image_size: side of the square images the net is for, pixels.
       num_classes: classes of the data set the net is for.
-      stem: further arguments of `ResNet`.
+      extra: further arguments of `ResNet`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -33,7 +34,7 @@ class Architecture:
     shortcut: str
     image_size: int = 32
     num_classes: int = 10
-    stem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def weighted_layers(self) -> int:
@@ -80,22 +81,33 @@ def _architectures() -> dict[str, Architecture]:
         nets[f"plain{depth}"] = imagenet_architecture(sizes, blocks.BasicBlock, "none")
     for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
         nets[f"resnet{depth}"] = imagenet_architecture(sizes, blocks.BottleneckBlock, "B")
+    for depth in (20, 32, 44, 56, 110):
+        net = cifar_architecture(depth, blocks.BasicBlock, "bare")
+        nets[f"resnet{depth}_keras_v1"] = dataclasses.replace(net, extra=keras.V1)
+    for depth in (56, 110):
+        net = cifar_architecture(depth, keras.KerasPreactBlock, "bare")
+        net = dataclasses.replace(net, widths=keras.V2_WIDTHS, extra=keras.V2)
+        nets[f"resnet{depth}_keras_v2"] = net
     return nets
 
 
 ARCHITECTURES = _architectures()
 
+# What users may choose between, where a net leaves them the choice.
+OPTIONS = ("A", "B", "C")
 # (shortcut of blocks that change the shape, shortcut of the others), post- and pre-activation.
 _SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.projection, blocks.identity),
     "C": (blocks.projection, blocks.projection),
     "none": (blocks.no_shortcut, blocks.no_shortcut),
+    "bare": (blocks.bare_projection, blocks.identity),
 }
 _PREACT_SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.bare_projection, blocks.identity),
     "C": (blocks.bare_projection, blocks.bare_projection),
+    "bare": (blocks.bare_projection, blocks.identity),
 }
 
 
@@ -119,17 +131,19 @@ def resolve_shortcut(name: str, shortcut: str | None) -> str:
       UserError: unknown net or option, or a projection asked of a plain net.
     """
     own = get_architecture(name).shortcut
-    if shortcut in (None, "auto"):
+    if shortcut in (None, "auto", own):
         return own
     if own == "none":
         # "A" is what every other 6n+2 net has: asking for it changes nothing in a plain one.
-        if shortcut not in ("A", "none"):
+        if shortcut != "A":
             raise UserError(
                 f"model {name!r} is plain and has no shortcuts: leave out shortcut={shortcut!r}, "
                 f"or take {name.replace('plain', 'resnet')!r}"
             )
         return own
-    if shortcut not in ("A", "B", "C"):
+    if own not in OPTIONS:
+        raise UserError(f"model {name!r} has shortcuts of its own: leave out shortcut={shortcut!r}")
+    if shortcut not in OPTIONS:
         raise UserError(f"unknown shortcut {shortcut!r} for model {name!r}; known: A, B, C")
     return shortcut
 
@@ -196,7 +210,7 @@ def create_model(
         bn_momentum=bn_momentum,
         bn_group_size=bn_group_size,
         zero_init_last=zero_init_last,
-        **architecture.stem,
+        **architecture.extra,
         scan=scan,
         remat=remat,
     )

@@ -97,7 +97,7 @@ def from_torch(
       UserError: the state dict is not that net's.
     """
     architecture = models.get_architecture(name)
-    if shortcut is None and architecture.shortcut != "none":
+    if shortcut is None and architecture.shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(state_dict)
     if stride_in_3x3 is None:
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
