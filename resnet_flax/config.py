@@ -29,6 +29,7 @@ def base_config() -> ConfigDict:
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
     c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
     c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
+    c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
@@ -99,9 +100,16 @@ OPERATIONAL_KEYS = frozenset(
     "log.tensorboard".split()
 )
 
+_OWN_SHORTCUTS = (
+    "bare",
+    "constant_scaling",
+    "conv_shortcut",
+    "exclusive_gating",
+    "shortcut_gating",
+)
 _CHOICES = {
     # After C: what nets that leave no choice are recorded with.
-    "model.shortcut": ("auto", "A", "B", "C", "none", "bare"),
+    "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.scan": ("auto", "always", "never"),
     "data.normalize": ("pixel_mean", "pixel_mean_255", "channel"),
@@ -113,6 +121,7 @@ _CHOICES = {
 _RANGES = {
     "seed": (0, 2**31, True, False),
     "model.num_classes": (0, 2**31, True, False),
+    "model.gate_bias": (-100, 100, True, True),
     "model.bn_group_size": (0, math.inf, True, False),
     "model.bn_momentum": (0, 1, True, True),
     "data.batch_size": (1, math.inf, True, False),

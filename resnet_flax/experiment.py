@@ -61,6 +61,7 @@ def make_model(config: ConfigDict) -> ResNet:
         shortcut=config.model.shortcut,
         dtype=dtype,
         stride_in_3x3=config.model.stride_in_3x3,
+        gate_bias=config.model.gate_bias,
         bn_momentum=config.model.bn_momentum,
         bn_group_size=config.model.bn_group_size or None,
         scan=scan == "always"

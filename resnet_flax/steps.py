@@ -21,6 +21,9 @@ from resnet_flax.state import TrainState
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
 _STATISTICS_KEYS = np.uint32(2**31)
 
+# Folded into a step's key for what the net draws; 0 and 1 would be the halves that it splits into.
+_DROP_KEY = 2
+
 
 def _gather(resident, index, sharding):
     images = jnp.take(resident["images"], index, axis=0, mode="clip")
@@ -77,6 +80,7 @@ def make_train_chunk(
         images, labels = _gather(resident, index, sharding)
         key = jax.random.fold_in(resident["key"], state.step)
         images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
+        rngs = {"drop": jax.random.fold_in(key, _DROP_KEY)} if model.draws else None
 
         def objective(params):
             logits, new = model.apply(
@@ -84,6 +88,7 @@ def make_train_chunk(
                 images,
                 train=True,
                 mutable=["batch_stats"],
+                rngs=rngs,
             )
             loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
             return loss, (logits, new["batch_stats"])

@@ -11,7 +11,7 @@ from resnet_flax.config import base_config, flatten
 from resnet_flax.models import ARCHITECTURES, OPTIONS
 
 # Under which option a net stands whose shortcuts are a variant of it; the others under A.
-OWN_SHORTCUTS = {"bare": "B", "conv": "C"}
+OWN_SHORTCUTS = {"bare": "B", "conv_shortcut": "C"}
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 

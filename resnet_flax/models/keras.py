@@ -52,7 +52,7 @@ class KerasPreactBlock(Block):
     final_norm = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         y = x if self.is_first else nn.relu(self.norm(name="bn1")(x))
         y = self.conv(self.features, kernel=1, strides=self.strides, name="conv1")(y)
@@ -60,4 +60,4 @@ class KerasPreactBlock(Block):
         y = self.conv(self.features, name="conv2")(y)
         y = nn.relu(self.norm(name="bn3")(y))
         y = self.conv(self.out_features, kernel=1, name="conv3")(y)
-        return self.join(x, y)
+        return self.join(x, y, survival)

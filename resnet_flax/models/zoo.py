@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks, keras
+from resnet_flax.models import ablations, blocks, keras
 from resnet_flax.models.resnet import ResNet
 
 
@@ -88,6 +89,10 @@ def _architectures() -> dict[str, Architecture]:
         net = cifar_architecture(depth, keras.KerasPreactBlock, "bare")
         net = dataclasses.replace(net, widths=keras.V2_WIDTHS, extra=keras.V2)
         nets[f"resnet{depth}_keras_v2"] = net
+    for name, block in ablations.BLOCKS.items():
+        nets[f"resnet110_{name}"] = cifar_architecture(110, block, "A")
+    for name in ("constant_scaling", "exclusive_gating", "shortcut_gating", "conv_shortcut"):
+        nets[f"resnet110_{name}"] = cifar_architecture(110, blocks.BasicBlock, name)
     return nets
 
 
@@ -102,12 +107,21 @@ _SHORTCUTS = {
     "C": (blocks.projection, blocks.projection),
     "none": (blocks.no_shortcut, blocks.no_shortcut),
     "bare": (blocks.bare_projection, blocks.identity),
+    "constant_scaling": (ablations.constant_scaling, ablations.constant_scaling),
+    "conv_shortcut": (blocks.bare_projection, blocks.bare_projection),
 }
 _PREACT_SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.bare_projection, blocks.identity),
     "C": (blocks.bare_projection, blocks.bare_projection),
     "bare": (blocks.bare_projection, blocks.identity),
+}
+
+
+# These take a further argument, `gate_bias`.
+_GATES = {
+    "exclusive_gating": ablations.exclusive_gating,
+    "shortcut_gating": ablations.shortcut_gating,
 }
 
 
@@ -158,6 +172,7 @@ def create_model(
     bn_momentum: float = 0.9,
     bn_group_size: int | None = None,
     zero_init_last: bool = False,
+    gate_bias: float = -6.0,
     scan: bool = False,
     remat: bool = False,
 ) -> ResNet:
@@ -175,6 +190,7 @@ def create_model(
       bn_momentum: share of the running statistics kept at each step.
       bn_group_size: examples per batch-norm group, None for the whole batch.
       zero_init_last: see `ResNet`; not the paper's.
+      gate_bias: initial bias of the gates of the nets that have them; see `models.ablations`.
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
 
@@ -197,7 +213,11 @@ def create_model(
     if not is_float:
         raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
     shortcuts = _PREACT_SHORTCUTS if architecture.block.preactivation else _SHORTCUTS
-    changing, same = shortcuts[resolve_shortcut(name, shortcut)]
+    option = resolve_shortcut(name, shortcut)
+    if option in _GATES:
+        changing = same = functools.partial(_GATES[option], gate_bias=gate_bias)
+    else:
+        changing, same = shortcuts[option]
     return ResNet(
         stage_sizes=architecture.stage_sizes,
         widths=architecture.widths,
