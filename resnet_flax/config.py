@@ -29,6 +29,8 @@ def base_config() -> ConfigDict:
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
     c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
     c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
+    # probability that the last block takes part in a training step (stochastic depth); 1: off
+    c.model.survival = 1.0
     c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
@@ -121,6 +123,7 @@ _CHOICES = {
 _RANGES = {
     "seed": (0, 2**31, True, False),
     "model.num_classes": (0, 2**31, True, False),
+    "model.survival": (0, 1, False, True),
     "model.gate_bias": (-100, 100, True, True),
     "model.bn_group_size": (0, math.inf, True, False),
     "model.bn_momentum": (0, 1, True, True),

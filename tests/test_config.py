@@ -30,6 +30,17 @@ def load(name, *args):
 
 def test_the_promised_configs_are_there():
     assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
+    assert {"keras_v1", "keras_v2", "identity_mappings"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("depth", [110, 1202])
+def test_stochastic_depth_has_its_papers_schedule(depth):
+    c = load(f"resnet{depth}_stochastic_depth")
+    assert (c.model.name, c.model.survival) == (f"resnet{depth}", 0.5)
+    steps = resolve_steps(c, 45_000)
+    assert steps.train.total_steps == round(500 * 45_000 / 128)
+    assert steps.optim.boundaries_steps == tuple(round(e * 45_000 / 128) for e in (250, 375))
+    assert bool(c.optim.warmup_error) == (depth == 1202)
 
 
 def test_modern_takes_a_net():
@@ -119,6 +130,7 @@ def changed(**changes):
         ({"optim__learning_rate": float("nan")}, "must be finite"),
         ({"optim__momentum": 1.0}, "momentum=1.0 must lie in"),
         ({"data__batch_size": 0}, "batch_size=0 must lie in"),
+        ({"model__survival": 0.0}, "survival=0.0 must lie in"),
         ({"model__bn_group_size": 48}, "bn_group_size=48 does not divide"),
         ({"model__dtype": "float16"}, "must be one of auto, float32, bfloat16"),
         ({"optim__schedule": "linear"}, "must be one of piecewise, cosine"),

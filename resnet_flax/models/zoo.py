@@ -173,6 +173,7 @@ def create_model(
     bn_group_size: int | None = None,
     zero_init_last: bool = False,
     gate_bias: float = -6.0,
+    survival: float = 1.0,
     scan: bool = False,
     remat: bool = False,
 ) -> ResNet:
@@ -191,6 +192,9 @@ def create_model(
       bn_group_size: examples per batch-norm group, None for the whole batch.
       zero_init_last: see `ResNet`; not the paper's.
       gate_bias: initial bias of the gates of the nets that have them; see `models.ablations`.
+      survival: probability that the last block takes part in a training step, see `ResNet`: 0.5 in
+        the paper on stochastic depth, 1 in all others; applied in training where `apply` is given
+        `rngs={"drop": key}`, in expectation everywhere else.
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
 
@@ -199,7 +203,8 @@ def create_model(
       `train` and `features`, see `ResNet`.
 
     Raises:
-      UserError: unknown name, shortcut or dtype, or num_classes < 0.
+      UserError: unknown name, shortcut or dtype, num_classes < 0, or a survival that is no
+        probability, or below 1 in a net without shortcuts.
     """
     architecture = get_architecture(name)
     if num_classes is None:
@@ -212,6 +217,10 @@ def create_model(
         is_float = False
     if not is_float:
         raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
+    if not 0 < survival <= 1:
+        raise UserError(f"survival={survival} must be above 0 and at most 1")
+    if survival < 1 and architecture.shortcut == "none":
+        raise UserError(f"model {name!r} is plain: a block dropped would leave nothing (survival)")
     shortcuts = _PREACT_SHORTCUTS if architecture.block.preactivation else _SHORTCUTS
     option = resolve_shortcut(name, shortcut)
     if option in _GATES:
@@ -231,6 +240,7 @@ def create_model(
         bn_group_size=bn_group_size,
         zero_init_last=zero_init_last,
         **architecture.extra,
+        survival=survival,
         scan=scan,
         remat=remat,
     )
