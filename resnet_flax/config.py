@@ -102,13 +102,7 @@ OPERATIONAL_KEYS = frozenset(
     "log.tensorboard".split()
 )
 
-_OWN_SHORTCUTS = (
-    "bare",
-    "constant_scaling",
-    "conv_shortcut",
-    "exclusive_gating",
-    "shortcut_gating",
-)
+_OWN_SHORTCUTS = "bare constant_scaling conv_shortcut exclusive_gating shortcut_gating".split()
 _CHOICES = {
     # After C: what nets that leave no choice are recorded with.
     "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),

@@ -10,7 +10,7 @@ import pytest
 
 from resnet_flax import create_model
 from resnet_flax.errors import UserError
-from resnet_flax.models import ablations, blocks
+from resnet_flax.models import ARCHITECTURES, ablations, blocks
 from resnet_flax.models.norm import BatchNorm
 from resnet_flax.tools import summary
 from tests.test_models import check_scanned_and_unrolled_agree
@@ -206,3 +206,33 @@ def test_dropout_is_on_the_shortcut_in_training_only():
 def test_scanned_and_unrolled_agree(name):
     model = create_model(f"resnet110_{name}").clone(stage_sizes=(3, 2), widths=(4, 8))
     check_scanned_and_unrolled_agree(model)
+
+
+VARIANTS = [name for name in ARCHITECTURES if "keras" in name or ARCHITECTURES[name].block.draws]
+VARIANTS += [f"resnet110_{name}" for name in ("exclusive_gating", "relu_only_preact")]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_option_together_traces(name):
+    options = {"dtype": "bfloat16", "bn_group_size": 2, "survival": 0.5, "remat": True}
+    model = create_model(name, scan=True, **options)
+    x = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    def loss(params, stats, x, key):
+        out, new = model.apply(
+            {"params": params, "batch_stats": stats},
+            x,
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"drop": key},
+        )
+        return jnp.sum(out), new
+
+    both = variables["params"], variables["batch_stats"]
+    grads, new = jax.eval_shape(jax.grad(loss, has_aux=True), *both, x, jax.random.key(0))
+    assert jax.tree.structure(grads) == jax.tree.structure(variables["params"])
+    assert jax.tree.structure(new["batch_stats"]) == jax.tree.structure(variables["batch_stats"])
+    stages = jax.eval_shape(functools.partial(model.apply, features=True), variables, x)
+    assert {s.dtype for s in stages} == {jnp.dtype("bfloat16")}

@@ -93,12 +93,12 @@ def test_preactivation_projections_have_no_normalisation():
 def test_weighted_layers_are_the_name_s_number(name):
     depth = int("".join(c for c in name.split("_")[0] if c.isdigit()))
     assert ARCHITECTURES[name].weighted_layers == depth
-    # And independently, from the kernels that there are, projections aside.
+    # And independently, from the kernels that there are, those of shortcuts aside.
     flat = jax.tree_util.tree_leaves_with_path(variables_of(create_model(name))["params"])
     layers = 0
     for path, leaf in flat:
         keys = [p.key for p in path]
-        if keys[-1] == "kernel" and "proj_conv" not in keys:
+        if keys[-1] == "kernel" and not {"proj_conv", "gate_conv"} & set(keys):
             layers += leaf.shape[0] if keys[0].endswith("_rest") else 1
     assert layers == depth
 

@@ -190,6 +190,14 @@ def _from(args) -> None:
 def _to(args) -> None:
     loaded = weights.load(args.to_torch)
     name = loaded.model["name"]
+    if (
+        models.get_architecture(name).shortcut not in (*models.OPTIONS, "none")
+        or loaded.model.get("survival", 1) != 1
+    ):
+        raise UserError(
+            f"{args.to_torch} holds {name!r} with shortcuts of its own or with stochastic depth: "
+            "no PyTorch project's net computes the same from its weights"
+        )
     cifar = models.get_architecture(name).image_size == 32
     style = args.names or ("cifar" if cifar else "torchvision")
     names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")
