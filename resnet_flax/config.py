@@ -29,6 +29,9 @@ def base_config() -> ConfigDict:
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
     c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
     c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
+    # probability that the last block takes part in a training step (stochastic depth); 1: off
+    c.model.survival = 1.0
+    c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
@@ -41,20 +44,25 @@ def base_config() -> ConfigDict:
     c.data.mirror = ""  # URL of a copy of the archive (or of its directory), used after `archive`
     c.data.split = "all"  # "all" (50k) for training, or "45k/5k": a balanced tenth for validation
     c.data.batch_size = 128  # examples per step over all devices
-    c.data.pad = 4  # pixels of zeros around an image before the random crop; 0: no crop
+    c.data.pad = 4  # pixels around an image before the random crop; 0: no crop
+    c.data.fill = "zero"  # what they are: "zero"; "edge": the nearest pixel of the image
     c.data.flip = True  # mirror half of the images
-    c.data.normalize = "pixel_mean"  # subtract per pixel; "channel": mean and deviation a channel
+    # "pixel_mean": subtract it; "pixel_mean_255": divide by 255 then; "channel": subtract each
+    # channel's mean, divide by its deviation
+    c.data.normalize = "pixel_mean"
 
     c.optim = ConfigDict()
+    c.optim.name = "sgd"  # "sgd", "adam"
     c.optim.learning_rate = 0.1
     c.optim.schedule = "piecewise"  # "piecewise", "cosine" (to 0 at the last step), "constant"
     c.optim.boundaries_steps = (32_000, 48_000)  # where "piecewise" multiplies the rate
     c.optim.decay_factor = 0.1  # by what it multiplies it
+    c.optim.decay_factors = ()  # or one factor a boundary, of the first rate; (): decay_factor
     c.optim.warmup_steps = 0  # length of the warm-up, when it does not go by error
     c.optim.warmup_error = 0.0  # warm up until the training error (0 to 1) is below; 0: by steps
     c.optim.warmup_rate = 0.01  # learning rate during the warm-up, or at the start of a linear one
     c.optim.warmup_linear = False  # rise from warmup_rate to the schedule's rate over warmup_steps
-    c.optim.momentum = 0.9
+    c.optim.momentum = 0.9  # with adam: of its first moment
     c.optim.nesterov = False
     c.optim.weight_decay = 1e-4  # added to the gradient as weight_decay * parameter
     c.optim.decay_norm_and_bias = True  # decay batch-norm scales and all biases too
@@ -94,17 +102,23 @@ OPERATIONAL_KEYS = frozenset(
     "log.tensorboard".split()
 )
 
+_OWN_SHORTCUTS = "bare constant_scaling conv_shortcut exclusive_gating shortcut_gating".split()
 _CHOICES = {
-    "model.shortcut": ("auto", "A", "B", "C", "none"),
+    # After C: what nets that leave no choice are recorded with.
+    "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.scan": ("auto", "always", "never"),
-    "data.normalize": ("pixel_mean", "channel"),
+    "data.normalize": ("pixel_mean", "pixel_mean_255", "channel"),
+    "data.fill": ("zero", "edge"),
+    "optim.name": ("sgd", "adam"),
     "optim.schedule": ("piecewise", "cosine", "constant"),
 }
 # key: (lowest, highest, whether the lowest itself is allowed, whether the highest is)
 _RANGES = {
     "seed": (0, 2**31, True, False),
     "model.num_classes": (0, 2**31, True, False),
+    "model.survival": (0, 1, False, True),
+    "model.gate_bias": (-100, 100, True, True),
     "model.bn_group_size": (0, math.inf, True, False),
     "model.bn_momentum": (0, 1, True, True),
     "data.batch_size": (1, math.inf, True, False),
@@ -176,6 +190,7 @@ def validate(config: ConfigDict) -> None:
     if missing:
         raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
     _check_warmup(config.optim)
+    _check_decay(config.optim)
     group = config.model.bn_group_size
     if group and config.data.batch_size % group:
         raise UserError(
@@ -207,6 +222,19 @@ def _check_warmup(o: ConfigDict) -> None:
         raise UserError("config.optim.warmup_rate=0 with warmup_error would never end: raise it")
     if o.warmup_linear and not lasts:
         raise UserError("config.optim.warmup_linear needs config.optim.warmup_steps")
+
+
+def _check_decay(o: ConfigDict) -> None:
+    boundaries = o.boundaries_epochs or o.boundaries_examples or o.boundaries_steps
+    if o.decay_factors and len(o.decay_factors) != len(boundaries):
+        raise UserError(
+            f"config.optim.decay_factors={o.decay_factors} must be as many as the boundaries "
+            f"{boundaries}"
+        )
+    if any(not 0 < factor < math.inf for factor in o.decay_factors):
+        raise UserError(f"config.optim.decay_factors={o.decay_factors} must be above 0 and finite")
+    if o.name == "adam" and o.nesterov:
+        raise UserError("config.optim.nesterov goes with config.optim.name=sgd only")
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:

@@ -61,6 +61,8 @@ def make_model(config: ConfigDict) -> ResNet:
         shortcut=config.model.shortcut,
         dtype=dtype,
         stride_in_3x3=config.model.stride_in_3x3,
+        gate_bias=config.model.gate_bias,
+        survival=config.model.survival,
         bn_momentum=config.model.bn_momentum,
         bn_group_size=config.model.bn_group_size or None,
         scan=scan == "always"
@@ -78,6 +80,7 @@ def make_optimizer(config: ConfigDict):
         total_steps=config.train.total_steps,
         boundaries=o.boundaries_steps,
         decay_factor=o.decay_factor,
+        decay_factors=o.decay_factors,
     )
     rate = optim.scale_by_rate(
         schedule,
@@ -86,6 +89,13 @@ def make_optimizer(config: ConfigDict):
         warmup_rate=o.warmup_rate,
         warmup_linear=o.warmup_linear,
     )
+    if o.name == "adam":
+        return optim.adam(
+            rate,
+            momentum=o.momentum,
+            weight_decay=o.weight_decay,
+            decay_norm_and_bias=o.decay_norm_and_bias,
+        )
     return optim.sgd(
         rate,
         momentum=o.momentum,
@@ -195,6 +205,7 @@ class Experiment:
             sharding=sharding.split(self.mesh),
             pad=c.data.pad,
             flip=c.data.flip,
+            fill=c.data.fill,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
             compiler_options=cpu.compiler_options(),
@@ -209,7 +220,11 @@ class Experiment:
         if not c.eval.bn_examples:
             return lambda variables: variables
         batch_statistics = steps.make_batch_statistics(
-            self.model, sharding=by_batch, pad=c.data.pad, flip=c.data.flip
+            self.model,
+            sharding=by_batch,
+            pad=c.data.pad,
+            flip=c.data.flip,
+            fill=c.data.fill,
         )
         return lambda variables: evaluate.reestimate_statistics(
             batch_statistics,

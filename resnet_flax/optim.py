@@ -18,6 +18,7 @@ def make_schedule(
     total_steps: int,
     boundaries: tuple[int, ...] = (),
     decay_factor: float = 0.1,
+    decay_factors: tuple[float, ...] = (),
 ) -> optax.Schedule:
     """Learning rate as a function of the step, counted from 0.
 
@@ -28,10 +29,15 @@ def make_schedule(
       total_steps: length of the run, steps.
       boundaries: steps, rising.
       decay_factor: see "piecewise".
+      decay_factors: where given, "piecewise" is `learning_rate` times the k-th of these from the
+        k-th of `boundaries` on: as many as those, each counted from the start.
 
     Raises:
       ValueError: unknown kind.
     """
+    if kind == "piecewise" and decay_factors:
+        rates = [learning_rate * factor for factor in (1.0, *decay_factors)]
+        return optax.join_schedules([optax.constant_schedule(r) for r in rates], boundaries)
     if kind == "piecewise":
         scales = dict.fromkeys(boundaries, decay_factor)
         return optax.piecewise_constant_schedule(learning_rate, scales)
@@ -144,6 +150,32 @@ def sgd(
     )
 
 
+def adam(
+    rate: optax.GradientTransformation,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_norm_and_bias: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with coupled weight decay.
+
+    The decay is part of the gradient before its moments are taken (L2 regularisation, unlike
+    AdamW's). The second moment keeps 0.999 a step; 1e-7, as in Keras, is added to its root.
+
+    Args:
+      rate: the last factor, from `scale_by_rate`.
+      momentum: what the first moment keeps a step.
+      weight_decay: see `sgd`.
+      decay_norm_and_bias: likewise.
+    """
+    mask: Callable[[Any], Any] | None = None if decay_norm_and_bias else kernels_only
+    return optax.chain(
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_adam(b1=momentum, eps=1e-7),
+        rate,
+    )
+
+
 def last_rate(opt_state: Any) -> jax.Array:
-    """The learning rate of the last update, float32 scalar, from the state of `sgd`."""
+    """The learning rate of the last update, float32 scalar, from the state of `sgd` or `adam`."""
     return opt_state[-1].rate

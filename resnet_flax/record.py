@@ -35,6 +35,7 @@ def describe_model(run: Experiment) -> dict[str, Any]:
         "shortcut": models.resolve_shortcut(model.name, model.shortcut),
         "num_classes": model.num_classes,
         "stride_in_3x3": model.stride_in_3x3,
+        "survival": model.survival,
     }
 
 

@@ -21,6 +21,9 @@ from resnet_flax.state import TrainState
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
 _STATISTICS_KEYS = np.uint32(2**31)
 
+# Folded into a step's key for what the net draws; 0 and 1 would be the halves that it splits into.
+_DROP_KEY = 2
+
 
 def _gather(resident, index, sharding):
     images = jnp.take(resident["images"], index, axis=0, mode="clip")
@@ -49,6 +52,7 @@ def make_train_chunk(
     flip: bool,
     label_smoothing: float,
     ema_decay: float,
+    fill: str = "zero",
     compiler_options: dict[str, str] | None = None,
 ) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `train_chunk(state, resident, indices)`: one training step per row of `indices`.
@@ -59,6 +63,7 @@ def make_train_chunk(
       sharding: of a batch's first axis.
       pad: pixels, see `augment.crop_and_mirror`.
       flip: likewise.
+      fill: likewise.
       label_smoothing: see `cross_entropy`.
       ema_decay: share of the averaged weights kept at each step, 0: no average.
       compiler_options: of `jax.jit`.
@@ -74,7 +79,8 @@ def make_train_chunk(
     def train_step(state: TrainState, index: jax.Array, resident: dict):
         images, labels = _gather(resident, index, sharding)
         key = jax.random.fold_in(resident["key"], state.step)
-        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip)
+        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
+        rngs = {"drop": jax.random.fold_in(key, _DROP_KEY)} if model.draws else None
 
         def objective(params):
             logits, new = model.apply(
@@ -82,6 +88,7 @@ def make_train_chunk(
                 images,
                 train=True,
                 mutable=["batch_stats"],
+                rngs=rngs,
             )
             loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
             return loss, (logits, new["batch_stats"])
@@ -150,7 +157,7 @@ def make_eval_chunk(
 
 
 def make_batch_statistics(
-    model: ResNet, *, sharding: NamedSharding, pad: int, flip: bool
+    model: ResNet, *, sharding: NamedSharding, pad: int, flip: bool, fill: str = "zero"
 ) -> Callable[[Any, dict, jax.Array, jax.Array], Any]:
     """Makes `batch_statistics(variables, resident, index, draw)`: `batch_stats` of one batch alone.
 
@@ -162,6 +169,7 @@ def make_batch_statistics(
       sharding: of a batch's first axis.
       pad: pixels, see `augment.crop_and_mirror`.
       flip: likewise.
+      fill: likewise.
 
     Returns:
       A jitted function; `index` is int32 [B], `draw` an int32 scalar that numbers the batch.
@@ -171,7 +179,7 @@ def make_batch_statistics(
     def batch_statistics(variables, resident, index, draw):
         images, _ = _gather(resident, index, sharding)
         key = jax.random.fold_in(resident["key"], _STATISTICS_KEYS + draw.astype(jnp.uint32))
-        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip)
+        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
         _, new = fresh.apply(variables, images, train=True, mutable=["batch_stats"])
         return new["batch_stats"]
 

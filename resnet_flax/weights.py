@@ -28,7 +28,8 @@ class Weights:
     """The content of a weights file.
 
     Attributes:
-      model: `name`, `shortcut`, `num_classes`, `stride_in_3x3` of `create_model`.
+      model: `name`, `shortcut`, `num_classes`, `stride_in_3x3`, `survival` of `create_model`; one
+        that is missing stands at its default.
       variables: `{"params": …, "batch_stats": …}`, float32 host arrays, canonical layout.
       mean: float32, what is subtracted from pixel values 0 to 255: [H, W, C] or [C].
       std: float32, what they are divided by then: [1] or [C].

@@ -12,11 +12,11 @@ def images(count=64):
     return np.stack([one] * count)
 
 
-def possible_crops(image, pad):
+def possible_crops(image, pad, mode="constant"):
     height, width, _ = image.shape
     for mirrored in (False, True):
         source = image[:, ::-1] if mirrored else image
-        padded = np.pad(source, ((pad, pad), (pad, pad), (0, 0)))
+        padded = np.pad(source, ((pad, pad), (pad, pad), (0, 0)), mode)
         for y in range(2 * pad + 1):
             for x in range(2 * pad + 1):
                 yield (y, x, mirrored), padded[y : y + height, x : x + width]
@@ -35,6 +35,14 @@ def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs():
     assert len(counts) == 50
     assert min(counts.values()) > 25
     assert max(counts.values()) < 95
+
+
+def test_edge_fill_repeats_the_nearest_pixel():
+    batch = images(300)
+    crop = augment.crop_and_mirror
+    out = np.asarray(crop(jax.random.key(0), batch, pad=2, flip=True, fill="edge"))
+    names = {crop.tobytes() for _, crop in possible_crops(batch[0], 2, "edge")}
+    assert {np.ascontiguousarray(image).tobytes() for image in out} <= names
 
 
 def test_draws_do_not_depend_on_the_batch_around_an_image():
@@ -61,6 +69,9 @@ def test_statistics_are_exact():
     mean, std = augment.statistics(data, "pixel_mean")
     np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(std, [1])
+    unit_mean, std = augment.statistics(data, "pixel_mean_255")
+    np.testing.assert_array_equal(mean, unit_mean)
+    np.testing.assert_array_equal(std, [255])
     mean, std = augment.statistics(data, "channel")
     np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=(0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(std, data.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-6)

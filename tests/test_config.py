@@ -8,6 +8,7 @@ from resnet_flax import config as config_lib
 from resnet_flax import experiment, sharding
 from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.errors import UserError
+from resnet_flax.models import ARCHITECTURES
 from tests.conftest import ROOT
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -29,10 +30,45 @@ def load(name, *args):
 
 def test_the_promised_configs_are_there():
     assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
+    assert {"keras_v1", "keras_v2", "identity_mappings"} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize("depth", [110, 1202])
+def test_stochastic_depth_has_its_papers_schedule(depth):
+    c = load(f"resnet{depth}_stochastic_depth")
+    assert (c.model.name, c.model.survival) == (f"resnet{depth}", 0.5)
+    steps = resolve_steps(c, 45_000)
+    assert steps.train.total_steps == round(500 * 45_000 / 128)
+    assert steps.optim.boundaries_steps == tuple(round(e * 45_000 / 128) for e in (250, 375))
+    assert bool(c.optim.warmup_error) == (depth == 1202)
 
 
 def test_modern_takes_a_net():
     assert load("modern", "resnet56").model.name == "resnet56"
+
+
+@pytest.mark.parametrize("name", ["resnet56_keras_v1", "resnet56_keras_v2"])
+def test_keras_recipe_is_the_example_s(name):
+    c = load(name[-8:], name)
+    assert c.model.name == name
+    steps = resolve_steps(c, 50_000)
+    assert steps.train.total_steps == 200 * 1562.5
+    rate = experiment.optim.make_schedule(
+        "piecewise",
+        learning_rate=c.optim.learning_rate,
+        total_steps=steps.train.total_steps,
+        boundaries=steps.optim.boundaries_steps,
+        decay_factors=c.optim.decay_factors,
+    )
+    for epoch, want in ((0, 1e-3), (80, 1e-3), (81, 1e-4), (121, 1e-5), (161, 1e-6), (181, 5e-7)):
+        assert float(rate((epoch + 0.5) * 1562.5)) == pytest.approx(want)
+
+
+def test_a_net_s_own_shortcut_can_be_recorded():
+    for architecture in ARCHITECTURES.values():
+        config = base_config()
+        config.model.shortcut = architecture.shortcut
+        validate(config)
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -94,6 +130,7 @@ def changed(**changes):
         ({"optim__learning_rate": float("nan")}, "must be finite"),
         ({"optim__momentum": 1.0}, "momentum=1.0 must lie in"),
         ({"data__batch_size": 0}, "batch_size=0 must lie in"),
+        ({"model__survival": 0.0}, "survival=0.0 must lie in"),
         ({"model__bn_group_size": 48}, "bn_group_size=48 does not divide"),
         ({"model__dtype": "float16"}, "must be one of auto, float32, bfloat16"),
         ({"optim__schedule": "linear"}, "must be one of piecewise, cosine"),
@@ -102,6 +139,9 @@ def changed(**changes):
         ({"optim__boundaries_epochs": (1.0, float("inf"))}, "positive duration"),
         ({"optim__warmup_error": 0.8, "optim__warmup_steps": 5}, "exclude each other"),
         ({"optim__warmup_error": 0.8, "optim__warmup_rate": 0.0}, "would never end"),
+        ({"optim__decay_factors": (0.1,)}, "must be as many as the boundaries"),
+        ({"optim__decay_factors": (0.1, 0.0)}, "must be above 0"),
+        ({"optim__name": "adam", "optim__nesterov": True}, "goes with config.optim.name=sgd"),
         ({"optim__warmup_linear": True}, "warmup_linear needs"),
     ],
 )

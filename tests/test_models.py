@@ -93,12 +93,12 @@ def test_preactivation_projections_have_no_normalisation():
 def test_weighted_layers_are_the_name_s_number(name):
     depth = int("".join(c for c in name.split("_")[0] if c.isdigit()))
     assert ARCHITECTURES[name].weighted_layers == depth
-    # And independently, from the kernels that there are, projections aside.
+    # And independently, from the kernels that there are, those of shortcuts aside.
     flat = jax.tree_util.tree_leaves_with_path(variables_of(create_model(name))["params"])
     layers = 0
     for path, leaf in flat:
         keys = [p.key for p in path]
-        if keys[-1] == "kernel" and "proj_conv" not in keys:
+        if keys[-1] == "kernel" and not {"proj_conv", "gate_conv"} & set(keys):
             layers += leaf.shape[0] if keys[0].endswith("_rest") else 1
     assert layers == depth
 
@@ -279,7 +279,10 @@ def test_batch_norm_refuses_a_batch_that_does_not_divide():
 @pytest.mark.parametrize("name", ["resnet20", "resnet20_preact"])
 def test_scanned_and_unrolled_agree_with_and_without_remat(name):
     # Two stages are enough to have blocks that change the shape, and fast to compile.
-    unrolled = create_model(name).clone(stage_sizes=(3, 2), widths=(4, 8))
+    check_scanned_and_unrolled_agree(create_model(name).clone(stage_sizes=(3, 2), widths=(4, 8)))
+
+
+def check_scanned_and_unrolled_agree(unrolled):
     scanned = unrolled.clone(scan=True)
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
     stacked = jax.jit(scanned.init)(jax.random.key(0), x)

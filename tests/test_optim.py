@@ -57,6 +57,39 @@ def test_piecewise_drops_at_32k_and_48k_iterations():
         np.testing.assert_allclose(schedule(step), rate, rtol=1e-6)
 
 
+def test_factors_are_of_the_first_rate():
+    schedule = optim.make_schedule(
+        "piecewise",
+        learning_rate=1e-3,
+        total_steps=200,
+        boundaries=(81, 121, 161, 181),
+        decay_factors=(1e-1, 1e-2, 1e-3, 0.5e-3),
+    )
+    for step, rate in ((0, 1e-3), (80, 1e-3), (81, 1e-4), (121, 1e-5), (161, 1e-6), (199, 5e-7)):
+        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_adam_is_its_formula_with_the_decay_in_the_gradient(decay_all):
+    rng = np.random.RandomState(0)
+    gradients = [
+        jax.tree.map(lambda p: rng.randn(*p.shape).astype(np.float32), PARAMS) for _ in range(4)
+    ]
+    optimizer = optim.adam(
+        constant_rate(0.1), momentum=0.8, weight_decay=0.5, decay_norm_and_bias=decay_all
+    )
+    got, rates = run(optimizer, PARAMS, gradients)
+    np.testing.assert_allclose(rates, 0.1, rtol=1e-6)
+    for path, decays in ((("conv", "kernel"), True), (("bn", "scale"), decay_all)):
+        p = PARAMS[path[0]][path[1]].astype(np.float64)
+        m = v = np.zeros_like(p)
+        for t, gradient in enumerate(gradients, 1):
+            g = gradient[path[0]][path[1]] + (0.5 * p if decays else 0)
+            m, v = 0.8 * m + 0.2 * g, 0.999 * v + 0.001 * g**2
+            p = p - 0.1 * m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-7)
+        np.testing.assert_allclose(got[path[0]][path[1]], p, rtol=1e-4)
+
+
 def test_cosine_and_constant():
     cosine = optim.make_schedule("cosine", learning_rate=0.2, total_steps=100)
     np.testing.assert_allclose([cosine(0), cosine(50), cosine(100)], [0.2, 0.1, 0], atol=1e-7)

@@ -9,8 +9,10 @@ import pytest
 
 from resnet_flax import create_model
 from resnet_flax.config import base_config, flatten
-from resnet_flax.models import ARCHITECTURES
+from resnet_flax.models import ARCHITECTURES, OPTIONS
 
+# Under which option a net stands whose shortcuts are a variant of it; the others under A.
+OWN_SHORTCUTS = {"bare": "B", "conv_shortcut": "C"}
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 
@@ -33,8 +35,9 @@ def net_table():
     for name, architecture in ARCHITECTURES.items():
         cells = []
         for option in ("A", "B", "C"):
-            if architecture.shortcut == "none":
-                cells.append(f"**{parameters(name, None):,}**" if option == "A" else "\N{EN DASH}")
+            if architecture.shortcut not in OPTIONS:
+                own = option == OWN_SHORTCUTS.get(architecture.shortcut, "A")
+                cells.append(f"**{parameters(name, None):,}**" if own else "\N{EN DASH}")
             else:
                 count = f"{parameters(name, option):,}"
                 cells.append(f"**{count}**" if option == architecture.shortcut else count)

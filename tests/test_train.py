@@ -212,7 +212,8 @@ def test_weights_describe_themselves_and_begin_a_new_run(finished, small_config,
     file = directory / "weights.safetensors"
     loaded = weights.load(file)
     assert loaded.model == {
-        "name": "resnet8", "shortcut": "A", "num_classes": 10, "stride_in_3x3": False
+        "name": "resnet8", "shortcut": "A", "num_classes": 10, "stride_in_3x3": False,
+        "survival": 1.0,
     }  # fmt: skip
     assert loaded.class_names == tuple("0123456789")
     assert loaded.training["test_error_last"] == result["test_error_last"]

@@ -1,5 +1,11 @@
 """The nets: `create_model` builds one by name."""
 
-from resnet_flax.models.zoo import ARCHITECTURES, create_model, get_architecture, resolve_shortcut
+from resnet_flax.models.zoo import (
+    ARCHITECTURES,
+    OPTIONS,
+    create_model,
+    get_architecture,
+    resolve_shortcut,
+)
 
-__all__ = ["ARCHITECTURES", "create_model", "get_architecture", "resolve_shortcut"]
+__all__ = ["ARCHITECTURES", "OPTIONS", "create_model", "get_architecture", "resolve_shortcut"]

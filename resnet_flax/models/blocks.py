@@ -18,30 +18,46 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Conv(nn.Module):
-    """k x k convolution without bias, padded by (k - 1) // 2 on every side.
+    """k x k convolution, padded by (k - 1) // 2 on every side.
 
     `SAME` with stride 2 would pad on one side only: then the outputs would not line up with
     `x[:, ::2, ::2]`, nor with the weights that other frameworks publish.
+
+    Attributes:
+      features: channels of the output.
+      kernel: k.
+      strides: of the window, both ways.
+      dtype: of the computation; parameters are float32.
+      kernel_init: initialiser of the kernel.
+      bias_init: initialiser of a bias; None: there is none, as in the papers' nets.
+      same: pad as TensorFlow's and XLA's `SAME` does all the same, for the Keras nets.
     """
 
     features: int
     kernel: int = 3
     strides: int = 1
     dtype: jax.typing.DTypeLike = jnp.float32
+    kernel_init: nn.initializers.Initializer = he_normal
+    bias_init: nn.initializers.Initializer | None = None
+    same: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_normal, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         pad = (self.kernel - 1) // 2
-        return jax.lax.conv_general_dilated(
+        y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             window_strides=(self.strides, self.strides),
-            padding=((pad, pad), (pad, pad)),
+            padding="SAME" if self.same else ((pad, pad), (pad, pad)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
+        if self.bias_init is None:
+            return y
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
+        return y + bias.astype(self.dtype)
 
 
 def no_shortcut(x, y, strides, conv, norm):
@@ -56,6 +72,13 @@ def identity(x, y, strides, conv, norm):
     return x + y
 
 
+def option_a(x: jax.Array, strides: int, channels: int) -> jax.Array:
+    """`pad_identity` before the addition: [B, H, W, C] to [B, H/s, W/s, channels]."""
+    new = channels - x.shape[-1]
+    widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
+    return jnp.pad(x[:, ::strides, ::strides], widths)
+
+
 def pad_identity(x, y, strides, conv, norm):
     """Option A [R §3.3]: every `strides`-th pixel, new channels filled with zeros, no parameters.
 
@@ -63,9 +86,7 @@ def pad_identity(x, y, strides, conv, norm):
     circulation; any other place gives the same net up to a renaming of channels.
     """
     del conv, norm
-    new = y.shape[-1] - x.shape[-1]
-    widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
-    return jnp.pad(x[:, ::strides, ::strides], widths) + y
+    return option_a(x, strides, y.shape[-1]) + y
 
 
 def projection(x, y, strides, conv, norm):
@@ -83,32 +104,62 @@ def bare_projection(x, y, strides, conv, norm):
 class Block(nn.Module):
     """What all blocks share.
 
+    Class attributes say what kind of net a block makes: `expansion`, the output's width over that
+    of the 3x3 convolutions, where the net does not say otherwise; `weighted_layers` in a block;
+    `preactivation`, no ReLU after the addition: the net has one at its end; `stem_activation`, the
+    net has BN-ReLU after its stem; `final_norm`, it has BN before the ReLU at its end; `draws`,
+    training draws random numbers whatever the options.
+
+    What is random is drawn in training from the collection `drop` of random numbers; at test, and
+    where that is not given, everything stands at its expectation.
+
     Attributes:
-      features: width of the block's 3x3 convolutions; the output has `features * expansion`.
+      features: width of the block's 3x3 convolutions.
+      out_features: channels of the output.
       strides: 1 or 2.
+      is_first: whether it is the net's first block.
       shares_activation: whether a pre-activation block's first BN-ReLU feeds its shortcut too.
       shortcut: how input and branch are joined.
       conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
       norm: makes a normalisation `norm(name=…)`.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
       last_scale_init: initialiser of the scale that ends the branch, in post-activation blocks.
+      train: whether to draw.
     """
 
     features: int
+    out_features: int
     strides: int
+    is_first: bool
     shares_activation: bool
     shortcut: Shortcut
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     stride_in_3x3: bool = False
     last_scale_init: nn.initializers.Initializer = nn.initializers.ones
+    train: bool = False
 
     expansion = 1
     weighted_layers = 2
     preactivation = False
+    stem_activation = True
+    final_norm = False
+    draws = False
 
-    def join(self, x, y):
-        """Applies the shortcut to input `x` and branch `y`."""
+    def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+        """1 with `probability` and else 0, [*shape]; where nothing is drawn, `probability`, []."""
+        if self.train and self.has_rng("drop"):
+            return jax.random.bernoulli(self.make_rng("drop"), probability, shape)
+        return jnp.asarray(probability)
+
+    def join(self, x, y, survival):
+        """Applies the shortcut to input `x` and branch `y`.
+
+        Where there is a `survival`, a scalar probability, the branch is dropped for the whole batch
+        else, and at test scaled by it: stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+        """
+        if survival is not None:
+            y = y * self.keep(survival, ()).astype(y.dtype)
         return self.shortcut(x, y, self.strides, self.conv, self.norm)
 
 
@@ -116,13 +167,13 @@ class BasicBlock(Block):
     """conv3-BN-ReLU-conv3-BN, shortcut, ReLU [R Fig. 5 left]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
         y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
-        return nn.relu(self.join(x, y))
+        return nn.relu(self.join(x, y, survival))
 
 
 class BottleneckBlock(Block):
@@ -132,16 +183,16 @@ class BottleneckBlock(Block):
     weighted_layers = 3
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
         y = nn.relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = nn.relu(self.norm(name="bn2")(y))
-        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
+        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
-        return nn.relu(self.join(x, y))
+        return nn.relu(self.join(x, y, survival))
 
 
 class PreactBasicBlock(Block):
@@ -152,16 +203,18 @@ class PreactBasicBlock(Block):
     """
 
     preactivation = True
+    stem_activation = False
+    final_norm = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
         y = nn.relu(self.norm(name="bn1")(x))
         x = y if self.shares_activation else x
         y = self.conv(self.features, strides=self.strides, name="conv1")(y)
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, name="conv2")(y)
-        return self.join(x, y)
+        return self.join(x, y, survival)
 
 
 class PreactBottleneckBlock(Block):
@@ -170,10 +223,12 @@ class PreactBottleneckBlock(Block):
     expansion = 4
     weighted_layers = 3
     preactivation = True
+    stem_activation = False
+    final_norm = True
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, 4 * features]."""
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = nn.relu(self.norm(name="bn1")(x))
         x = y if self.shares_activation else x
@@ -181,5 +236,5 @@ class PreactBottleneckBlock(Block):
         y = nn.relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = nn.relu(self.norm(name="bn3")(y))
-        y = self.conv(4 * self.features, kernel=1, name="conv3")(y)
-        return self.join(x, y)
+        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
+        return self.join(x, y, survival)

@@ -53,7 +53,7 @@ def layers(model: ResNet, image_size: int) -> list[Layer]:
                 multiply_adds = positions * params["kernel"].size
             found[module.path] = Layer(
                 "/".join(module.path),
-                type(module).__name__,
+                "Conv" if isinstance(module, Conv) else type(module).__name__,
                 tuple(out.shape[1:]),
                 sum(p.size for p in jax.tree.leaves(params)),
                 multiply_adds,

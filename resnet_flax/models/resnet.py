@@ -1,10 +1,12 @@
 """The net: stem, stages of blocks, head."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from resnet_flax.models.blocks import Block, Conv, Shortcut, he_normal
@@ -26,6 +28,7 @@ class ResNet(nn.Module):
       block: class of the blocks.
       shortcut_changing: shortcut of a block whose output has another shape than its input.
       shortcut_same: shortcut of every other block.
+      out_widths: channels of each stage's output; None: `widths` times the block's `expansion`.
       num_classes: outputs of the dense layer; 0: no such layer, the pooled features come out.
       stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
       stem_strides: its stride.
@@ -33,9 +36,14 @@ class ResNet(nn.Module):
       zero_init_last: begin with the last scale of each post-activation branch at 0, every block
         then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution.
+      conv: class of the convolutions, or a function that makes one.
+      head_init: initialiser of the dense layer's kernel.
       dtype: of the activations; parameters, statistics and logits are float32 always.
       bn_momentum: share of the running statistics kept at each step.
+      bn_epsilon: added to the variance.
       bn_group_size: examples per batch-norm group, None for the global batch.
+      survival: probability that the last block's branch takes part in a training step; it falls
+        linearly over the blocks from 1 (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
       scan: run equal blocks as one scan.
       remat: keep only block inputs for the backward pass and compute the rest again.
     """
@@ -45,17 +53,42 @@ class ResNet(nn.Module):
     block: type[Block]
     shortcut_changing: Shortcut
     shortcut_same: Shortcut
+    out_widths: tuple[int, ...] | None = None
     num_classes: int = 10
     stem_kernel: int = 3
     stem_strides: int = 1
     stem_pool: bool = False
     zero_init_last: bool = False
     stride_in_3x3: bool = False
+    conv: Callable[..., nn.Module] = Conv
+    head_init: nn.initializers.Initializer = he_normal
     dtype: DTypeLike = jnp.float32
     bn_momentum: float = 0.9
+    bn_epsilon: float = 1e-5
     bn_group_size: int | None = None
+    survival: float = 1.0
     scan: bool = False
     remat: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws random numbers: `apply(…, train=True, rngs={"drop": key})`."""
+        return self.survival < 1 or self.block.draws
+
+    def survivals(self) -> tuple[jax.Array | None, ...]:
+        """Each stage's probabilities that a block's branch takes part, float32 [blocks], or None.
+
+        1 - l / L * (1 - survival) for block l of L.
+        """
+        if self.survival == 1:
+            return (None,) * len(self.stage_sizes)
+        total = sum(self.stage_sizes)
+        all_blocks = 1 - np.arange(1, total + 1) / total * (1 - self.survival)
+        ends = np.cumsum(self.stage_sizes)
+        return tuple(
+            jnp.asarray(all_blocks[end - size : end], jnp.float32)
+            for size, end in zip(self.stage_sizes, ends, strict=True)
+        )
 
     @nn.compact
     def __call__(
@@ -65,7 +98,8 @@ class ResNet(nn.Module):
 
         Args:
           x: the images.
-          train: normalise by batch statistics; `batch_stats` must be mutable.
+          train: normalise by batch statistics; `batch_stats` must be mutable. And draw what is
+            random, where `rngs` has a key `drop`; else that stands at its expectation.
           features: return each stage's output instead, [B, H/s, W/s, D] in the net's dtype, for a
             detection or segmentation head. A pre-activation net's last one is after its final
             BN-ReLU.
@@ -73,11 +107,12 @@ class ResNet(nn.Module):
         Returns:
           Logits; without `num_classes` the pooled features, float32 [B, D].
         """
-        conv = functools.partial(Conv, dtype=self.dtype)
+        conv = functools.partial(self.conv, dtype=self.dtype)
         norm = functools.partial(
             BatchNorm,
             train=train,
             momentum=self.bn_momentum,
+            epsilon=self.bn_epsilon,
             group_size=self.bn_group_size,
             dtype=self.dtype,
         )
@@ -86,61 +121,76 @@ class ResNet(nn.Module):
         x = conv(
             self.widths[0], kernel=self.stem_kernel, strides=self.stem_strides, name="stem_conv"
         )(x)
-        if not self.block.preactivation:
+        if self.block.stem_activation:
             x = nn.relu(norm(name="stem_bn")(x))
         if self.stem_pool:
             # Explicit padding: SAME would pad one side only, as with convolutions.
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, (size, width) in enumerate(zip(self.stage_sizes, self.widths, strict=True), 1):
+        out_widths = self.out_widths or tuple(w * self.block.expansion for w in self.widths)
+        stages = zip(self.stage_sizes, self.widths, out_widths, self.survivals(), strict=True)
+        for stage, (size, width, out_width, survivals) in enumerate(stages, 1):
             strides = 1 if stage == 1 else 2
-            changes = strides != 1 or x.shape[-1] != width * self.block.expansion
+            changes = strides != 1 or x.shape[-1] != out_width
             block = functools.partial(
                 self.block,
                 width,
+                out_width,
                 conv=conv,
                 norm=norm,
                 stride_in_3x3=self.stride_in_3x3,
                 last_scale_init=last_scale_init,
+                train=train,
             )
             same = functools.partial(
-                block, strides=1, shares_activation=False, shortcut=self.shortcut_same
+                block,
+                strides=1,
+                is_first=False,
+                shares_activation=False,
+                shortcut=self.shortcut_same,
             )
             first = block(
                 strides=strides,
+                is_first=stage == 1,
                 shares_activation=changes or stage == 1,
                 shortcut=self.shortcut_changing if changes else self.shortcut_same,
                 name=f"stage{stage}_block1",
             )
-            x = self._run(first, x)
+            x = self._run(first, x, None if survivals is None else survivals[0])
             if self.scan and size > 1:
-                x = self._run_scanned(same(name=f"stage{stage}_rest"), x, size - 1)
+                rest = None if survivals is None else survivals[1:]
+                x = self._run_scanned(same(name=f"stage{stage}_rest"), x, rest, size - 1)
             else:
                 for i in range(2, size + 1):
-                    x = self._run(same(name=f"stage{stage}_block{i}"), x)
+                    survival = None if survivals is None else survivals[i - 1]
+                    x = self._run(same(name=f"stage{stage}_block{i}"), x, survival)
             outputs.append(x)
+        if self.block.final_norm:
+            x = norm(name="final_bn")(x)
         if self.block.preactivation:
-            outputs[-1] = x = nn.relu(norm(name="final_bn")(x))
+            outputs[-1] = x = nn.relu(x)
         if features:
             return tuple(outputs)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         if not self.num_classes:
             return x
-        return nn.Dense(self.num_classes, kernel_init=he_normal, name="head")(x)
+        return nn.Dense(self.num_classes, kernel_init=self.head_init, name="head")(x)
 
-    def _run(self, block: Block, x: jax.Array) -> jax.Array:
-        return nn.remat(_call)(block, x) if self.remat else block(x)
+    def _run(self, block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
+        return nn.remat(_call)(block, x, survival) if self.remat else block(x, survival)
 
-    def _run_scanned(self, block: Block, x: jax.Array, length: int) -> jax.Array:
+    def _run_scanned(
+        self, block: Block, x: jax.Array, survivals: jax.Array | None, length: int
+    ) -> jax.Array:
         # Inside a scan the loop already keeps XLA from merging the two computations.
         call = nn.remat(_call, prevent_cse=False) if self.remat else _call
         scanned = nn.scan(
-            lambda block, x, _: (call(block, x), None),
+            lambda block, x, survival: (call(block, x, survival), None),
             variable_axes={"params": 0, "batch_stats": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "drop": True},
             length=length,
         )
-        return scanned(block, x, None)[0]
+        return scanned(block, x, survivals)[0]
 
 
-def _call(block: Block, x: jax.Array) -> jax.Array:
-    return block(x)
+def _call(block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
+    return block(x, survival)

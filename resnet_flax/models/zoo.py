@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks
+from resnet_flax.models import ablations, blocks, keras
 from resnet_flax.models.resnet import ResNet
 
 
@@ -21,10 +22,11 @@ class Architecture:
       stage_sizes: blocks per stage.
       widths: width of each stage's 3x3 convolutions.
       block: class of the blocks.
-      shortcut: "A", "B", "C" or "none": the paper's choice for this net.
+      shortcut: "A", "B" or "C": the paper's choice for this net; or another key of `_SHORTCUTS`,
+        which then is the net and no option.
       image_size: side of the square images the net is for, pixels.
       num_classes: classes of the data set the net is for.
-      stem: further arguments of `ResNet`.
+      extra: further arguments of `ResNet`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -33,7 +35,7 @@ class Architecture:
     shortcut: str
     image_size: int = 32
     num_classes: int = 10
-    stem: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def weighted_layers(self) -> int:
@@ -80,22 +82,46 @@ def _architectures() -> dict[str, Architecture]:
         nets[f"plain{depth}"] = imagenet_architecture(sizes, blocks.BasicBlock, "none")
     for depth, sizes in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3))):
         nets[f"resnet{depth}"] = imagenet_architecture(sizes, blocks.BottleneckBlock, "B")
+    for depth in (20, 32, 44, 56, 110):
+        net = cifar_architecture(depth, blocks.BasicBlock, "bare")
+        nets[f"resnet{depth}_keras_v1"] = dataclasses.replace(net, extra=keras.V1)
+    for depth in (56, 110):
+        net = cifar_architecture(depth, keras.KerasPreactBlock, "bare")
+        net = dataclasses.replace(net, widths=keras.V2_WIDTHS, extra=keras.V2)
+        nets[f"resnet{depth}_keras_v2"] = net
+    for name, block in ablations.BLOCKS.items():
+        nets[f"resnet110_{name}"] = cifar_architecture(110, block, "A")
+    for name in ("constant_scaling", "exclusive_gating", "shortcut_gating", "conv_shortcut"):
+        nets[f"resnet110_{name}"] = cifar_architecture(110, blocks.BasicBlock, name)
     return nets
 
 
 ARCHITECTURES = _architectures()
 
+# What users may choose between, where a net leaves them the choice.
+OPTIONS = ("A", "B", "C")
 # (shortcut of blocks that change the shape, shortcut of the others), post- and pre-activation.
 _SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.projection, blocks.identity),
     "C": (blocks.projection, blocks.projection),
     "none": (blocks.no_shortcut, blocks.no_shortcut),
+    "bare": (blocks.bare_projection, blocks.identity),
+    "constant_scaling": (ablations.constant_scaling, ablations.constant_scaling),
+    "conv_shortcut": (blocks.bare_projection, blocks.bare_projection),
 }
 _PREACT_SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.bare_projection, blocks.identity),
     "C": (blocks.bare_projection, blocks.bare_projection),
+    "bare": (blocks.bare_projection, blocks.identity),
+}
+
+
+# These take a further argument, `gate_bias`.
+_GATES = {
+    "exclusive_gating": ablations.exclusive_gating,
+    "shortcut_gating": ablations.shortcut_gating,
 }
 
 
@@ -119,17 +145,19 @@ def resolve_shortcut(name: str, shortcut: str | None) -> str:
       UserError: unknown net or option, or a projection asked of a plain net.
     """
     own = get_architecture(name).shortcut
-    if shortcut in (None, "auto"):
+    if shortcut in (None, "auto", own):
         return own
     if own == "none":
         # "A" is what every other 6n+2 net has: asking for it changes nothing in a plain one.
-        if shortcut not in ("A", "none"):
+        if shortcut != "A":
             raise UserError(
                 f"model {name!r} is plain and has no shortcuts: leave out shortcut={shortcut!r}, "
                 f"or take {name.replace('plain', 'resnet')!r}"
             )
         return own
-    if shortcut not in ("A", "B", "C"):
+    if own not in OPTIONS:
+        raise UserError(f"model {name!r} has shortcuts of its own: leave out shortcut={shortcut!r}")
+    if shortcut not in OPTIONS:
         raise UserError(f"unknown shortcut {shortcut!r} for model {name!r}; known: A, B, C")
     return shortcut
 
@@ -144,6 +172,8 @@ def create_model(
     bn_momentum: float = 0.9,
     bn_group_size: int | None = None,
     zero_init_last: bool = False,
+    gate_bias: float = -6.0,
+    survival: float = 1.0,
     scan: bool = False,
     remat: bool = False,
 ) -> ResNet:
@@ -161,6 +191,10 @@ def create_model(
       bn_momentum: share of the running statistics kept at each step.
       bn_group_size: examples per batch-norm group, None for the whole batch.
       zero_init_last: see `ResNet`; not the paper's.
+      gate_bias: initial bias of the gates of the nets that have them; see `models.ablations`.
+      survival: probability that the last block takes part in a training step, see `ResNet`: 0.5 in
+        the paper on stochastic depth, 1 in all others; applied in training where `apply` is given
+        `rngs={"drop": key}`, in expectation everywhere else.
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
 
@@ -169,7 +203,8 @@ def create_model(
       `train` and `features`, see `ResNet`.
 
     Raises:
-      UserError: unknown name, shortcut or dtype, or num_classes < 0.
+      UserError: unknown name, shortcut or dtype, num_classes < 0, or a survival that is no
+        probability, or below 1 in a net without shortcuts.
     """
     architecture = get_architecture(name)
     if num_classes is None:
@@ -182,8 +217,16 @@ def create_model(
         is_float = False
     if not is_float:
         raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
+    if not 0 < survival <= 1:
+        raise UserError(f"survival={survival} must be above 0 and at most 1")
+    if survival < 1 and architecture.shortcut == "none":
+        raise UserError(f"model {name!r} is plain: a block dropped would leave nothing (survival)")
     shortcuts = _PREACT_SHORTCUTS if architecture.block.preactivation else _SHORTCUTS
-    changing, same = shortcuts[resolve_shortcut(name, shortcut)]
+    option = resolve_shortcut(name, shortcut)
+    if option in _GATES:
+        changing = same = functools.partial(_GATES[option], gate_bias=gate_bias)
+    else:
+        changing, same = shortcuts[option]
     return ResNet(
         stage_sizes=architecture.stage_sizes,
         widths=architecture.widths,
@@ -196,7 +239,8 @@ def create_model(
         bn_momentum=bn_momentum,
         bn_group_size=bn_group_size,
         zero_init_last=zero_init_last,
-        **architecture.stem,
+        **architecture.extra,
+        survival=survival,
         scan=scan,
         remat=remat,
     )

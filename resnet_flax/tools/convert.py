@@ -97,7 +97,7 @@ def from_torch(
       UserError: the state dict is not that net's.
     """
     architecture = models.get_architecture(name)
-    if shortcut is None and architecture.shortcut != "none":
+    if shortcut is None and architecture.shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(state_dict)
     if stride_in_3x3 is None:
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
@@ -190,6 +190,14 @@ def _from(args) -> None:
 def _to(args) -> None:
     loaded = weights.load(args.to_torch)
     name = loaded.model["name"]
+    if (
+        models.get_architecture(name).shortcut not in (*models.OPTIONS, "none")
+        or loaded.model.get("survival", 1) != 1
+    ):
+        raise UserError(
+            f"{args.to_torch} holds {name!r} with shortcuts of its own or with stochastic depth: "
+            "no PyTorch project's net computes the same from its weights"
+        )
     cifar = models.get_architecture(name).image_size == 32
     style = args.names or ("cifar" if cifar else "torchvision")
     names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")

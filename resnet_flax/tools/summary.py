@@ -72,11 +72,11 @@ def _table(total: dict) -> str:
 
 def _totals(totals: list[dict]) -> str:
     lines = [
-        f"{'name':<24}{'shortcut':>9}{'layers':>8}{'parameters':>14}{'multiply-adds':>18}{'at':>6}"
+        f"{'name':<28}{'shortcut':>17}{'layers':>8}{'parameters':>14}{'multiply-adds':>18}{'at':>6}"
     ]
     for t in totals:
         lines.append(
-            f"{t['name']:<24}{t['shortcut']:>9}{t['weighted_layers']:>8}{t['parameters']:>14,}"
+            f"{t['name']:<28}{t['shortcut']:>17}{t['weighted_layers']:>8}{t['parameters']:>14,}"
             f"{t['multiply_adds']:>18,}{t['image_size']:>6}"
         )
     return "\n".join(lines)

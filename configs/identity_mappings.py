@@ -1,0 +1,20 @@
+"""The comparisons of Identity Mappings (arXiv:1603.05027, Tables 1 and 2) on CIFAR-10.
+
+    python -m resnet_flax.main --config=configs/identity_mappings.py:resnet110_shortcut_gating \
+        --config.model.gate_bias=0
+
+ResNet-110 with other shortcuts or another order of its layers: see resnet_flax/models/ablations.py
+for the nets and the paper's test errors.
+"""
+
+from resnet_flax.config import base_config
+
+
+def get_config(name="resnet110_constant_scaling"):
+    """The paper's recipe for the net called `name`."""
+    config = base_config()
+    config.model.name = name
+    # Identity Mappings warms up all its CIFAR nets at 0.01 for 400 iterations [I, Appendix].
+    config.optim.warmup_rate = 0.01
+    config.optim.warmup_steps = 400
+    return config

@@ -1,0 +1,127 @@
+"""Stochastic depth (Huang et al. 2016): who survives, how often, and what stands in at test."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from resnet_flax import create_model
+from resnet_flax.errors import UserError
+from resnet_flax.models.blocks import BasicBlock, PreactBasicBlock
+from tests.test_ablations import make_block
+from tests.test_models import check_scanned_and_unrolled_agree
+from tests.test_steps import Setup, assert_close, batches
+
+
+def test_survival_falls_linearly_over_all_blocks():
+    stages = create_model("resnet110", survival=0.5).survivals()
+    assert [len(stage) for stage in stages] == [18, 18, 18]
+    want = [1 - block / 54 * 0.5 for block in range(1, 55)]
+    np.testing.assert_allclose(np.concatenate(stages), want, rtol=1e-6)
+    # The paper expects (3 * 54 - 1) / 4 blocks.
+    assert round(sum(want)) == 40
+    assert create_model("resnet110").survivals() == (None, None, None)
+
+
+def test_only_nets_that_draw_ask_for_random_numbers():
+    assert not create_model("resnet20").draws
+    assert create_model("resnet20", survival=0.9).draws
+    assert create_model("resnet110_dropout_shortcut").draws
+
+
+def test_what_makes_no_sense_is_refused():
+    with pytest.raises(UserError, match="survival=0 must be above 0"):
+        create_model("resnet20", survival=0)
+    with pytest.raises(UserError, match="'plain20' is plain"):
+        create_model("plain20", survival=0.5)
+
+
+def test_at_test_a_branch_is_scaled_by_its_survival():
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4))
+    block = make_block(PreactBasicBlock)
+    variables = block.init(jax.random.key(0), x)
+    branch = block.apply(variables, x) - x
+    got = block.apply(variables, x, jnp.float32(0.25))
+    np.testing.assert_allclose(got, x + 0.25 * branch, rtol=1e-4, atol=1e-5)
+    # Where there is a ReLU after the addition, what is dropped leaves the ReLU of the input.
+    post = make_block(BasicBlock)
+    variables = post.init(jax.random.key(0), x)
+    almost_dropped = post.apply(variables, x, jnp.float32(1e-9))
+    np.testing.assert_allclose(almost_dropped, jax.nn.relu(x), atol=1e-6)
+
+
+def counting_net(**options):
+    """A net whose every output is 1 plus the number of blocks that took part.
+
+    All convolutions are 0 and the last bias of each branch is 1, the stem's too.
+    """
+    model = create_model("resnet20", num_classes=0, survival=0.5, **options)
+    model = model.clone(stage_sizes=(8,), widths=(4,))
+    x = jnp.ones((3, 4, 4, 3))
+    variables = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), x))
+    params = variables["params"]
+    params["stem_bn"]["bias"] += 1
+    for name in params:
+        if name.startswith("stage"):
+            params[name]["bn2"]["bias"] += 1
+
+    def survivors(key):
+        out, _ = model.apply(variables, x, train=True, rngs={"drop": key}, mutable=["batch_stats"])
+        return out - 1
+
+    return model, variables, x, survivors
+
+
+@pytest.mark.parametrize("options", [{}, {"scan": True}, {"scan": True, "remat": True}])
+def test_blocks_drop_on_their_own_and_as_often_as_they_should(options):
+    model, variables, x, survivors = counting_net(**options)
+    counts = np.asarray(jax.jit(jax.vmap(survivors))(jax.random.split(jax.random.key(5), 1000)))
+    # A block is there for the whole batch or for none of it.
+    assert (counts == counts[:, :1, :1]).all()
+    counts = counts[:, 0, 0]
+    assert set(counts) <= set(range(9))
+    p = np.concatenate(model.survivals())
+    np.testing.assert_allclose(p, 1 - np.arange(1, 9) / 16, rtol=1e-6)
+    # Independent of each other: then variances add up; they would be 8 times that together.
+    variance = (p * (1 - p)).sum()
+    assert abs(counts.mean() - p.sum()) < 4 * np.sqrt(variance / 1000)
+    assert abs(counts.var() / variance - 1) < 0.2
+    # At test, and in training without random numbers, the expectation.
+    at_test = model.apply(variables, x) - 1
+    np.testing.assert_allclose(at_test, p.sum(), rtol=1e-5)
+    without, _ = model.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(without - 1, p.sum(), rtol=1e-5)
+    # Random numbers alone do not make it training.
+    np.testing.assert_array_equal(
+        model.apply(variables, x, rngs={"drop": jax.random.key(0)}) - 1, at_test
+    )
+
+
+def test_scanned_and_unrolled_agree_where_nothing_is_drawn():
+    model = create_model("resnet20", survival=0.5).clone(stage_sizes=(3, 2), widths=(4, 8))
+    check_scanned_and_unrolled_agree(model)
+
+
+def test_draws_are_a_function_of_seed_and_step_whatever_the_devices_and_chunks():
+    index = np.concatenate([batches(1)] * 3)
+
+    def losses(devices, chunks):
+        setup = Setup(devices, model=create_model("resnet8", survival=0.3))
+        current, out = setup.state(), []
+        for rows in np.split(index, chunks):
+            current, sums = setup.train(current, rows)
+            out += list(np.asarray(sums["loss"]))
+        return out, jax.device_get(current.params)
+
+    one, params = losses(1, 3)
+    assert losses(1, 3)[0] == one
+    eight, _ = losses(8, 3)
+    np.testing.assert_allclose(eight[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(eight, one, rtol=1e-3)
+    chunked, other = losses(1, 1)
+    np.testing.assert_allclose(chunked, one, rtol=1e-4)
+    assert_close(params, other, rtol=2e-3, atol=2e-4)
+    # And something is drawn: the same net without it has another loss.
+    whole = Setup(1, model=create_model("resnet8"))
+    _, sums = whole.train(whole.state(), index[:1])
+    assert abs(float(sums["loss"][0]) - one[0]) > 1e-4
