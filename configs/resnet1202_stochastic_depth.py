@@ -16,9 +16,9 @@ def get_config():
     config.model.survival = 0.5
     config.data.split = "45k/5k"
     config.optim.nesterov = True
-    config.optim.boundaries_epochs = (250, 375)
-    config.train.total_epochs = 500.0
-    config.eval.every_epochs = 1.0
+    config.optim.boundaries_steps = (87_891, 131_836)
+    config.train.total_steps = 175_781
+    config.eval.every_steps = 352  # an epoch
     # As the net without stochastic depth has it [R §4.2].
     config.optim.warmup_rate = 0.01
     config.optim.warmup_error = 0.8

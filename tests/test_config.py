@@ -30,7 +30,7 @@ def load(name, *args):
 
 def test_the_promised_configs_are_there():
     assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
-    assert {"keras_v1", "keras_v2", "identity_mappings"} <= set(CONFIGS)
+    assert {"keras", "identity_mappings"} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("depth", [110, 1202])
@@ -43,13 +43,21 @@ def test_stochastic_depth_has_its_papers_schedule(depth):
     assert bool(c.optim.warmup_error) == (depth == 1202)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_durations_of_the_configs_are_in_steps(name):
+    """So that `--config.train.total_steps=100` means what it says with every one of them."""
+    for key, value in flatten(load(name)).items():
+        if key.endswith(("_epochs", "_examples")) and key != "eval.bn_examples":
+            assert not value, key
+
+
 def test_modern_takes_a_net():
     assert load("modern", "resnet56").model.name == "resnet56"
 
 
 @pytest.mark.parametrize("name", ["resnet56_keras_v1", "resnet56_keras_v2"])
 def test_keras_recipe_is_the_example_s(name):
-    c = load(name[-8:], name)
+    c = load("keras", name)
     assert c.model.name == name
     steps = resolve_steps(c, 50_000)
     assert steps.train.total_steps == 200 * 1562.5

@@ -4,7 +4,7 @@
 papers: every convolution has a bias; padding is TensorFlow's `same`, on one side only where a 3x3
 has stride 2; the initial kernels are a *truncated* normal, the dense layer's too; batch
 normalisation adds 1e-3 to the variance, and in that example's training keeps 0.99 of its running
-statistics (`bn_momentum=0.99`, see `configs/keras_v1.py`).
+statistics (`bn_momentum=0.99`, see `configs/keras.py`).
 
 Version 1 has [R]'s 6n+2 layers with basic blocks; where the shape changes, the shortcut is a 1x1
 convolution with a bias and without batch normalisation, where [R §4.2] has option A.
