@@ -282,10 +282,14 @@ def test_scanned_and_unrolled_agree_with_and_without_remat(name):
     check_scanned_and_unrolled_agree(create_model(name).clone(stage_sizes=(3, 2), widths=(4, 8)))
 
 
+# Each program of these tests runs once: compiling it well takes longer than running it badly.
+ONCE = {"xla_backend_optimization_level": 0}
+
+
 def check_scanned_and_unrolled_agree(unrolled):
     scanned = unrolled.clone(scan=True)
     x = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
-    stacked = jax.jit(scanned.init)(jax.random.key(0), x)
+    stacked = jax.jit(scanned.init, compiler_options=ONCE)(jax.random.key(0), x)
     canonical = layout.to_canonical(stacked)
     own = jax.eval_shape(unrolled.init, jax.random.key(0), x)
     assert jax.tree.structure(canonical) == jax.tree.structure(own)
@@ -298,7 +302,8 @@ def check_scanned_and_unrolled_agree(unrolled):
         return jnp.sum(logits**2), new["batch_stats"]
 
     def run(model, variables):
-        return jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        return jax.jit(gradient, static_argnums=1, compiler_options=ONCE)(
             variables["params"], model, variables["batch_stats"]
         )
 
