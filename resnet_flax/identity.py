@@ -1,12 +1,14 @@
 """Whether the run in a directory is the one asked for: configuration, data, beginning, devices."""
 
+import hashlib
 import pathlib
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import workdir
+from resnet_flax import weights, workdir
 from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
@@ -95,6 +97,21 @@ def other_devices(directory: pathlib.Path, mesh: Mesh) -> str | None:
         f"note: the run began on {old} device(s) and goes on with {mesh.size}: the results agree "
         "up to rounding, not to the bit"
     )
+
+
+def preprocessing(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """The (mean, std) that the run in a directory began with, or None where none has begun.
+
+    Raises:
+      UserError: their file is not as the run wrote it.
+    """
+    digest = _run_record(directory).get("preprocess_sha256")
+    if digest is None:
+        return None
+    path = directory / "preprocess.safetensors"
+    if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        raise UserError(f"{path} is missing or damaged; restore it from a copy")
+    return weights.load_preprocessing(path)
 
 
 def _run_record(directory: pathlib.Path) -> dict[str, Any]:

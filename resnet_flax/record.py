@@ -4,6 +4,7 @@ All errors in these files are shares, 0 to 1.
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import os
 import pathlib
@@ -48,7 +49,7 @@ def write_start(
     environment: dict[str, Any],
     init_weights: str | None,
 ) -> None:
-    """Writes `config.json` and `run.json` at a run's start, and notes each restart in the latter.
+    """Writes config, preprocessing and `run.json` at a run's start; a restart adds to the latter.
 
     Args:
       directory: the run's.
@@ -66,6 +67,8 @@ def write_start(
         workdir.write_json(path, old | {"starts": [*old.get("starts", []), start]})
         return
     workdir.write_json(directory / "config.json", flatten(config))
+    preprocess = directory / "preprocess.safetensors"
+    weights.save_preprocessing(preprocess, run.mean, run.std)
     dataset = run.dataset
     draw = dataset.validation_draw
     parameters = jax.tree.leaves(run.abstract_state().params)
@@ -76,6 +79,7 @@ def write_start(
             "shortcut": describe_model(run)["shortcut"],
             "devices": run.mesh.size,
             "init_weights": init_weights,
+            "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
             "parameters": sum(int(np.prod(p.shape)) for p in parameters),
             "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,

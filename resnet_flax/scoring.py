@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import checkpoint, experiment, identity, models, record, sharding, weights, workdir
@@ -55,10 +54,12 @@ def score(
     mesh = experiment.choose_mesh(config)
     dataset = experiment.load_data(config)
     if loaded:
-        _check_preprocessing(loaded, dataset.test.images.shape[1:], path)
+        preprocessing = loaded.mean, loaded.std
+        weights.check_preprocessing(*preprocessing, dataset.test.images.shape[1:], str(path))
     else:
+        preprocessing = identity.preprocessing(_run_of(path))
         identity.check_same_data(_run_of(path), dataset)
-    run = experiment.build(config, dataset, mesh, loaded and (loaded.mean, loaded.std))
+    run = experiment.build(config, dataset, mesh, preprocessing)
     if loaded:
         weights.check_model(loaded, record.describe_model(run), str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
@@ -113,18 +114,6 @@ def _own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDic
             with target.ignore_type():  # `validate` names what is wrong.
                 target[name] = tuple(value) if isinstance(value, list) else value
     return config
-
-
-def _check_preprocessing(loaded: weights.Weights, image_shape, path: pathlib.Path) -> None:
-    try:
-        fits = np.broadcast_shapes(loaded.mean.shape, loaded.std.shape, image_shape) == image_shape
-    except ValueError:
-        fits = False
-    if not fits or np.any(loaded.std == 0):
-        raise UserError(
-            f"weights file {path} expects images of another shape: its mean is "
-            f"{list(loaded.mean.shape)}, the images are {list(image_shape)}"
-        )
 
 
 def _from_checkpoint(path: pathlib.Path, run: Experiment, warn) -> tuple[int, Any]:

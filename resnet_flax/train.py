@@ -22,6 +22,7 @@ from resnet_flax import (
 from resnet_flax.config import validate
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
+from resnet_flax.models import layout
 from resnet_flax.progress import Progress
 from resnet_flax.state import TrainState
 
@@ -52,7 +53,13 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
         initial, digest = _load_initial(init_weights)
         dataset = experiment.load_data(config)
         identity.check_same_data(directory, dataset)
-        run = experiment.build(config, dataset, mesh)
+        preprocessing = identity.preprocessing(directory)
+        if preprocessing is None and initial is not None:
+            # A net knows what its images must look like; another mean would undo its training.
+            preprocessing = initial.mean, initial.std
+            shape = dataset.train.images.shape[1:]
+            weights.check_preprocessing(*preprocessing, shape, str(init_weights))
+        run = experiment.build(config, dataset, mesh, preprocessing)
         found = checkpoint.read_newest(directory / "checkpoints", progress.say, set_aside=True)
         identity.check_same_beginning(directory, digest, resuming=found is not None)
         total = run.config.train.total_steps
@@ -94,9 +101,20 @@ def _first_state(
         return jax.tree.map(lambda x: x.copy(), state), loop.History.from_record(saved)
     if initial is None:
         return run.create_state(), loop.History()
-    weights.check_model(initial, record.describe_model(run), source)
-    variables = weights.fit(initial.variables, run.abstract_variables(), source)
-    return run.create_state(variables), loop.History()
+    return run.create_state(_fit_initial(run, initial, source)), loop.History()
+
+
+def _fit_initial(run: Experiment, initial: weights.Weights, source: str) -> dict[str, Any]:
+    """The weights' variables, with a new last layer where the number of classes is another."""
+    model = record.describe_model(run)
+    variables, template = initial.variables, run.abstract_variables()
+    if initial.model.get("num_classes") != model["num_classes"]:
+        del model["num_classes"]
+        fresh = layout.to_canonical(run.create_state().params)["head"]
+        params = {**variables["params"], "head": jax.device_get(fresh)}
+        variables = {**variables, "params": params}
+    weights.check_model(initial, model, source)
+    return weights.fit(variables, template, source)
 
 
 def summary(result: dict[str, Any], directory: pathlib.Path) -> str:

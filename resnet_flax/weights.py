@@ -99,6 +99,36 @@ def load(path: pathlib.Path) -> Weights:
     return Weights(model, variables, mean, std, tuple(class_names), training)
 
 
+def check_preprocessing(
+    mean: np.ndarray, std: np.ndarray, image_shape: tuple[int, ...], source: str
+) -> None:
+    """Refuses a mean and a deviation that do not go with images of `image_shape` (H, W, C).
+
+    Raises:
+      UserError: names the shapes.
+    """
+    try:
+        fits = np.broadcast_shapes(mean.shape, std.shape, image_shape) == tuple(image_shape)
+    except ValueError:
+        fits = False
+    if not fits or np.any(std == 0):
+        raise UserError(
+            f"{source} expects images of another shape: its mean is {list(mean.shape)}, its "
+            f"deviation {list(std.shape)}, the images are {list(image_shape)}"
+        )
+
+
+def save_preprocessing(path: pathlib.Path, mean: np.ndarray, std: np.ndarray) -> None:
+    """Writes what a run subtracts from pixel values and divides them by."""
+    write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
+
+
+def load_preprocessing(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """The (mean, std) of `save_preprocessing`."""
+    tensors = safetensors.numpy.load_file(path)
+    return tensors["mean"], tensors["std"]
+
+
 def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
     """Refuses the weights of a net whose arrays may fit, but which computes something else.
 

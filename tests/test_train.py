@@ -1,5 +1,6 @@
 """Whole runs in this process: what they leave, and that stopping them changes nothing."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -240,6 +241,38 @@ def test_weights_that_fit_another_net_are_refused_too(finished, small_config, tm
     weights.save(tmp_path / "nan.safetensors", loaded)
     with pytest.raises(UserError, match="params/head/bias is not finite"):
         weights.load(tmp_path / "nan.safetensors")
+
+
+def test_a_run_from_weights_keeps_their_preprocessing_and_may_have_other_classes(
+    finished, small_config, tmp_path
+):
+    _, directory, _ = finished
+    loaded = weights.load(directory / "weights.safetensors")
+    changed = dataclasses.replace(
+        loaded, mean=np.full(3, 99, np.float32), std=np.full(3, 50, np.float32)
+    )
+    weights.save(tmp_path / "w.safetensors", changed)
+    small_config.model.num_classes = 12
+    small_config.train.total_steps = 1
+    small_config.optim.learning_rate = 1e-12
+    train.train(small_config, tmp_path / "run", str(tmp_path / "w.safetensors"))
+    tuned = weights.load(tmp_path / "run" / "weights.safetensors")
+    np.testing.assert_array_equal(tuned.mean, changed.mean)
+    np.testing.assert_array_equal(tuned.std, changed.std)
+    assert tuned.variables["params"]["head"]["kernel"].shape == (64, 12)
+    stem = [v["params"]["stem_conv"]["kernel"] for v in (tuned.variables, loaded.variables)]
+    np.testing.assert_allclose(*stem, atol=1e-8)
+    # Started again without the file, the run still knows.
+    (tmp_path / "run" / "result.json").unlink()
+    train.train(small_config, tmp_path / "run")
+    again = weights.load(tmp_path / "run" / "weights.safetensors")
+    np.testing.assert_array_equal(again.mean, changed.mean)
+    file = tmp_path / "run" / "preprocess.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"preprocess\.safetensors is missing or damaged"):
+        train.train(small_config, tmp_path / "run")
 
 
 def test_a_run_begun_from_weights_is_not_continued_without(finished, small_config, tmp_path):
