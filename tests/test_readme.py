@@ -61,8 +61,11 @@ def test_files_and_keys_that_readme_names_exist(readme, root):
         assert key in known, key
 
 
-def test_the_result_that_readme_quotes_is_the_recorded_one(readme, root):
-    result = json.loads((root / "results" / "cifar10_short" / "result.json").read_text())
-    row = next(line for line in readme.splitlines() if "configs/cifar10_short.py`, one run" in line)
-    assert f"{100 * result['test_error_last']:.2f} %" in row
-    assert f"{100 * result['train_error_last']:.2f} %" in row
+@pytest.mark.parametrize("folder", ["cifar10_short", "cifar10_short_plain20"])
+def test_the_results_that_readme_quotes_are_the_recorded_ones(readme, root, folder):
+    result = json.loads((root / "results" / folder / "result.json").read_text())
+    row = next(
+        line for line in readme.splitlines() if f"[results/{folder}](" in line and "|" in line
+    )
+    assert f"| {100 * result['test_error_last']:.2f} % |" in row
+    assert f"| {100 * result['train_error_last']:.2f} % |" in row
