@@ -22,6 +22,9 @@ from resnet_flax.workdir import write_atomically
 
 FORMAT = "resnet_flax 1"
 
+# Of `create_model`, for files that do not say.
+_DEFAULTS = {"stride_in_3x3": False, "survival": 1.0}
+
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
@@ -141,11 +144,9 @@ def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
       UserError: names the first option that differs.
     """
     for key, value in model.items():
-        if key in weights.model and weights.model[key] != value:
-            raise UserError(
-                f"{source} is of another net: its {key} is {weights.model[key]!r}, but {value!r} "
-                "here"
-            )
+        own = weights.model.get(key, _DEFAULTS.get(key, value))
+        if own != value:
+            raise UserError(f"{source} is of another net: its {key} is {own!r}, but {value!r} here")
 
 
 def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:

@@ -237,6 +237,12 @@ def test_weights_that_fit_another_net_are_refused_too(finished, small_config, tm
         scoring.score(small_config, None, str(tmp_path / "plain.safetensors"))
     with pytest.raises(UserError, match="its shortcut is 'none', but 'A' here"):
         train.train(small_config, tmp_path / "run", str(tmp_path / "plain.safetensors"))
+    loaded.model["shortcut"] = "A"
+    del loaded.model["survival"]  # As in a file that says nothing of it: then it is 1.
+    weights.save(tmp_path / "older.safetensors", loaded)
+    small_config.model.survival = 0.5
+    with pytest.raises(UserError, match=r"its survival is 1\.0, but 0\.5 here"):
+        scoring.score(small_config, None, str(tmp_path / "older.safetensors"))
     loaded.variables["params"]["head"]["bias"][0] = np.nan
     weights.save(tmp_path / "nan.safetensors", loaded)
     with pytest.raises(UserError, match="params/head/bias is not finite"):
