@@ -190,13 +190,13 @@ def _builder_class(
     `tick` is called after each of them.
     """
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import hashing
+    from tensorflow_datasets.core import dataset_builder, hashing
     from tensorflow_datasets.core.utils import shard_utils
 
     base = tfds.builder_cls(name)
     stock_name = name  # The class body below has a `name` of its own.
 
-    class Prepared(tfds.core.ShardBasedBuilder, base, skip_registration=True):
+    class Prepared(dataset_builder.ShardBasedBuilder, base, skip_registration=True):
         """TFDS's builder, without TensorFlow and without network.
 
         It writes file after file; the base class would sort the examples on disk, with TensorFlow.
