@@ -61,10 +61,16 @@ class Source:
         """
         if self._labels is None:
             labels = np.empty(self._size, np.int32)
-            for start in range(0, self._size, _CHUNK):
-                indices = range(start, min(start + _CHUNK, self._size))
-                for index, example in zip(indices, self._examples(indices), strict=True):
-                    labels[index] = self._label(example, index)
+            try:
+                for start in range(0, self._size, _CHUNK):
+                    indices = range(start, min(start + _CHUNK, self._size))
+                    for index, example in zip(indices, self._examples(indices), strict=True):
+                        labels[index] = self._label(example)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"cannot read the labels of {self._split!r} in {self._directory}: {error}\n"
+                    f"Delete that folder to have {NAME} prepared again, or give another data_dir."
+                ) from error
             self._labels = labels
         return self._labels
 
@@ -72,10 +78,10 @@ class Source:
         """Returns an image, encoded, and its label.
 
         Raises:
-          UserError: it cannot be read.
+          OSError, ValueError: it cannot be read, or has no label in 0..999.
         """
         (example,) = self._examples([index])
-        return example["image"], self._label(example, index)
+        return example["image"], self._label(example)
 
     def name(self, index: int) -> str:
         """Returns what an example is called in messages: its file's name and its place."""
@@ -83,7 +89,7 @@ class Source:
         try:
             (example,) = self._examples([index])
             return f"{example['file_name'].decode()} ({place})"
-        except (UserError, KeyError, ValueError, AttributeError):
+        except (OSError, KeyError, ValueError, AttributeError):
             return place
 
     def _examples(self, indices: range | list[int]) -> list[dict[str, Any]]:
@@ -96,20 +102,13 @@ class Source:
                 self._opened = _open(self._directory, split=self._split)
             return self._opened.__getitems__([int(index) for index in indices])
         except Exception as error:  # array_record raises many kinds.
-            raise UserError(
-                f"cannot read example {indices[0]} of {self._split!r} in {self._directory}: "
-                f"{prepared.first_line(error)}\n"
-                f"Delete that folder to have {NAME} prepared again, or give another data_dir."
-            ) from error
+            raise OSError(prepared.first_line(error)) from error
 
-    def _label(self, example: dict[str, Any], index: int) -> int:
+    def _label(self, example: dict[str, Any]) -> int:
         """Returns the label of an example."""
         label = int(example["label"])
         if not 0 <= label < CLASSES:
-            raise UserError(
-                f"example {index} of {self._split!r} in {self._directory} has the label {label}; "
-                f"those of {NAME} are 0..{CLASSES - 1}"
-            )
+            raise ValueError(f"there is the label {label}; those of {NAME} are 0..{CLASSES - 1}")
         return label
 
 
