@@ -16,8 +16,9 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1 as ocp_v1
 
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
@@ -91,9 +92,10 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     reason = _damaged_file(path) or "its content does not match its SHA-256"
     if not reason.startswith("file"):
         try:
-            metadata = ocp.checkpointables_metadata(path).custom_metadata
-            record, expected = metadata["record"], metadata["sha256"]
-            tree = ocp.load_checkpointables(path, {"state": None})["state"]
+            with _reading():
+                metadata = ocp_v1.checkpointables_metadata(path).custom_metadata
+                record, expected = metadata["record"], metadata["sha256"]
+                tree = ocp_v1.load_checkpointables(path, {"state": None})["state"]
             if content_hash(tree, record) == expected:
                 return tree, record
         except Exception as error:
@@ -102,6 +104,14 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
             first = str(cause).strip().partition("\n")[0][:160]
             reason = f"{type(cause).__name__}: {first}"
     raise UserError(f"checkpoint {path} is damaged: {reason}")
+
+
+def _reading() -> ocp_v1.Context:
+    context = ocp_v1.Context()
+    here = ocp_v1.multihost.process_index()
+    context.multiprocessing.primary_host = here
+    context.multiprocessing.active_processes = {here}
+    return context
 
 
 def _list_files(path: epath.Path) -> dict[str, str]:
@@ -194,6 +204,21 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
         (directory / str(step)).rename(target)
 
 
+class NoWriter:
+    """Saves nothing: what a process has that is not the first."""
+
+    best_step: int | None = None
+
+    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Leaves it to the first process."""
+
+    def wait(self) -> None:
+        """Returns."""
+
+    def close(self) -> None:
+        """Returns."""
+
+
 class Writer:
     """Saves checkpoints in the background and deletes old ones.
 
@@ -207,6 +232,15 @@ class Writer:
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        # Of several processes only one calls this: orbax must not wait for the others. In its newer
+        # interface, version 1, a save does, whatever it is told.
+        here = ocp.multihost.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        )
+        self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".deleting"):
@@ -234,16 +268,15 @@ class Writer:
         self.wait()
         path = self.directory / str(step)
         try:
-            response = ocp.save_checkpointables_async(
-                path, {"state": tree}, custom_metadata=metadata
-            )
+            content = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
+            self._orbax.save(path, args=content, custom_metadata=metadata)
         except Exception as error:
             raise self._failure(error) from error
-        self._pending = self._thread.submit(self._finish, path, response, self.best_step)
+        self._pending = self._thread.submit(self._finish, path, self.best_step)
         return path
 
-    def _finish(self, path: epath.Path, response, best_step: int | None) -> None:
-        response.result()
+    def _finish(self, path: epath.Path, best_step: int | None) -> None:
+        self._orbax.wait_until_finished()
         _write_file_list(path)
         for step in steps_in(self.directory)[: -self._keep]:
             if step != best_step:
@@ -272,4 +305,7 @@ class Writer:
     def close(self) -> None:
         """Waits for the save under way."""
         self._thread.shutdown()
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()

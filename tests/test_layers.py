@@ -14,6 +14,7 @@ LEVELS = [
         "torch_names",
         "workdir",
         "progress",
+        "distributed",
     },
     {"data", "state", "metrics", "validation"},
     {"steps", "checkpoint", "weights", "feed"},

@@ -16,9 +16,7 @@ from typing import Any
 
 import jax
 
-from resnet_flax.distributed.group import Group
 from resnet_flax.distributed.place import Place, find_place
-from resnet_flax.distributed.rollcall import meet
 
 __all__ = [
     "Place",
@@ -28,12 +26,13 @@ __all__ = [
     "find_place",
     "finish",
     "gather",
+    "index",
     "initialize",
     "is_first",
     "share",
 ]
 
-_group: Group | None = None
+_group: Any = None
 
 
 def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> None:
@@ -50,6 +49,10 @@ def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> 
     global _group
     if place.count == 1:
         return
+    # Imported here: they take a while, and most runs are of one process.
+    from resnet_flax.distributed.group import Group
+    from resnet_flax.distributed.rollcall import meet
+
     _group = Group(place.index, place.count, meet(place, connect_timeout), peer_timeout)
     # Signals are the loop's business; JAX would take SIGTERM for itself.
     jax.config.update("jax_enable_preemption_service", False)
@@ -71,9 +74,14 @@ def count() -> int:
     return _group.count if _group else 1
 
 
+def index() -> int:
+    """Number of this process, from 0."""
+    return _group.index if _group else 0
+
+
 def is_first() -> bool:
     """Whether this process is the one that reads, writes and speaks for all."""
-    return _group is None or _group.index == 0
+    return index() == 0
 
 
 def gather(value: Any) -> list[Any]:

@@ -80,4 +80,6 @@ def _ask_cluster(coordinator, count, index):
     except Exception as error:
         # A cluster's variables, or its server, can be wrong in any way.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--distributed: the cluster does not tell its processes: {reason}") from error
+        raise UserError(
+            f"--distributed: the cluster does not tell its processes: {reason}"
+        ) from error

@@ -95,7 +95,9 @@ def meet(place: Place, timeout: float) -> dict[int, Link]:
       UserError: some did not come in time, or they do not agree on who they are.
     """
     deadline = time.monotonic() + timeout
-    return {0: _report(place, timeout, deadline)} if place.index else _call(place, timeout, deadline)
+    return (
+        {0: _report(place, timeout, deadline)} if place.index else _call(place, timeout, deadline)
+    )
 
 
 def _call(place: Place, timeout: float, deadline: float) -> dict[int, Link]:
