@@ -167,10 +167,11 @@ def _first_state(
 def _fit_initial(
     run: Experiment, initial: weights.Weights, source: str, head: dict[str, np.ndarray]
 ) -> dict[str, Any]:
-    """The weights' variables; `head` for last layer where the number of classes is another."""
+    """The weights' variables, with `head` for last layer where the classes are others."""
     model = record.describe_model(run)
     variables, template = initial.variables, run.abstract_variables()
-    if initial.model.get("num_classes") != model["num_classes"]:
+    renamed = initial.class_names and initial.class_names != run.dataset.class_names
+    if renamed or initial.model.get("num_classes") != model["num_classes"]:
         del model["num_classes"]
         variables = {**variables, "params": {**variables["params"], "head": head}}
     weights.check_model(initial, model, source)

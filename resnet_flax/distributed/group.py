@@ -109,6 +109,7 @@ class Group:
                 if link.closed.is_set():
                     continue
                 if now - link.heard > self._timeout:
+                    link.closed.set()  # There is no waiting for it any more.
                     self._lose(
                         f"process {index} ({link.name}) has given no sign of life for "
                         f"{self._timeout:g} s (--peer_timeout)"
