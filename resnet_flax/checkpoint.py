@@ -20,11 +20,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import v1 as ocp_v1
 
+from resnet_flax import file_list
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.state import TrainState
-
-_FILES = "files.json"
 
 
 class NotFiniteError(Exception):
@@ -89,7 +88,7 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
       UserError: it is damaged; the message says how.
     """
     path = epath.Path(path).resolve()
-    reason = _damaged_file(path) or "its content does not match its SHA-256"
+    reason = file_list.find_damage(path) or "its content does not match its SHA-256"
     if not reason.startswith("file"):
         try:
             with _reading():
@@ -112,43 +111,6 @@ def _reading() -> ocp_v1.Context:
     context.multiprocessing.primary_host = here
     context.multiprocessing.active_processes = {here}
     return context
-
-
-def _list_files(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's directory, by its relative path."""
-    found = {}
-    for child in sorted(path.iterdir()):
-        if child.is_dir():
-            found |= {f"{child.name}/{k}": v for k, v in _list_files(child).items()}
-        elif child.name != _FILES:
-            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
-    return found
-
-
-def _write_file_list(path: epath.Path) -> None:
-    temporary = path / f"{_FILES}.tmp"
-    temporary.write_text(json.dumps(_list_files(path)))
-    temporary.replace(path / _FILES)
-
-
-def _damaged_file(path: epath.Path) -> str | None:
-    """What is wrong with the files, where there is a list to compare them with.
-
-    Orbax would find most of it too, but in pages of tracebacks from threads of its own.
-    """
-    try:
-        expected = json.loads((path / _FILES).read_text())
-        actual = _list_files(path)
-        for name, digest in expected.items():
-            if name not in actual:
-                return f"file {name} is missing"
-            if actual[name] != digest:
-                return f"file {name} has changed"
-    except FileNotFoundError:
-        return None  # Killed between saving and listing: the content's own hash decides.
-    except (ValueError, AttributeError, OSError) as error:
-        return f"file {_FILES} cannot be read: {error}"
-    return None
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -277,7 +239,7 @@ class Writer:
 
     def _finish(self, path: epath.Path, best_step: int | None) -> None:
         self._orbax.wait_until_finished()
-        _write_file_list(path)
+        file_list.write(path)
         for step in steps_in(self.directory)[: -self._keep]:
             if step != best_step:
                 # Renamed first: half of a checkpoint must not pass for one.

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
     checkpoint,
+    devices,
     distributed,
     experiment,
     identity,
@@ -54,7 +55,7 @@ def score(
     beginning = distributed.share(begin)
     config = _fill(base_config(), json.loads(beginning["config"]))
     path = pathlib.Path(source or directory)
-    mesh = experiment.choose_mesh(config)
+    mesh = devices.choose_mesh(config)
     dataset = inputs.load_data(config)
     if beginning["is_file"]:
         weights.check_preprocessing(

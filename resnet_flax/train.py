@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
     checkpoint,
+    devices,
     distributed,
     experiment,
     identity,
@@ -58,7 +59,7 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
     config = config.copy_and_resolve_references()
     config.model.update(distributed.share(lambda: _model_of(config, initial, directory)))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
-    mesh = experiment.choose_mesh(config)
+    mesh = devices.choose_mesh(config)
     environment = record.environment(mesh)
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
