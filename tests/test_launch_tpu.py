@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 
 # What a worker has for Python: notes how it was called, trains by counting.
-PYTHON = r'''#!{python} -IS
+PYTHON = r"""#!{python} -IS
 import json, os, pathlib, signal, sys, time
 world = pathlib.Path(os.environ["WORLD"])
 words = sys.argv[1:]
