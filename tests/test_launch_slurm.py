@@ -134,7 +134,7 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S+)", self.run("scontrol", "show", "job", job)))
 
     def end(self, job):
-        """Waits for the job's end; spares it the two minutes that SLURM lets a requeued one wait."""
+        """Waits for the end; spares it the two minutes that SLURM lets a requeued job wait."""
 
         def ended():
             state = self.describe(job)["JobState"]

@@ -5,7 +5,7 @@ import math
 import jax
 import pytest
 
-from resnet_flax.models import create_model
+from resnet_flax.models import count, create_model
 from tests.benchmarks import scaling
 
 IMAGE, BATCH, DEVICES = (32, 32, 3), 128, 8
@@ -19,31 +19,28 @@ def compiled():
     def step(group):
         return scaling.compile_step("resnet8", IMAGE, 10, BATCH, group)
 
-    return {group: step(group) for group in (0, 32, 16)}
+    return {group: step(group) for group in (0, 16)}
 
 
 def test_groups_that_fit_on_a_device_need_no_collectives_for_statistics(compiled):
     counts = {group: scaling.collectives(step.as_text()) for group, step in compiled.items()}
     # Mean, variance, and twice on the way back; XLA joins the first layer's last ones to the
-    # gradients. 32 examples are on two devices.
-    for group in (0, 32):
-        assert 4 * NORMS - 2 <= len(counts[group]["statistics"]) <= 4 * NORMS
+    # gradients.
+    assert 4 * NORMS - 2 <= len(counts[0]["statistics"]) <= 4 * NORMS
     assert counts[16]["statistics"] == []
     parameters = jax.eval_shape(
         create_model("resnet8").init, jax.random.key(0), jax.ShapeDtypeStruct((1, *IMAGE), "f4")
     )["params"]
     least = 4 * sum(x.size for x in jax.tree.leaves(parameters))
     for found in counts.values():
-        assert least <= sum(found["gradients"]) + sum(found["statistics"]) <= 1.02 * least
+        assert least <= sum(found["gradients"]) + sum(found["statistics"]) <= 1.03 * least
         assert set(found) == {"statistics", "gradients"}
 
 
 def test_operations_are_those_of_one_device(compiled):
-    # README: 2 x 12,4xx,xxx multiply-adds forwards, the same twice backwards, but for the first
-    # layer's input.
-    from resnet_flax.models.count import multiply_adds
-
-    whole = 6 * multiply_adds("resnet8", IMAGE) * BATCH / DEVICES
+    # Two to a multiply-add, forwards and, towards weights and input, backwards.
+    forwards = sum(layer.multiply_adds for layer in count.layers(create_model("resnet8"), 32))
+    whole = 6 * forwards * BATCH / DEVICES
     assert compiled[16].cost_analysis()["flops"] == pytest.approx(whole, rel=0.1)
 
 
@@ -64,7 +61,7 @@ def test_lines_of_a_program():
     text = """
   %a = f32[1,16]{1,0} all-reduce(%x), channel_id=1, metadata={op_name="jit(f)/stem_bn/reduce_sum"}
   %b = (f32[1,16]{1,0}, f32[2,32]{1,0}) all-reduce(%x, %y), metadata={op_name="f/(bn1/sum:bn2/sum)"}
-  %c = (f32[3,3,16,16]{3,2,1,0}, /*index=1*/f32[1,16]{1,0}, f32[]) all-reduce(%x, %y, %z), to_apply=%add, metadata={op_name="jit(f)/bn1/sum"}
+  %c = (f32[3,3,16,16], /*index=1*/f32[1,16], f32[]) all-reduce(%x), metadata={op_name="f/bn1/sum"}
   %d = bf16[10]{0} all-reduce-start(%x), metadata={op_name="jit(f)/head"}
   %e = bf16[10]{0} all-reduce-done(%d), metadata={op_name="jit(f)/head"}
   %f = s32[8]{0} all-gather(%x), dimensions={0}
