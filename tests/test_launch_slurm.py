@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a SLURM of the tests' own: `apt-get install slurm-wlm munge`, as root."""
 
+import json
 import os
 import pathlib
 import re
@@ -7,10 +8,13 @@ import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from tests.conftest import ROOT
 
@@ -223,3 +227,41 @@ def test_dry_run():
     text = (ROOT / "launch/slurm.sbatch").read_text()
     options = re.findall(r"^#SBATCH (\S+)$", text, re.MULTILINE)
     assert {"--requeue", "--signal=B:TERM@120", "--open-mode=append"} <= set(options)
+
+
+SMALL = [
+    f"--config={ROOT}/configs/quickstart.py",
+    "--config.model.name=resnet8",
+    "--config.data.batch_size=16",
+    "--config.model.bn_group_size=8",
+    "--config.train.cpu_devices=1",
+    "--config.train.total_steps=40",
+    "--config.optim.boundaries_steps=20,30",
+    "--config.checkpoint.every_steps=4",
+    "--config.eval.every_steps=40",
+    "--config.log.every_steps=20",
+    "--config.log.tensorboard=False",
+]
+
+
+@needs_slurm
+def test_a_requeued_run_of_two_processes_ends_as_an_undisturbed_one(slurm, tmp_path):
+    env = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    job = slurm.submit(*SMALL, f"--workdir={whole}", **env)
+    assert slurm.end(job)["JobState"] == "COMPLETED", slurm.log(job)
+
+    job = slurm.submit(*SMALL, f"--workdir={parted}", **env)
+    slurm.until(lambda: any(parted.glob("checkpoints/*/files.json")), "a checkpoint")
+    slurm.run("scontrol", "requeue", job)
+    end = slurm.end(job)
+    log = slurm.log(job)
+    assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), log
+    (resumed,) = re.findall(r"resumed from step (\d+) of 40", log)
+    assert 4 <= int(resumed) < 40
+    assert json.loads((parted / "run.json").read_text())["devices"] == 2
+
+    ours, theirs = (load_file(path / "weights.safetensors") for path in (parted, whole))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
