@@ -12,6 +12,7 @@ sends positions, and `StreamedFeed` for one that is decoded as it is needed. Bot
   close(): ends what works in the background.
 """
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,11 +31,11 @@ from resnet_flax.errors import UserError
 
 def _statistics(mean: np.ndarray, std: np.ndarray, seed: int, mesh: Mesh) -> dict[str, jax.Array]:
     everywhere = sharding.replicated(mesh)
-    key = jax.random.key(seed, impl="threefry2x32")
+    make_key = functools.partial(jax.random.key, seed, impl="threefry2x32")
     return {
         "mean": sharding.put(mean, everywhere),
         "std": sharding.put(std, everywhere),
-        "key": jax.device_put(key, everywhere),
+        "key": jax.jit(make_key, out_shardings=everywhere)(),
     }
 
 

@@ -36,12 +36,40 @@ def _join(lines: list[bytes]) -> bytes:
     return b"".join(line + b"\n" for line in lines)
 
 
-class RunLog:
-    """Appends records to `metrics.jsonl` and to TensorBoard, each (split, step) once.
+class Records:
+    """The records of a run, each (split, step) once.
 
-    A record is one JSON object a line with at least `step`, `split`, `error` and `examples`:
-    "train" records hold means over the steps since the one before.
+    A record is a dict with at least `step`, `split`, `error` and `examples`: "train" records hold
+    means over the steps since the one before.
     """
+
+    def __init__(self, records: list[dict[str, Any]]):
+        """Begins with `records`."""
+        self.records = records
+        self._known = {(r["split"], r["step"]) for r in records}
+
+    def has(self, split: str, step: int) -> bool:
+        """Whether there is this record."""
+        return (split, step) in self._known
+
+    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a record, unless there is one of this split and step."""
+        if not self.has(split, step):
+            self._known.add((split, step))
+            self._add({"step": step, "split": split, **values})
+
+    def _add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def sync(self) -> None:
+        """Puts all records on disk, where they are kept on one."""
+
+    def close(self) -> None:
+        """Ends the log."""
+
+
+class RunLog(Records):
+    """Records that are appended to `metrics.jsonl`, one JSON object a line, and to TensorBoard."""
 
     def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
         """Opens the log of a run that goes on from `resume_step` (0: from the start).
@@ -55,7 +83,7 @@ class RunLog:
         keep = [r is not None and r["step"] <= resume_step for r in parsed]
         kept = [line for line, k in zip(lines, keep, strict=True) if k]
         moved = [line for line, k in zip(lines, keep, strict=True) if not k]
-        self.records = [r for r, k in zip(parsed, keep, strict=True) if k]
+        super().__init__([r for r, k in zip(parsed, keep, strict=True) if k])
         if moved:
             with open(directory / "metrics.superseded.jsonl", "ab") as file:
                 file.write(_join(moved))
@@ -63,7 +91,6 @@ class RunLog:
                 os.fsync(file.fileno())
         if moved or not self._path.exists() or not self._path.read_bytes().endswith(b"\n"):
             write_atomically(self._path, _join(kept))
-        self._known = {(r["split"], r["step"]) for r in self.records}
         self._file = open(self._path, "ab")
         self._events = None
         if tensorboard:
@@ -73,23 +100,13 @@ class RunLog:
             folder = str(directory / "tensorboard")
             self._events = SummaryWriter(folder, purge_step=resume_step + 1)
 
-    def has(self, split: str, step: int) -> bool:
-        """Whether this record has been written."""
-        return (split, step) in self._known
-
-    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        """Adds a record, unless there is one of this split and step."""
-        if self.has(split, step):
-            return
-        record = {"step": step, "split": split, **values}
-        self._known.add((split, step))
-        self.records.append(record)
+    def _add(self, record: dict[str, Any]) -> None:
+        super()._add(record)
         self._file.write(json.dumps(record).encode() + b"\n")
         self._file.flush()
-        if self._events:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._events.add_scalar(f"{split}/{name}", value, step)
+        for name, value in record.items() if self._events else ():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
     def sync(self) -> None:
         """Puts all records on disk, before a checkpoint that counts on them."""
