@@ -66,7 +66,7 @@ install)
   if [ $version != none ]; then
     do_it "python$version" -m venv --clear "$root/.venv"
   else # TPU VM images have Python 3.10, which is too old.
-    do_it python3 -m pip install -q --user uv
+    do_it env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install -q --user uv
     do_it python3 -m uv venv -q --seed --clear --python 3.12 "$root/.venv"
   fi
   do_it "$root/.venv/bin/python" -m pip install -q -e "$root[tpu]"

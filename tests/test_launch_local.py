@@ -1,10 +1,12 @@
 """launch/local.sh and forward.sh, with a stand-in for the program and with the program itself."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -139,3 +141,33 @@ def test_forward(env, do, number, status):
     done.stdout.close()
     assert done.wait(timeout=60) == status
     assert out == ("" if do == "fail" else "ends\n")
+
+
+def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    flags = [
+        f"--config={ROOT}/configs/quickstart.py",
+        "--config.model.name=resnet8",
+        "--config.model.bn_group_size=8",
+        "--config.data.batch_size=16",
+        "--config.train.cpu_devices=1",
+        "--config.train.total_steps=24",
+        "--config.optim.boundaries_steps=12,18",
+        "--config.eval.every_steps=24",
+        "--config.checkpoint.every_steps=4",
+        "--config.log.tensorboard=False",
+        f"--workdir={tmp_path}/run",
+    ]
+    first = local(env, "2", *flags)
+    while not any(tmp_path.glob("run/checkpoints/*/files.json")) and first.poll() is None:
+        time.sleep(0.02)
+    first.send_signal(signal.SIGTERM)
+    out, _ = first.communicate(timeout=120)
+    assert first.returncode == 143, out
+    (step,) = re.findall(r"Stopped by SIGTERM at step (\d+)", out)
+    second = local(env, "2", *flags)
+    out, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, out
+    assert f"[0] resumed from step {step} of 24" in out
+    assert "[0] resnet8 on digits:" in out
+    assert "Traceback" not in out
