@@ -106,6 +106,12 @@ def _config_file() -> str | None:
 def _path(text: str | None) -> str | None:
     if text is None:
         return None
+    if "://" in text:
+        # pathlib would make a local directory of that name.
+        raise UserError(
+            f"{text}: runs and weights are read and written in local directories only; "
+            "launch/README.md says how a run is kept in a bucket"
+        )
     try:
         return str(pathlib.Path(text).expanduser())
     except RuntimeError as error:
