@@ -1,5 +1,6 @@
 """The record of a run: `metrics.jsonl`, TensorBoard events, and the curves drawn from them."""
 
+import io
 import json
 import math
 import os
@@ -148,6 +149,6 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str) -
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_atomically(path, content.getvalue())
