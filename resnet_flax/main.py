@@ -7,7 +7,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu
+from resnet_flax import cpu, progress
 from resnet_flax.config import base_config, flatten, nearest_key, validate
 from resnet_flax.errors import UserError
 
@@ -156,6 +156,7 @@ def _catch(function, *args):
 
 def run() -> None:
     """Entry point of `python -m resnet_flax.main`."""
+    progress.outlive_readers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()
