@@ -29,7 +29,7 @@ class Recorder:
 
     def __init__(self, tries: int):
         self.tries = tries
-        self.rows: dict[str, list[str]] = {}
+        self.rows: dict[str, list[int]] = {}
         self.lines: list[str] = []
         self._titles: dict[str, str] = {}
 
@@ -43,8 +43,14 @@ class Recorder:
         if report.when != "call" and report.outcome == "passed":
             return
         title = self._titles[report.nodeid]
-        self.rows.setdefault(title, []).append(report.outcome)
-        notes = "; ".join(v for k, v in report.user_properties if k == "note")
+        properties = report.user_properties
+        tries, survived = dict(properties).get("tries", (1, int(report.passed)))
+        if report.skipped:
+            tries = survived = 0
+        row = self.rows.setdefault(title, [0, 0])
+        row[0] += tries
+        row[1] += survived
+        notes = "; ".join(v for k, v in properties if k == "note")
         if report.skipped:
             notes = report.longrepr[2]
         name = report.nodeid.removeprefix("tests/faults/")
@@ -72,25 +78,23 @@ def _header() -> list[str]:
 
 
 def _report(recorder: "Recorder") -> str:
-    tried = [o for outcomes in recorder.rows.values() for o in outcomes if o != "skipped"]
+    tries, survived = map(sum, zip(*recorder.rows.values(), strict=True))
     head = "\n".join(f"- {line}" for line in _header())
     return f"""# Faults
 
 {INTRODUCTION}
 {head}
-- Tries: {len(tried)}, of which the run survived {tried.count("passed")}. What happened in each:
+- Tries: {tries}, of which the run survived {survived}. What happened in each:
   [faults.log](faults.log).
 
 {_table(recorder.rows)}
 """
 
 
-def _table(rows: dict[str, list[str]]) -> str:
+def _table(rows: dict[str, list[int]]) -> str:
     lines = ["| what happens to the run | tries | survived |", "|---|---|---|"]
-    for title, outcomes in rows.items():
-        tried = [o for o in outcomes if o != "skipped"]
-        survived = str(tried.count("passed")) if tried else "skipped"
-        lines.append(f"| {title} | {len(tried)} | {survived} |")
+    for title, (tries, survived) in rows.items():
+        lines.append(f"| {title} | {tries or 'skipped'} | {survived if tries else ''} |")
     return "\n".join(lines)
 
 

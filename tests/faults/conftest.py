@@ -38,3 +38,22 @@ def undisturbed(tmp_path_factory):
 def note(record_property):
     """Adds a line to the long form's log."""
     return lambda text: record_property("note", text)
+
+
+@pytest.fixture
+def each(record_property):
+    """A function that tries something with each item, and counts; fails if one of them fails."""
+
+    def call(items, function):
+        failed = []
+        for item in items:
+            try:
+                record_property("note", function(item) or f"{item}: as documented")
+            except AssertionError as error:
+                record_property("note", f"{item}: FAILED")
+                failed.append(error)
+        record_property("tries", (len(items), len(items) - len(failed)))
+        if failed:
+            raise failed[0]
+
+    return call

@@ -100,9 +100,7 @@ class Run:
 class Process:
     """A process whose output goes to files: nobody needs to read it for it to go on."""
 
-    def __init__(
-        self, arguments, logs: pathlib.Path, env=None, remove=(), stdout=None, stderr=None
-    ):
+    def __init__(self, arguments, logs: pathlib.Path, env=None, remove=(), shell="", **options):
         """Starts it.
 
         Args:
@@ -110,21 +108,22 @@ class Process:
           logs: folder for its output.
           env: environment variables to set.
           remove: environment variables to take away.
-          stdout: as for `subprocess`, in place of a file.
-          stderr: likewise.
+          shell: a line of a shell that comes first: "ulimit -f 200".
+          **options: of `subprocess.Popen`; `stdout` and `stderr` in place of files.
         """
         logs.mkdir(parents=True)
         self._logs = logs
         environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | (env or {})
         environment = {k: v for k, v in environment.items() if k not in remove}
+        if shell:
+            arguments = ["sh", "-c", f'{shell}; exec "$@"', "sh", *arguments]
         with open(logs / "out", "wb") as out, open(logs / "err", "wb") as err:
             self.process = subprocess.Popen(
                 arguments,
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
-                stdout=out if stdout is None else stdout,
-                stderr=err if stderr is None else stderr,
+                **{"stdout": out, "stderr": err} | options,
             )
 
     def hit(self, number: signal.Signals | None, moment: Callable[[], bool], delay=0.0) -> bool:
@@ -177,6 +176,12 @@ class Process:
         return (self._logs / stream).read_text(errors="replace")
 
 
+def evaluate(*flags: str, logs: pathlib.Path, **options) -> Outcome:
+    """Runs `--mode=evaluate`."""
+    command = [sys.executable, "-m", "resnet_flax.main", "--mode=evaluate", *flags]
+    return Process(command, logs, **options).wait()
+
+
 # Moments: functions from a run to a predicate.
 
 
@@ -187,6 +192,11 @@ def claimed(run: Run):
 def begun(run: Run):
     """What the run is has been written; compilation comes next."""
     return (run.directory / "run.json").exists
+
+
+def compiling(run: Run):
+    """The log is there, and empty: signals are expected from about here."""
+    return lambda: (run.directory / "metrics.jsonl").exists() and not run.records()
 
 
 def at_step(run: Run, step: int):
@@ -255,17 +265,28 @@ def describe(run: Run) -> str:
     )
 
 
-def assert_same_end(run: Run, reference: Run) -> None:
-    """Equal to the bit: parameters, statistics, momentum, the records, the weights, the result."""
+def assert_same_state(run: Run, reference: Run) -> None:
+    """Equal to the bit: parameters, statistics, momentum, and the weights file."""
     trees = [checkpoint.read(r.directory / "checkpoints" / str(STEPS))[0] for r in (run, reference)]
-    assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
-    jax.tree.map(np.testing.assert_array_equal, *trees)
+    files = [safetensors.numpy.load(r.read("weights.safetensors")) for r in (run, reference)]
+    for a, b in (trees, files):
+        assert jax.tree.structure(a) == jax.tree.structure(b)
+        jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_finite(run: Run) -> None:
+    """Every number of every checkpoint is."""
+    for step in run.checkpoints():
+        tree, _ = checkpoint.read(run.directory / "checkpoints" / str(step))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
+
+
+def assert_same_end(run: Run, reference: Run) -> None:
+    """The same state, records and result, and nothing left half-written."""
+    assert_same_state(run, reference)
     curves = [[_timeless(x) for x in r.records()] for r in (run, reference)]
     assert curves[0] == curves[1]
     assert len(run.read("metrics.jsonl").splitlines()) == STEPS + STEPS // EVALUATE_EVERY
-    files = [safetensors.numpy.load(r.read("weights.safetensors")) for r in (run, reference)]
-    assert files[0].keys() == files[1].keys()
-    jax.tree.map(np.testing.assert_array_equal, *files)
     results = [json.loads(r.read("result.json")) for r in (run, reference)]
     for key in ("test_error_last", "test_loss_last", "train_error_last", "test_confusion_last"):
         assert results[0][key] == results[1][key]
