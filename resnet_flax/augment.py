@@ -6,6 +6,18 @@ import numpy as np
 
 # What is divided by, where the mean of each pixel is subtracted.
 _PIXEL_MEANS = {"pixel_mean": 1, "pixel_mean_255": 255}
+# Channel means and deviations of the ImageNet training images that published nets go by.
+_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Principal components of the colours of ImageNet's pixels, of values 0 to 1: standard deviations,
+# and directions as rows of (red, green, blue).
+_COLOR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+_COLOR_DIRECTIONS = (
+    (-0.5675, -0.5808, -0.5836),
+    (0.7192, -0.0045, -0.6948),
+    (0.4009, -0.8140, 0.4203),
+)
+# Standard deviation of how far along them an image is shifted.
+_COLOR_STRENGTH = 0.1
 # What an image is surrounded with, as `jnp.pad` calls it.
 _FILLS = {"zero": "constant", "edge": "edge"}
 
@@ -17,7 +29,8 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
       images: the training set.
       kind: "pixel_mean": the mean of each pixel, and 1 ("the per-pixel mean subtracted" [R §4.1]);
         "pixel_mean_255": the mean of each pixel, and 255: pixel values from 0 to 1 less their mean;
-        "channel": mean and standard deviation of each channel.
+        "channel": mean and standard deviation of each channel;
+        "imagenet": the usual ones of ImageNet's channels, whatever the images.
 
     Returns:
       float32 (mean, std), in units of pixel values 0 to 255: [H, W, C] and [1], or [C] and [C].
@@ -25,6 +38,9 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       ValueError: unknown kind.
     """
+    if kind == "imagenet":
+        mean, std = (np.array(values, np.float32) * 255 for values in _IMAGENET)
+        return mean, std
     if kind in _PIXEL_MEANS:
         mean = images.sum(axis=0, dtype=np.int64) / len(images)
         return mean.astype(np.float32), np.full(1, _PIXEL_MEANS[kind], np.float32)
@@ -34,11 +50,12 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
         # 64-bit sums of squares are exact: no second pass over a float copy of the data.
         square = np.square(images.astype(np.uint16)).sum(axis=(0, 1, 2), dtype=np.int64) / count
         return mean.astype(np.float32), np.sqrt(square - mean**2).astype(np.float32)
-    raise ValueError(f"unknown normalization {kind!r}; known: {', '.join(_PIXEL_MEANS)}, channel")
+    known = ", ".join([*_PIXEL_MEANS, "channel", "imagenet"])
+    raise ValueError(f"unknown normalization {kind!r}; known: {known}")
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
-    """(images - mean) / std in float32; `images` uint8 [B, H, W, C], the others broadcast."""
+    """(images - mean) / std in float32; `images` [B, H, W, C], the others broadcast."""
     return (images.astype(jnp.float32) - mean) / std
 
 
@@ -77,3 +94,35 @@ def crop_and_mirror(
 
         images = jax.vmap(crop)(padded, offsets)
     return images
+
+
+def color_shift(key: jax.Array, batch: int) -> jax.Array:
+    """A random colour to add to each image: float32 [B, 1, 1, 3], in pixel values 0 to 255.
+
+    "The standard color augmentation in [21] is used" [R §3.4]: along each principal component of
+    the colours of ImageNet, by a normal draw of deviation 0.1 times the component's own (Krizhevsky
+    et al. 2012, §4.1).
+
+    Args:
+      key: a typed PRNG key.
+      batch: number of images.
+    """
+    draws = _COLOR_STRENGTH * jax.random.normal(key, (batch, 3))
+    along = draws * jnp.array(_COLOR_DEVIATIONS)
+    return 255 * (along @ jnp.array(_COLOR_DIRECTIONS))[:, None, None]
+
+
+def ten_crops(images: jax.Array, size: int) -> jax.Array:
+    """The corners and the centre of each image, and their mirror images [R §3.4].
+
+    Args:
+      images: [B, H, W, C], H and W at least `size`.
+      size: side of the parts, pixels.
+
+    Returns:
+      [B, 10, size, size, C]
+    """
+    bottom, right = images.shape[1] - size, images.shape[2] - size
+    corners = (0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)
+    parts = jnp.stack([images[:, y : y + size, x : x + size] for y, x in corners], axis=1)
+    return jnp.concatenate([parts, parts[..., ::-1, :]], axis=1)

@@ -5,8 +5,6 @@ hold a whole configuration; everything below them takes explicit arguments.
 """
 
 import difflib
-import itertools
-import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,7 +22,7 @@ def base_config() -> ConfigDict:
     c.seed = 0  # of initialisation, data order, augmentation and the validation draw
 
     c.model = ConfigDict()
-    c.model.name = "resnet20"  # one of resnet_flax.models.ARCHITECTURES
+    c.model.name = "resnet20"  # one of resnet_flax.models.ARCHITECTURES; "auto": that of --weights
     c.model.shortcut = "auto"  # "A", "B", "C"; "auto": the paper's for this net
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
     c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
@@ -38,18 +36,30 @@ def base_config() -> ConfigDict:
     c.model.remat = False  # compute activations again in the backward pass, to save memory
 
     c.data = ConfigDict()
-    c.data.name = "cifar10"  # "cifar10", "cifar100", "digits"
-    c.data.data_dir = ""  # TFDS directory; "": $TFDS_DATA_DIR, else TFDS's default
-    c.data.archive = ""  # the original tar.gz, to prepare the data set from where there is none
+    c.data.name = "cifar10"  # "cifar10", "cifar100", "digits", "folder", "imagenet2012"
+    # TFDS directory; "": $TFDS_DATA_DIR, else TFDS's default. For "folder": the folder of images
+    c.data.data_dir = ""
+    # the original tar.gz (imagenet2012: the folder of the two tars), to prepare the data set from
+    c.data.archive = ""
     c.data.mirror = ""  # URL of a copy of the archive (or of its directory), used after `archive`
     c.data.split = "all"  # "all" (50k) for training, or "45k/5k": a balanced tenth for validation
     c.data.batch_size = 128  # examples per step over all devices
-    c.data.pad = 4  # pixels around an image before the random crop; 0: no crop
+    # pixels around an image before the random crop; 0: no crop; -1: 4 for nets of CIFAR, else 0
+    c.data.pad = 4
     c.data.fill = "zero"  # what they are: "zero"; "edge": the nearest pixel of the image
     c.data.flip = True  # mirror half of the images
     # "pixel_mean": subtract it; "pixel_mean_255": divide by 255 then; "channel": subtract each
-    # channel's mean, divide by its deviation
+    # channel's mean, divide by its deviation; "imagenet": the same with ImageNet's usual numbers
     c.data.normalize = "pixel_mean"
+    # Of images that are streamed ("folder", "imagenet2012"), sides in pixels:
+    c.data.image_size = 0  # side of an example; 0: what the net is made for
+    # range of the shorter side before a square is cut out; (): in proportion to 256 to 480 for 224
+    # pixels [R §3.4]; for nets of CIFAR the image size itself
+    c.data.short_sides = ()
+    c.data.eval_short_side = 0  # shorter side in evaluation; 0: 256 for 224, or the image size
+    c.data.color = False  # shift each training image's colours [R §3.4]
+    c.data.workers = -1  # processes that decode images; 0: threads; -1: one per core, 16 at most
+    c.data.max_unreadable = 100  # images of a split that may be passed over; more end the run
 
     c.optim = ConfigDict()
     c.optim.name = "sgd"  # "sgd", "adam"
@@ -77,6 +87,7 @@ def base_config() -> ConfigDict:
     c.eval = ConfigDict()
     c.eval.every_steps = 500  # between evaluations; the last step is always evaluated
     c.eval.batch_size = 1000  # examples per evaluation batch over all devices
+    c.eval.crops = 1  # parts of a streamed image that are scored: 1: the centre; 10 [R §3.4]
     c.eval.bn_examples = 0  # training examples to re-estimate batch-norm statistics from; 0: none
 
     c.checkpoint = ConfigDict()
@@ -95,50 +106,15 @@ def base_config() -> ConfigDict:
     return c
 
 
+# Steps are counted in 32 bits on the devices.
+LONGEST = 2**31
+
 # A run may go on with other values of these: none changes a result by more than rounding.
 OPERATIONAL_KEYS = frozenset(
     "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices eval.batch_size "
-    "checkpoint.keep checkpoint.every_steps checkpoint.every_epochs checkpoint.every_examples "
-    "log.tensorboard".split()
+    "data.workers checkpoint.keep checkpoint.every_steps checkpoint.every_epochs "
+    "checkpoint.every_examples log.tensorboard".split()
 )
-
-_OWN_SHORTCUTS = "bare constant_scaling conv_shortcut exclusive_gating shortcut_gating".split()
-_CHOICES = {
-    # After C: what nets that leave no choice are recorded with.
-    "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),
-    "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.scan": ("auto", "always", "never"),
-    "data.normalize": ("pixel_mean", "pixel_mean_255", "channel"),
-    "data.fill": ("zero", "edge"),
-    "optim.name": ("sgd", "adam"),
-    "optim.schedule": ("piecewise", "cosine", "constant"),
-}
-# key: (lowest, highest, whether the lowest itself is allowed, whether the highest is)
-_RANGES = {
-    "seed": (0, 2**31, True, False),
-    "model.num_classes": (0, 2**31, True, False),
-    "model.survival": (0, 1, False, True),
-    "model.gate_bias": (-100, 100, True, True),
-    "model.bn_group_size": (0, math.inf, True, False),
-    "model.bn_momentum": (0, 1, True, True),
-    "data.batch_size": (1, math.inf, True, False),
-    "data.pad": (0, 1024, True, True),
-    "optim.learning_rate": (0, 1e6, False, True),
-    "optim.decay_factor": (0, math.inf, False, False),
-    "optim.warmup_error": (0, 1, True, True),
-    "optim.warmup_rate": (0, 1e6, True, True),
-    "optim.momentum": (0, 1, True, False),
-    "optim.weight_decay": (0, math.inf, True, False),
-    "optim.label_smoothing": (0, 1, True, False),
-    "optim.ema_decay": (0, 1, True, False),
-    "train.chunk_steps": (0, math.inf, True, False),
-    "train.cpu_devices": (0, math.inf, True, False),
-    "eval.batch_size": (1, math.inf, True, False),
-    "eval.bn_examples": (0, math.inf, True, False),
-    "checkpoint.keep": (1, math.inf, True, False),
-}
-# Steps are counted in 32 bits on the devices.
-_LONGEST = 2**31
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
@@ -159,99 +135,6 @@ def nearest_key(key: str) -> str | None:
     near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return near[0] if near else None
-
-
-def validate(config: ConfigDict) -> None:
-    """Checks everything that can be checked before data or devices are touched.
-
-    Raises:
-      UserError: names the key, its value, and what would be right.
-    """
-    declared = flatten(base_config())
-    flat = flatten(config)
-    for key, value in flat.items():
-        if key not in declared:
-            near = nearest_key(key)
-            hint = f" (did you mean {near!r}?)" if near else ""
-            raise UserError(f"unknown config key {key!r}{hint}")
-        _check_type(key, value, declared[key])
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f"config.{key}={value!r} must be one of {', '.join(_CHOICES[key])}")
-        if key in _RANGES:
-            low, high, with_low, with_high = _RANGES[key]
-            if not (
-                low < value < high or (value == low and with_low) or (value == high and with_high)
-            ):
-                bounds = f"{'[' if with_low else '('}{low}, {high}{']' if with_high else ')'}"
-                raise UserError(f"config.{key}={value} must lie in {bounds}")
-        if key.endswith(("_steps", "_epochs", "_examples")):
-            _check_duration(key, value)
-    missing = [key for key in declared if key not in flat]
-    if missing:
-        raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
-    _check_warmup(config.optim)
-    _check_decay(config.optim)
-    group = config.model.bn_group_size
-    if group and config.data.batch_size % group:
-        raise UserError(
-            f"config.model.bn_group_size={group} does not divide "
-            f"config.data.batch_size={config.data.batch_size}"
-        )
-
-
-def _check_duration(key: str, value: Any) -> None:
-    many = value if isinstance(value, tuple) else (value,)
-    zero_ok = (
-        key in ("optim.warmup_steps", "train.chunk_steps") or not key.endswith("_steps")
-    ) and not isinstance(value, tuple)
-    for v in many:
-        if not 0 <= v < _LONGEST or (v == 0 and not zero_ok):
-            raise UserError(f"config.{key}={value} must be a positive duration, below {_LONGEST}")
-    if any(a >= b for a, b in itertools.pairwise(many)):
-        raise UserError(f"config.{key}={value} must be in rising order")
-
-
-def _check_warmup(o: ConfigDict) -> None:
-    lasts = o.warmup_steps or o.warmup_epochs or o.warmup_examples
-    if o.warmup_error and lasts:
-        raise UserError(
-            f"config.optim.warmup_error={o.warmup_error} and a length of the warm-up exclude each "
-            "other: set one of them to 0"
-        )
-    if o.warmup_error and not o.warmup_rate:
-        raise UserError("config.optim.warmup_rate=0 with warmup_error would never end: raise it")
-    if o.warmup_linear and not lasts:
-        raise UserError("config.optim.warmup_linear needs config.optim.warmup_steps")
-
-
-def _check_decay(o: ConfigDict) -> None:
-    boundaries = o.boundaries_epochs or o.boundaries_examples or o.boundaries_steps
-    if o.decay_factors and len(o.decay_factors) != len(boundaries):
-        raise UserError(
-            f"config.optim.decay_factors={o.decay_factors} must be as many as the boundaries "
-            f"{boundaries}"
-        )
-    if any(not 0 < factor < math.inf for factor in o.decay_factors):
-        raise UserError(f"config.optim.decay_factors={o.decay_factors} must be above 0 and finite")
-    if o.name == "adam" and o.nesterov:
-        raise UserError("config.optim.nesterov goes with config.optim.name=sgd only")
-
-
-def _check_type(key: str, value: Any, default: Any) -> None:
-    want = type(default)
-    if want is float:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool)
-    elif want is tuple:
-        right = isinstance(value, tuple) and all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
-        )
-    else:
-        right = type(value) is want
-    if not right:
-        kind = "tuple of numbers" if want is tuple else want.__name__
-        raise UserError(f"config.{key}={value!r} is of type {type(value).__name__}, must be {kind}")
-    if want is float and not math.isfinite(value):
-        raise UserError(f"config.{key}={value} must be finite")
 
 
 def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
@@ -288,7 +171,7 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
             steps = tuple(round(v * unit / c.data.batch_size) for v in many)
             if min(steps) < 1:
                 raise UserError(f"config.{section_name}.{stem}: {given} is shorter than one step")
-            if len(set(steps)) < len(steps) or max(steps) >= _LONGEST:
+            if len(set(steps)) < len(steps) or max(steps) >= LONGEST:
                 raise UserError(f"config.{section_name}.{stem}: {given} makes the steps {steps}")
             section[f"{stem}_steps"] = steps if isinstance(given, tuple) else steps[0]
             section[key], section[f"{stem}_examples"] = type(epochs)(), type(examples)()

@@ -16,6 +16,9 @@ _KINDS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
 # Fewer images than this on each core's device cost more in dispatch than the core gains.
 _MIN_EXAMPLES_PER_DEVICE = 16
 
+# More processes than this decode more than today's accelerators take from one machine.
+_MOST_WORKERS = 16
+
 
 def choose_devices(requested: int, batch_size: int, bn_group_size: int) -> int:
     """How many devices to split a CPU into: XLA runs many operations on one core only.
@@ -29,10 +32,19 @@ def choose_devices(requested: int, batch_size: int, bn_group_size: int) -> int:
     if requested:
         return requested
     units = batch_size // (bn_group_size or 1)
-    # A container or a job may own fewer cores than the machine has; macOS cannot tell.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = min(cores or 1, batch_size // _MIN_EXAMPLES_PER_DEVICE)
+    most = min(usable_cores(), batch_size // _MIN_EXAMPLES_PER_DEVICE)
     return max((n for n in range(1, most + 1) if units % n == 0), default=1)
+
+
+def usable_cores() -> int:
+    """Cores this process may use: a container or a job may own fewer than the machine has."""
+    # macOS cannot tell.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(requested: int) -> int:
+    """How many processes decode images; -1: one for each usable core, 16 at most."""
+    return min(usable_cores(), _MOST_WORKERS) if requested < 0 else requested
 
 
 def keep_freed_memory() -> None:

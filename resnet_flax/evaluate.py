@@ -1,14 +1,18 @@
 """Scores of a net: every example counted exactly once, whatever the batch size."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
-from resnet_flax import sharding
+from resnet_flax.errors import UserError
+from resnet_flax.feed import Feed
+
+# Batches that may be on their way to the devices while the sums of one are read.
+_SENT_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +22,14 @@ class Score:
     Attributes:
       loss: mean cross-entropy, nats.
       confusion: int64 [K, K], examples by (label, prediction).
+      top5_wrong: examples whose label is none of the five likeliest classes.
+      unreadable: examples that could not be scored because their images cannot be read.
     """
 
     loss: float
     confusion: np.ndarray
+    top5_wrong: int
+    unreadable: int = 0
 
     @property
     def examples(self) -> int:
@@ -38,6 +46,11 @@ class Score:
         """Share of examples misclassified, 0 to 1."""
         return self.wrong / self.examples
 
+    @property
+    def top5_error(self) -> float:
+        """Share of examples whose label is none of the five likeliest classes, 0 to 1."""
+        return self.top5_wrong / self.examples
+
     def class_errors(self) -> np.ndarray:
         """Share misclassified of each class, float64 [K]; nan for a class without examples."""
         total = self.confusion.sum(axis=1)
@@ -46,74 +59,59 @@ class Score:
         )
 
 
-def batches(count: int, batch_size: int) -> np.ndarray:
-    """Positions 0 to count - 1 in rows: int32 [ceil(count / batch_size), batch_size], -1 after."""
-    rows = -(-count // batch_size)
-    index = np.full(rows * batch_size, -1, np.int32)
-    index[:count] = np.arange(count)
-    return index.reshape(rows, batch_size)
-
-
-def evaluate(
-    eval_chunk: Callable,
-    variables: Any,
-    resident: dict[str, jax.Array],
-    *,
-    batch_size: int,
-    split: NamedSharding,
-) -> Score:
-    """Scores all examples of `resident`.
+def evaluate(eval_chunk: Callable, variables: Any, feed: Feed, *, batch_size: int) -> Score:
+    """Scores all examples of `feed`; those whose images cannot be read are counted apart.
 
     Args:
       eval_chunk: from `steps.make_eval_chunk`.
       variables: `{"params": …, "batch_stats": …}`.
-      resident: the data, see `steps`.
+      feed: the data.
       batch_size: examples per batch; rounded up to a multiple of the devices.
-      split: sharding of indices [k, B] over B.
 
     Raises:
+      UserError: too many images cannot be read, or none can.
       RuntimeError: an example was lost or counted twice (a bug, never the user's fault).
     """
-    count = resident["labels"].shape[0]
-    devices = split.mesh.size
-    index = batches(count, -(-min(batch_size, count) // devices) * devices)
-    # One dispatch for all on accelerators; on a CPU loops are slow (see steps.make_train_chunk).
-    chunks = index[:, None] if jax.default_backend() == "cpu" else index[None]
-    sums = [eval_chunk(variables, resident, sharding.put(chunk, split)) for chunk in chunks]
-    sums = jax.device_get(sums)
-    confusion = np.sum([s["confusion"] for s in sums], axis=0, dtype=np.int64)
-    if confusion.sum() != count:
-        raise RuntimeError(f"scored {confusion.sum()} examples of {count}")
-    return Score(float(np.sum([s["loss"] for s in sums], dtype=np.float64)) / count, confusion)
+    total: dict[str, Any] = {}
+    waiting: collections.deque = collections.deque()
+
+    def add() -> None:
+        for name, value in jax.device_get(waiting.popleft()).items():
+            wide = np.float64 if name == "loss" else np.int64
+            total[name] = total.get(name, 0) + np.asarray(value, wide)
+
+    for batches in feed.batches(batch_size):
+        waiting.append(eval_chunk(variables, feed.resident, batches))
+        # Else a fast decoder would fill a slow device with batches that wait to be scored.
+        if len(waiting) > _SENT_AHEAD:
+            add()
+    while waiting:
+        add()
+    scored, unreadable = int(total["confusion"].sum()), int(total["unreadable"])
+    if scored + unreadable != feed.size:
+        raise RuntimeError(f"scored {scored} examples of {feed.size}, {unreadable} are unreadable")
+    if not scored:
+        raise UserError(f"none of {feed.size} images to be scored can be read")
+    loss = float(total["loss"]) / scored
+    return Score(loss, total["confusion"], int(total["top5_wrong"]), unreadable)
 
 
 def reestimate_statistics(
-    batch_statistics: Callable,
-    variables: Any,
-    resident: dict[str, jax.Array],
-    *,
-    examples: int,
-    batch_size: int,
-    split: NamedSharding,
+    batch_statistics: Callable, variables: Any, feed: Feed, *, examples: int, batch_size: int
 ) -> Any:
     """`variables` with batch-norm statistics averaged over training batches.
 
     Args:
       batch_statistics: from `steps.make_batch_statistics`.
       variables: `{"params": …, "batch_stats": …}`.
-      resident: the training data, see `steps`.
+      feed: the training data.
       examples: how many training examples, in whole batches, evenly spread over the data.
       batch_size: examples per batch, the training one.
-      split: sharding of an index [B].
     """
-    size = resident["labels"].shape[0]
-    rows = max(1, min(examples, size) // batch_size)
-    index = np.linspace(0, size, rows * batch_size, endpoint=False).astype(np.int32)
-    # Row r holds every rows-th example: the order of the data may follow its classes.
-    index = index.reshape(batch_size, rows).T
-    total = None
-    for draw, row in enumerate(np.ascontiguousarray(index)):
-        new = batch_statistics(variables, resident, sharding.put(row, split), np.int32(draw))
+    total, count = None, 0
+    for batch in feed.spread(examples, batch_size):
+        new = batch_statistics(variables, feed.resident, batch, np.int32(count))
         total = new if total is None else jax.tree.map(jax.numpy.add, total, new)
-    mean = jax.tree.map(lambda x: x / rows, total)
+        count += 1
+    mean = jax.tree.map(lambda x: x / count, total)
     return {"params": variables["params"], "batch_stats": mean}

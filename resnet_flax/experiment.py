@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, cpu, data, evaluate, models, optim, sharding, state, steps
+from resnet_flax import cpu, evaluate, feed, inputs, models, optim, sharding, state, steps
 from resnet_flax.config import resolve_steps
-from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
@@ -105,27 +106,6 @@ def make_optimizer(config: ConfigDict):
     )
 
 
-def load_data(config: ConfigDict) -> Dataset:
-    """The configured data set, read (or prepared first) on this machine."""
-    return data.load(
-        config.data.name,
-        data_dir=config.data.data_dir or None,
-        split=config.data.split,
-        archive=config.data.archive or None,
-        mirror=config.data.mirror or None,
-        seed=config.seed,
-    )
-
-
-def put_resident(split: Split, mean, std, seed: int, mesh: Mesh) -> dict[str, jax.Array]:
-    """One split of the data on all devices, as `steps` wants it."""
-    everywhere = sharding.replicated(mesh)
-    arrays = {"images": split.images, "labels": split.labels, "mean": mean, "std": std}
-    resident = {name: sharding.put(value, everywhere) for name, value in arrays.items()}
-    key = jax.random.key(seed, impl="threefry2x32")
-    return resident | {"key": jax.device_put(key, everywhere)}
-
-
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What training and evaluation share.
@@ -137,6 +117,7 @@ class Experiment:
       model: the net.
       mean: float32, see `augment.statistics`.
       std: likewise.
+      warn: told of images that cannot be read.
     """
 
     config: ConfigDict
@@ -145,21 +126,27 @@ class Experiment:
     model: ResNet
     mean: np.ndarray
     std: np.ndarray
+    warn: Callable[[str], None] = print
 
     @functools.cached_property
-    def train_resident(self) -> dict[str, jax.Array]:
-        """The training split on the devices."""
-        return put_resident(self.dataset.train, self.mean, self.std, self.config.seed, self.mesh)
+    def train_feed(self) -> feed.Feed:
+        """The training examples."""
+        return self._feed(self.dataset.train)
 
     @functools.cached_property
-    def eval_residents(self) -> dict[str, dict[str, jax.Array]]:
-        """The splits to evaluate, by name: "validation", where there is one, and "test"."""
+    def eval_feeds(self) -> dict[str, feed.Feed]:
+        """The examples to evaluate, by split: "validation", where there is one, and "test"."""
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
-        return {
-            name: put_resident(split, self.mean, self.std, self.config.seed, self.mesh)
-            for name, split in splits.items()
-            if split is not None
-        }
+        return {k: self._feed(split) for k, split in splits.items() if split is not None}
+
+    def _feed(self, split) -> feed.Feed:
+        c, warn = self.config, self.warn
+        return inputs.make_feed(split, self.mean, self.std, config=c, mesh=self.mesh, warn=warn)
+
+    def close(self) -> None:
+        """Ends what works in the background."""
+        if "train_feed" in vars(self):
+            self.train_feed.close()
 
     @functools.cached_property
     def optimizer(self):
@@ -170,12 +157,12 @@ class Experiment:
         """The first state, from canonical `variables` or from the seed."""
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
-        create = self._creator(self.dataset.train.images.shape[1:])
+        create = self._creator(self.dataset.train.image_shape)
         return state.place(create, sharding.replicated(self.mesh), variables)
 
     def abstract_state(self, image_shape=None) -> state.TrainState:
         """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
-        shape = image_shape or self.dataset.train.images.shape[1:]
+        shape = image_shape or self.dataset.train.image_shape
         return jax.eval_shape(self._creator(shape), None)
 
     def _creator(self, image_shape):
@@ -206,6 +193,7 @@ class Experiment:
             pad=c.data.pad,
             flip=c.data.flip,
             fill=c.data.fill,
+            color=c.data.color,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
             compiler_options=cpu.compiler_options(),
@@ -229,28 +217,34 @@ class Experiment:
         return lambda variables: evaluate.reestimate_statistics(
             batch_statistics,
             variables,
-            self.train_resident,
+            self.train_feed,
             examples=c.eval.bn_examples,
             batch_size=c.data.batch_size,
-            split=by_batch,
         )
 
     def make_scorer(self):
         """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`."""
-        eval_chunk = steps.make_eval_chunk(self.model, sharding=sharding.split(self.mesh))
+        ten = self.config.eval.crops == 10
+        eval_chunk = steps.make_eval_chunk(
+            self.model,
+            sharding=sharding.split(self.mesh),
+            ten_crops=self.dataset.train.image_shape[0] if ten else 0,
+        )
         return lambda variables: {
             name: evaluate.evaluate(
-                eval_chunk,
-                variables,
-                resident,
-                batch_size=self.config.eval.batch_size,
-                split=sharding.split(self.mesh, 1),
+                eval_chunk, variables, examples, batch_size=self.config.eval.batch_size
             )
-            for name, resident in self.eval_residents.items()
+            for name, examples in self.eval_feeds.items()
         }
 
 
-def build(config: ConfigDict, dataset: Dataset, mesh: Mesh, preprocessing=None) -> Experiment:
+def build(
+    config: ConfigDict,
+    dataset: Dataset,
+    mesh: Mesh,
+    preprocessing: tuple[np.ndarray, np.ndarray] | None = None,
+    warn: Callable[[str], None] = print,
+) -> Experiment:
     """Puts an experiment together.
 
     Args:
@@ -258,12 +252,15 @@ def build(config: ConfigDict, dataset: Dataset, mesh: Mesh, preprocessing=None) 
       dataset: on the host.
       mesh: as from `choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
+      warn: told of images that cannot be read.
 
     Raises:
       UserError: what only shows with the data at hand: durations of less than a step, more classes
         than outputs.
     """
-    config = resolve_steps(config, len(dataset.train.labels))
+    config = resolve_steps(config, len(dataset.train))
+    if config.data.pad < 0:
+        config.data.pad = 4 if inputs.is_for_cifar(config) else 0
     classes = len(dataset.class_names)
     config.model.num_classes = config.model.num_classes or classes
     if config.model.num_classes < classes:
@@ -271,5 +268,5 @@ def build(config: ConfigDict, dataset: Dataset, mesh: Mesh, preprocessing=None) 
             f"config.model.num_classes={config.model.num_classes} is less than the {classes} "
             f"classes of {dataset.name}"
         )
-    mean, std = preprocessing or augment.statistics(dataset.train.images, config.data.normalize)
-    return Experiment(config, dataset, mesh, make_model(config), mean, std)
+    mean, std = preprocessing or inputs.statistics(dataset, config.data.normalize)
+    return Experiment(config, dataset, mesh, make_model(config), mean, std, warn)

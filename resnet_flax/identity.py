@@ -48,6 +48,33 @@ def check_same_config(
         )
 
 
+def take_model(
+    config: ConfigDict, initial: weights.Weights | None, directory: pathlib.Path
+) -> None:
+    """Where `config.model.name` is "auto": sets the net to that of the weights, or of the run.
+
+    Args:
+      config: changed in place.
+      initial: weights to begin with, if any.
+      directory: of a run that may have begun, and then need not be given the weights again.
+
+    Raises:
+      UserError: there is neither.
+    """
+    if config.model.name != "auto":
+        return
+    begun = workdir.read_json(directory / "config.json") or {}
+    known = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
+    found = initial.model if initial else known
+    if "name" not in found:
+        raise UserError(
+            "config.model.name=auto takes the net from --weights: give a weights file, or name a "
+            "net, for example --config.model.name=resnet50"
+        )
+    for key in ("name", "shortcut", "stride_in_3x3", "survival"):
+        config.model[key] = found.get(key, config.model[key])
+
+
 def check_same_data(directory: pathlib.Path, dataset: Dataset) -> None:
     """Refuses to go on with other data than the run began with.
 

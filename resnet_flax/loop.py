@@ -10,8 +10,7 @@ from typing import Any
 
 import jax
 
-from resnet_flax import checkpoint, record, sharding
-from resnet_flax.data import stream
+from resnet_flax import checkpoint, record
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import RunLog
@@ -83,7 +82,8 @@ class Loop:
         if self.saved:
             self.progress.say(f"resumed from step {self.step} of {total}")
         self.progress.start(total, self.step)
-        with self._signals(), contextlib.closing(self.log), contextlib.closing(self.writer):
+        closing = contextlib.closing
+        with self._signals(), closing(self.log), closing(self.writer), closing(self.experiment):
             # An evaluation that was due when the run was killed comes first.
             self._evaluate_if_due()
             while self.step < total and not self.stop_signal:
@@ -117,17 +117,15 @@ class Loop:
         Two lengths, not many: each is a program to compile.
         """
         c = self.config
-        chunk = c.train.chunk_steps or (1 if jax.default_backend() == "cpu" else 100)
+        worth = 1 if jax.default_backend() == "cpu" else self.experiment.train_feed.default_chunk
+        chunk = c.train.chunk_steps or worth
         periods = c.log.every_steps, c.eval.every_steps, c.checkpoint.every_steps
         stops = [(self.step // p + 1) * p for p in periods]
         return chunk if self.step + chunk <= min(c.train.total_steps, *stops) else 1
 
     def _train(self) -> None:
-        length, size = self._chunk_length(), len(self.experiment.dataset.train.labels)
-        batch = self.config.data.batch_size
-        index = stream.indices(self.config.seed, self.step, length, batch, size)
-        index = sharding.put(index, sharding.split(self.experiment.mesh, 1))
-        arguments = self.state, self.experiment.train_resident, index
+        length, feed = self._chunk_length(), self.experiment.train_feed
+        arguments = self.state, feed.resident, feed.chunk(self.step, length)
         if length not in self.compiled:
             self._drain()
             self.compiled[length] = self.train_chunk.lower(*arguments).compile()

@@ -8,8 +8,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import cpu, progress
-from resnet_flax.config import base_config, flatten, nearest_key, validate
+from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
+from resnet_flax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."

@@ -27,6 +27,9 @@ from resnet_flax.evaluate import Score
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import draw_curves, of_split, recent_error
 
+# From here on the top-5 error says more than a table of every class.
+MANY_CLASSES = 100
+
 
 def describe_model(run: Experiment) -> dict[str, Any]:
     """The arguments of `create_model` that make the run's net, as a weights file keeps them."""
@@ -87,9 +90,9 @@ def write_start(
             "data": {
                 "name": dataset.name,
                 "fingerprint": dataset.fingerprint,
-                "train_examples": len(dataset.train.labels),
+                "train_examples": len(dataset.train),
                 "validation_examples": len(draw or ()),
-                "test_examples": len(dataset.test.labels),
+                "test_examples": len(dataset.test),
                 "class_names": dataset.class_names,
                 "validation_draw": list(map(int, draw)) if draw is not None else None,
             },
@@ -160,15 +163,31 @@ def best(records: list[dict[str, Any]], split: str) -> dict[str, Any] | None:
 
 
 def describe_score(score: Score) -> dict[str, Any]:
-    """A score as a record: loss, error, counts, and the error of each class."""
+    """A score as a record: loss, error, counts, and, of few classes, the error of each.
+
+    Of many classes: the top-5 error.
+    """
+    few = len(score.confusion) < MANY_CLASSES
     per_class = [None if np.isnan(e) else round(float(e), 6) for e in score.class_errors()]
     return {
         "loss": score.loss,
         "error": score.error,
         "wrong": score.wrong,
         "examples": score.examples,
-        "class_errors": per_class,
+        **({"unreadable": score.unreadable} if score.unreadable else {}),
+        **({"class_errors": per_class} if few else {"top5_error": score.top5_error}),
     }
+
+
+def _details(score: Score) -> dict[str, Any]:
+    described = describe_score(score)
+    details = {
+        "test_top5_error_last": described.get("top5_error"),
+        "test_unreadable_last": described.get("unreadable"),
+        "test_class_errors_last": described.get("class_errors"),
+        "test_confusion_last": score.confusion.tolist() if "class_errors" in described else None,
+    }
+    return {key: value for key, value in details.items() if value is not None}
 
 
 def finished(directory: pathlib.Path, total_steps: int) -> dict[str, Any] | None:
@@ -213,10 +232,9 @@ def write_result(
         "test_error_at_best_validation": at_validation and test_by_step.get(at_validation["step"]),
         "best_validation_step": at_validation and at_validation["step"],
         "test_error_best_is_leakage": min(test_by_step.values(), default=None),
-        "train_error_last": recent_error(records, len(run.dataset.train.labels)),
+        "train_error_last": recent_error(records, len(run.dataset.train)),
         "class_names": run.dataset.class_names,
-        "test_class_errors_last": describe_score(scores["test"])["class_errors"],
-        "test_confusion_last": scores["test"].confusion.tolist(),
+        **_details(scores["test"]),
         # The whole of `starts` in run.json took part; time that a crash undid does not count.
         "seconds": round(seconds, 2),
         "images_per_second": round(images_per_second, 1),

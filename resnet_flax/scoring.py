@@ -7,12 +7,23 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import checkpoint, experiment, identity, models, record, sharding, weights, workdir
-from resnet_flax.config import base_config, flatten, validate
+from resnet_flax import (
+    checkpoint,
+    experiment,
+    identity,
+    inputs,
+    models,
+    record,
+    sharding,
+    weights,
+    workdir,
+)
+from resnet_flax.config import base_config, flatten
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
 from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
+from resnet_flax.validation import validate
 
 
 def score(
@@ -50,16 +61,17 @@ def score(
         # What it was trained for, and on, is not the evaluation's to change.
         identity.check_same_config(_run_of(path), config, sections=("model", "data", "seed"))
     validate(config)
+    identity.take_model(config, loaded, _run_of(path))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
     mesh = experiment.choose_mesh(config)
-    dataset = experiment.load_data(config)
+    dataset = inputs.load_data(config)
     if loaded:
         preprocessing = loaded.mean, loaded.std
-        weights.check_preprocessing(*preprocessing, dataset.test.images.shape[1:], str(path))
+        weights.check_preprocessing(*preprocessing, dataset.train.image_shape, str(path))
     else:
         preprocessing = identity.preprocessing(_run_of(path))
         identity.check_same_data(_run_of(path), dataset)
-    run = experiment.build(config, dataset, mesh, preprocessing)
+    run = experiment.build(config, dataset, mesh, preprocessing, warn)
     if loaded:
         weights.check_model(loaded, record.describe_model(run), str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
@@ -135,6 +147,10 @@ def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:
         f"{split}: error {100 * score.error:.2f} % ({score.wrong} of {score.examples} wrong), "
         f"loss {score.loss:.4f}"
     ]
+    if score.unreadable:
+        lines[0] += f"; {score.unreadable} images could not be read"
+    if len(score.confusion) >= record.MANY_CLASSES:
+        return f"{lines[0]}, top-5 error {100 * score.top5_error:.2f} %"
     width = max(map(len, class_names))
     for name, error in zip(class_names, score.class_errors(), strict=False):
         lines.append(f"  {name:<{width}}  {100 * error:6.2f} %")

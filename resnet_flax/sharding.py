@@ -39,3 +39,35 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A host array, the same on every process, placed under `sharding`."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def rows_here(sharding: NamedSharding, axis: int, size: int) -> np.ndarray:
+    """Positions along `axis`, of length `size`, that this process's devices hold: int64, rising."""
+    shape = (1,) * axis + (size,)
+    slices = {i[axis] for i in sharding.addressable_devices_indices_map(shape).values()}
+    parts = [np.arange(size)[part] for part in slices]
+    return np.unique(np.concatenate(parts))
+
+
+def put_rows(
+    value: np.ndarray, rows: np.ndarray, batch_size: int, sharding: NamedSharding
+) -> jax.Array:
+    """Places a batch of which each process has its own part.
+
+    Args:
+      value: [k, R, …], the positions `rows` of the second axis.
+      rows: from `rows_here`.
+      batch_size: length of the whole second axis.
+      sharding: of it.
+
+    Returns:
+      [k, batch_size, …]
+    """
+    shape = (len(value), batch_size, *value.shape[2:])
+
+    def part(index):
+        first, last, _ = index[1].indices(batch_size)
+        begin = int(np.searchsorted(rows, first))
+        return value[:, begin : begin + last - first]
+
+    return jax.make_array_from_callback(shape, sharding, part)

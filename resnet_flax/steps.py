@@ -1,8 +1,13 @@
 """The compiled functions: training steps, evaluation, batch-norm statistics.
 
-`resident` is what stays on the devices during a run: `images` uint8 [N, H, W, C], `labels` int32
-[N], `mean` and `std` for `augment.normalize`, `key` a typed PRNG key. It is an argument, never a
-closure, which would bake the data set into the program. What the host sends are positions in it.
+`resident` is what stays on the devices during a run: `mean` and `std` for `augment.normalize`,
+`key`, a typed PRNG key, and, where the whole data set is there, `images` uint8 [N, H, W, C] and
+`labels` int32 [N]. It is an argument, never a closure, which would bake the data set into the
+program.
+
+A `batch` is what the host sends for a step: int32 [B], positions in the resident data set, or,
+where that is not there, a dict of `images` uint8 [B, H, W, C] and `labels` int32 [B]. For a chunk
+of k steps each array has an axis k in front.
 """
 
 from collections.abc import Callable
@@ -15,21 +20,33 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax import augment, optim
+from resnet_flax.data.batches import UNREADABLE
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.state import TrainState
 
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
 _STATISTICS_KEYS = np.uint32(2**31)
 
-# Folded into a step's key for what the net draws; 0 and 1 would be the halves that it splits into.
-_DROP_KEY = 2
+# Folded into a step's key for what the net draws, and for colours; 0 and 1 would be the halves that
+# it splits into.
+_DROP_KEY, _COLOR_KEY = 2, 3
+
+# The guesses that may be wrong in a top-5 error.
+_GUESSES = 5
 
 
-def _gather(resident, index, sharding):
-    images = jnp.take(resident["images"], index, axis=0, mode="clip")
-    images = jax.lax.with_sharding_constraint(images, sharding)
-    labels = jnp.take(resident["labels"], index, axis=0, mode="clip")
-    return augment.normalize(images, resident["mean"], resident["std"]), labels
+def _examples(resident, batch, sharding):
+    """uint8 images [B, H, W, C], and labels int32 [B]: negative where there is no example."""
+    if "images" not in resident:
+        return batch["images"], batch["labels"]
+    images = jnp.take(resident["images"], batch, axis=0, mode="clip")
+    labels = jnp.take(resident["labels"], batch, axis=0, mode="clip")
+    return jax.lax.with_sharding_constraint(images, sharding), jnp.where(batch < 0, -1, labels)
+
+
+def _length(batches) -> int:
+    """Number of steps of a chunk."""
+    return jax.tree.leaves(batches)[0].shape[0]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -53,9 +70,10 @@ def make_train_chunk(
     label_smoothing: float,
     ema_decay: float,
     fill: str = "zero",
+    color: bool = False,
     compiler_options: dict[str, str] | None = None,
-) -> Callable[[TrainState, dict, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes `train_chunk(state, resident, indices)`: one training step per row of `indices`.
+) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes `train_chunk(state, resident, batches)`: a training step for each of `batches`.
 
     Args:
       model: the net.
@@ -64,21 +82,26 @@ def make_train_chunk(
       pad: pixels, see `augment.crop_and_mirror`.
       flip: likewise.
       fill: likewise.
+      color: whether to shift each image's colours, see `augment.color_shift`.
       label_smoothing: see `cross_entropy`.
       ema_decay: share of the averaged weights kept at each step, 0: no average.
       compiler_options: of `jax.jit`.
 
     Returns:
-      A jitted function from (state, resident, indices int32 [k, B]) to the next state and a dict of
+      A jitted function from (state, resident, batches of k steps) to the next state and a dict of
       float32 [k]: `loss` (mean over the batch; NaN where the gradient or a batch statistic is not
       finite), `error` (0 to 1), `rate` (learning rate). All come out replicated. It donates the
       state. k = 1 runs without a loop: XLA's CPU backend is some 45 times slower at a convolution's
       gradient inside one.
     """
 
-    def train_step(state: TrainState, index: jax.Array, resident: dict):
-        images, labels = _gather(resident, index, sharding)
+    def train_step(state: TrainState, batch: Any, resident: dict):
+        images, labels = _examples(resident, batch, sharding)
         key = jax.random.fold_in(resident["key"], state.step)
+        if color:
+            shift = augment.color_shift(jax.random.fold_in(key, _COLOR_KEY), len(images))
+            images = images.astype(jnp.float32) + shift
+        images = augment.normalize(images, resident["mean"], resident["std"])
         images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
         rngs = {"drop": jax.random.fold_in(key, _DROP_KEY)} if model.draws else None
 
@@ -108,11 +131,12 @@ def make_train_chunk(
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         return state, {"loss": loss, "error": error, "rate": optim.last_rate(opt_state)}
 
-    def train_chunk(state, resident, indices):
-        if indices.shape[0] == 1:
-            state, sums = train_step(state, indices[0], resident)
+    def train_chunk(state, resident, batches):
+        if _length(batches) == 1:
+            batch = jax.tree.map(lambda x: x[0], batches)
+            state, sums = train_step(state, batch, resident)
             return state, jax.tree.map(lambda x: x[None], sums)
-        return jax.lax.scan(lambda s, i: train_step(s, i, resident), state, indices)
+        return jax.lax.scan(lambda s, b: train_step(s, b, resident), state, batches)
 
     return jax.jit(
         train_chunk,
@@ -123,34 +147,56 @@ def make_train_chunk(
 
 
 def make_eval_chunk(
-    model: ResNet, *, sharding: NamedSharding
-) -> Callable[[Any, dict, jax.Array], dict[str, jax.Array]]:
-    """Makes `eval_chunk(variables, resident, indices)`: sums over the examples of all rows.
+    model: ResNet, *, sharding: NamedSharding, ten_crops: int = 0
+) -> Callable[[Any, dict, Any], dict[str, jax.Array]]:
+    """Makes `eval_chunk(variables, resident, batches)`: sums over the examples of all batches.
 
     Args:
       model: the net.
       sharding: of a batch's first axis.
+      ten_crops: side of the ten parts of an image, see `augment.ten_crops`, over which the net's
+        probabilities are averaged; 0: the whole image.
 
     Returns:
-      A jitted function of `{"params": …, "batch_stats": …}`, resident and indices int32 [k, B], in
-      which -1 stands for "no example", to `loss`: float32 scalar, summed cross-entropy, and
-      `confusion`: int32 [K, K], examples by (label, prediction).
+      A jitted function of `{"params": …, "batch_stats": …}`, resident and batches of k steps, in
+      which a negative position or label stands for "no example", to `loss`: float32 scalar, summed
+      cross-entropy; `confusion`: int32 [K, K], examples by (label, prediction); `top5_wrong`: int32
+      scalar, examples whose label is none of the five likeliest; `unreadable`: int32 scalar,
+      examples that are missing from these because their images cannot be read.
     """
 
-    def eval_step(variables, index, resident):
-        images, labels = _gather(resident, index, sharding)
-        logits = model.apply(variables, images, train=False)
-        real = index >= 0
-        loss = jnp.sum(jnp.where(real, cross_entropy(logits, labels), 0.0))
-        classes = logits.shape[-1]
-        cell = jnp.where(real, labels * classes + jnp.argmax(logits, axis=-1), classes**2)
-        confusion = jnp.zeros(classes**2, jnp.int32).at[cell].add(1, mode="drop")
-        return {"loss": loss, "confusion": confusion.reshape(classes, classes)}
+    def predict(variables, images, resident):
+        if ten_crops:
+            images = augment.ten_crops(images, ten_crops)
+        images = augment.normalize(images, resident["mean"], resident["std"])
+        if not ten_crops:
+            return model.apply(variables, images, train=False)
+        logits = model.apply(variables, images.reshape(-1, *images.shape[2:]), train=False)
+        each = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
+        return jax.nn.logsumexp(each, axis=1) - np.log(each.shape[1])
 
-    def eval_chunk(variables, resident, indices):
-        if indices.shape[0] == 1:
-            return eval_step(variables, indices[0], resident)
-        sums = jax.lax.map(lambda i: eval_step(variables, i, resident), indices)
+    def eval_step(variables, batch, resident):
+        images, labels = _examples(resident, batch, sharding)
+        logits = predict(variables, images, resident)
+        real = labels >= 0
+        known = jnp.maximum(labels, 0)
+        loss = jnp.sum(jnp.where(real, cross_entropy(logits, known), 0.0))
+        classes = logits.shape[-1]
+        cell = jnp.where(real, known * classes + jnp.argmax(logits, axis=-1), classes**2)
+        confusion = jnp.zeros(classes**2, jnp.int32).at[cell].add(1, mode="drop")
+        _, guesses = jax.lax.top_k(logits, min(_GUESSES, classes))
+        missed = real & jnp.all(guesses != known[:, None], axis=-1)
+        return {
+            "loss": loss,
+            "confusion": confusion.reshape(classes, classes),
+            "top5_wrong": jnp.sum(missed, dtype=jnp.int32),
+            "unreadable": jnp.sum(labels == UNREADABLE, dtype=jnp.int32),
+        }
+
+    def eval_chunk(variables, resident, batches):
+        if _length(batches) == 1:
+            return eval_step(variables, jax.tree.map(lambda x: x[0], batches), resident)
+        sums = jax.lax.map(lambda b: eval_step(variables, b, resident), batches)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
     return jax.jit(eval_chunk, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
@@ -158,8 +204,8 @@ def make_eval_chunk(
 
 def make_batch_statistics(
     model: ResNet, *, sharding: NamedSharding, pad: int, flip: bool, fill: str = "zero"
-) -> Callable[[Any, dict, jax.Array, jax.Array], Any]:
-    """Makes `batch_statistics(variables, resident, index, draw)`: `batch_stats` of one batch alone.
+) -> Callable[[Any, dict, Any, jax.Array], Any]:
+    """Makes `batch_statistics(variables, resident, batch, draw)`: `batch_stats` of one batch alone.
 
     Averaged over many training batches these replace the running statistics, as the authors of the
     paper did for testing.
@@ -172,12 +218,13 @@ def make_batch_statistics(
       fill: likewise.
 
     Returns:
-      A jitted function; `index` is int32 [B], `draw` an int32 scalar that numbers the batch.
+      A jitted function; `draw` is an int32 scalar that numbers the batch.
     """
     fresh = model.clone(bn_momentum=0.0)
 
-    def batch_statistics(variables, resident, index, draw):
-        images, _ = _gather(resident, index, sharding)
+    def batch_statistics(variables, resident, batch, draw):
+        images, _ = _examples(resident, batch, sharding)
+        images = augment.normalize(images, resident["mean"], resident["std"])
         key = jax.random.fold_in(resident["key"], _STATISTICS_KEYS + draw.astype(jnp.uint32))
         images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
         _, new = fresh.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -12,6 +12,7 @@ from resnet_flax import (
     checkpoint,
     experiment,
     identity,
+    inputs,
     loop,
     models,
     record,
@@ -19,12 +20,12 @@ from resnet_flax import (
     weights,
     workdir,
 )
-from resnet_flax.config import validate
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
 from resnet_flax.progress import Progress
 from resnet_flax.state import TrainState
+from resnet_flax.validation import validate
 
 
 def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None = None) -> dict:
@@ -45,21 +46,23 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
       UserError: anything the user can mend.
     """
     validate(config)
+    initial, digest = _load_initial(init_weights)
+    config = config.copy_and_resolve_references()
+    identity.take_model(config, initial, directory)
     models.resolve_shortcut(config.model.name, config.model.shortcut)
     mesh = experiment.choose_mesh(config)
     environment = record.environment(mesh)
     with workdir.claim(directory), contextlib.closing(Progress()) as progress:
         identity.check_same_config(directory, config)
-        initial, digest = _load_initial(init_weights)
-        dataset = experiment.load_data(config)
+        dataset = inputs.load_data(config)
         identity.check_same_data(directory, dataset)
         preprocessing = identity.preprocessing(directory)
         if preprocessing is None and initial is not None:
             # A net knows what its images must look like; another mean would undo its training.
             preprocessing = initial.mean, initial.std
-            shape = dataset.train.images.shape[1:]
+            shape = dataset.train.image_shape
             weights.check_preprocessing(*preprocessing, shape, str(init_weights))
-        run = experiment.build(config, dataset, mesh, preprocessing)
+        run = experiment.build(config, dataset, mesh, preprocessing, progress.say)
         found = checkpoint.read_newest(directory / "checkpoints", progress.say, set_aside=True)
         identity.check_same_beginning(directory, digest, resuming=found is not None)
         total = run.config.train.total_steps

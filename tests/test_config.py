@@ -6,9 +6,10 @@ import pytest
 
 from resnet_flax import config as config_lib
 from resnet_flax import experiment, sharding
-from resnet_flax.config import base_config, flatten, resolve_steps, validate
+from resnet_flax.config import base_config, flatten, resolve_steps
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES
+from resnet_flax.validation import validate
 from tests.conftest import ROOT
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))

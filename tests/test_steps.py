@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from resnet_flax import create_model, evaluate, optim, sharding, state, steps
+from resnet_flax.data import Split
+from resnet_flax.feed import ResidentFeed
 
 SHAPE = (8, 8, 3)
 
@@ -43,17 +45,14 @@ class Setup:
             self.model, sharding=by_batch, pad=0, flip=False
         )
         self.ema = ema_decay > 0
-        self.resident = self.put(*make_data())
+        self.batch = batch
+        self.feed = self.put(*make_data())
+        self.resident = self.feed.resident
 
     def put(self, images, labels):
-        arrays = {
-            "images": images,
-            "labels": labels,
-            "mean": np.full(SHAPE, 128, np.float32),
-            "std": np.full(1, 64, np.float32),
-        }
-        resident = {k: sharding.put(v, self.everywhere) for k, v in arrays.items()}
-        return resident | {"key": jax.device_put(jax.random.key(7), self.everywhere)}
+        mean, std = np.full(SHAPE, 128, np.float32), np.full(1, 64, np.float32)
+        split = Split(images, labels)
+        return ResidentFeed(split, mean, std, seed=7, mesh=self.mesh, batch_size=self.batch)
 
     def state(self, seed=0):
         return state.place(
@@ -204,20 +203,19 @@ def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
     setup = Setup(devices)
     count = 43
     images, labels = make_data(count)
-    resident = setup.put(images, labels)
+    feed = setup.put(images, labels)
     current = setup.state()
-    score = evaluate.evaluate(
-        setup.eval_chunk,
-        current.evaluated(),
-        resident,
-        batch_size=batch_size,
-        split=setup.by_row,
-    )
+    variables = current.evaluated()
+    score = evaluate.evaluate(setup.eval_chunk, variables, feed, batch_size=batch_size)
     x = (images.astype(np.float32) - 128) / 64
     logits = np.asarray(jax.jit(setup.model.apply)(jax.device_get(current.evaluated()), x))
     log_p = np.asarray(jax.nn.log_softmax(logits))
     assert score.examples == count
     assert score.wrong == int(np.sum(logits.argmax(axis=1) != labels))
+    likeliest = logits.argsort(axis=1)[:, -5:]
+    assert score.top5_wrong == int(np.sum(np.all(likeliest != labels[:, None], axis=1)))
+    assert 0 < score.top5_wrong < score.wrong
+    assert score.unreadable == 0
     np.testing.assert_allclose(score.loss, -log_p[np.arange(count), labels].mean(), rtol=1e-4)
     for k in range(10):
         if np.any(labels == k):
@@ -228,10 +226,10 @@ def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
 def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
     setup = Setup()
     variables = setup.state().evaluated()
-    index = evaluate.batches(64, 24)
-    assert index.shape == (3, 24)
+    index = np.concatenate([np.arange(64), np.full(8, -1)]).astype(np.int32).reshape(3, 24)
     together = setup.eval_chunk(variables, setup.resident, index)
     parts = [setup.eval_chunk(variables, setup.resident, row[None]) for row in index]
+    assert together["confusion"].sum() == 64
     np.testing.assert_array_equal(together["confusion"], sum(p["confusion"] for p in parts))
     np.testing.assert_allclose(together["loss"], sum(p["loss"] for p in parts), rtol=1e-5)
 
@@ -240,12 +238,7 @@ def test_reestimated_statistics_are_averages_over_training_batches():
     setup = Setup()
     variables = setup.state().evaluated()
     got = evaluate.reestimate_statistics(
-        setup.statistics,
-        variables,
-        setup.resident,
-        examples=64,
-        batch_size=16,
-        split=sharding.split(setup.mesh),
+        setup.statistics, variables, setup.feed, examples=64, batch_size=16
     )
     assert got["params"] is variables["params"]
     # The stem's statistics can be had by hand: mean of its convolution over all the images.

@@ -22,8 +22,10 @@ def load(
     mirror: str | None,
     seed: int,
     show_progress: bool,
+    **unused,
 ) -> dataset.Dataset:
     """Loads CIFAR-10 or CIFAR-100; the arguments are those of `resnet_flax.data.load`."""
+    del unused
     dataset.check_split(split)  # Before the minutes that a preparation may take.
     root = prepared.resolve_data_dir(data_dir)
     directory = prepared.find(name, data_dir=root, version=VERSION)

@@ -45,10 +45,18 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        return self.images.shape[1:]
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A whole data set, in memory and in canonical order.
+    """A whole data set, in a canonical order.
+
+    Its splits are in memory, or else are `streamed.StreamedSplit`, which have a length and an
+    `image_shape` too.
 
     Attributes:
       name: one of `resnet_flax.data.NAMES`.
@@ -58,7 +66,7 @@ class Dataset:
       class_names: one name per label.
       fingerprint: sha256 (hex) of the training set before the draw and of the test set, both in
         canonical order: the same for everyone who holds the same pixels and labels, whatever the
-        seed and the draw.
+        seed and the draw. Of streamed images: of what identifies them without reading them all.
       validation_draw: positions, in ascending order, of the held-out examples in the canonical
         order of the whole training set, or None where nothing is held out.
     """

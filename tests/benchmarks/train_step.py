@@ -92,9 +92,8 @@ def this_package(name: str, batch: int, devices: int, keep_memory: bool):
     import jax
     import numpy as np
 
-    from resnet_flax import experiment, sharding
+    from resnet_flax import experiment
     from resnet_flax.config import base_config
-    from resnet_flax.data import stream
     from resnet_flax.data.dataset import Dataset, Split
 
     config = base_config()
@@ -106,12 +105,11 @@ def this_package(name: str, batch: int, devices: int, keep_memory: bool):
     data = Dataset("noise", split, None, split, tuple("0123456789"), "", None)
     run_ = experiment.build(config, data, experiment.choose_mesh(config))
     state, chunk = run_.create_state(), run_.make_train_chunk()
-    by_row = sharding.split(run_.mesh, 1)
 
     def run(number):
         nonlocal state
-        index = stream.indices(0, number, 1, batch, 5000)
-        state, sums = chunk(state, run_.train_resident, sharding.put(index, by_row))
+        feed = run_.train_feed
+        state, sums = chunk(state, feed.resident, feed.chunk(number, 1))
         jax.block_until_ready((state, sums))
 
     return run

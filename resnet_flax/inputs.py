@@ -1,0 +1,107 @@
+"""The configured data: which, how their images become examples, and how they reach the devices."""
+
+from collections.abc import Callable
+
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_flax import augment, cpu, data, feed, models
+from resnet_flax.data import streamed
+from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.errors import UserError
+
+# Training images from which the statistics of a streamed data set are estimated.
+_SAMPLE = 2048
+
+# What [R §3.4] does with images of ImageNet, in pixels.
+_CROP, _SHORT_SIDES, _TEST_SHORT_SIDE = 224, (256, 480), 256
+
+
+def is_for_cifar(config: ConfigDict) -> bool:
+    """Whether the configured net is made for images as small as those of CIFAR."""
+    return models.get_architecture(config.model.name).image_size < _CROP
+
+
+def make_geometry(config: ConfigDict) -> streamed.Geometry:
+    """What is made of streamed images.
+
+    Raises:
+      UserError: the sizes contradict each other.
+    """
+    d = config.data
+    size = d.image_size or models.get_architecture(config.model.name).image_size
+    scale = 0 if is_for_cifar(config) else size / _CROP
+    short_sides = tuple(d.short_sides) or tuple(round(s * scale) or size for s in _SHORT_SIDES)
+    eval_short_side = d.eval_short_side or round(_TEST_SHORT_SIDE * scale) or size
+    for key, side in (("short_sides", short_sides[0]), ("eval_short_side", eval_short_side)):
+        if side < size:
+            raise UserError(f"config.data.{key}={side} is less than the image size, {size} pixels")
+    ten = config.eval.crops == 10
+    if ten and eval_short_side == size:
+        raise UserError(
+            f"config.eval.crops=10 needs config.data.eval_short_side above the image size, {size}"
+        )
+    return streamed.Geometry(size, short_sides, eval_short_side if ten else size, eval_short_side)
+
+
+def load_data(config: ConfigDict) -> Dataset:
+    """The configured data set, read (or prepared first) on this machine.
+
+    Raises:
+      UserError: anything the user can mend, see `data.load`.
+    """
+    is_streamed = config.data.name in data.STREAMED
+    if config.eval.crops != 1 and not is_streamed:
+        raise UserError(f"config.eval.crops={config.eval.crops} is for streamed images only")
+    return data.load(
+        config.data.name,
+        data_dir=config.data.data_dir or None,
+        split=config.data.split,
+        archive=config.data.archive or None,
+        mirror=config.data.mirror or None,
+        seed=config.seed,
+        geometry=make_geometry(config) if is_streamed else None,
+    )
+
+
+def statistics(dataset: Dataset, kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """See `augment.statistics`; of streamed images, from a sample of their central parts."""
+    if isinstance(dataset.train, Split):
+        return augment.statistics(dataset.train.images, kind)
+    needed = 1 if kind == "imagenet" else _SAMPLE
+    return augment.statistics(streamed.central_sample(dataset.train, needed), kind)
+
+
+def make_feed(
+    split: Split | streamed.StreamedSplit,
+    mean: np.ndarray,
+    std: np.ndarray,
+    *,
+    config: ConfigDict,
+    mesh: Mesh,
+    warn: Callable[[str], None],
+) -> feed.Feed:
+    """What brings a split to the devices; durations must be resolved.
+
+    Args:
+      split: the examples.
+      mean: see `augment.statistics`.
+      std: likewise.
+      config: of the run.
+      mesh: of all devices.
+      warn: told of images that cannot be read.
+    """
+    common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
+    if isinstance(split, Split):
+        return feed.ResidentFeed(split, mean, std, **common)
+    return feed.StreamedFeed(
+        split,
+        mean,
+        std,
+        **common,
+        total_steps=config.train.total_steps,
+        workers=cpu.choose_workers(config.data.workers),
+        limit=config.data.max_unreadable,
+        warn=warn,
+    )
