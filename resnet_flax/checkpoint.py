@@ -7,8 +7,12 @@ is complete, holds the SHA-256 of each of its files.
 """
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -232,6 +236,7 @@ class Writer:
         record = json.loads(json.dumps(record))
         metadata = {"record": record, "sha256": content_hash(tree, record)}
         self.wait()
+        self._check_room(tree)
         path = self.directory / str(step)
         try:
             response = ocp.save_checkpointables_async(
@@ -241,6 +246,14 @@ class Writer:
             raise self._failure(error) from error
         self._pending = self._thread.submit(self._finish, path, response, self.best_step)
         return path
+
+    def _check_room(self, tree: dict[str, Any]) -> None:
+        """Orbax would find out too, but in pages of tracebacks from threads of its own."""
+        need = sum(value.nbytes for value in flax.traverse_util.flatten_dict(tree).values())
+        with contextlib.suppress(OSError):  # A file system that does not tell.
+            if (free := shutil.disk_usage(self.directory).free) < need:
+                full = os.strerror(errno.ENOSPC)
+                raise self._failure(OSError(f"{full}: {need:,} bytes needed, {free:,} free"))
 
     def _finish(self, path: epath.Path, response, best_step: int | None) -> None:
         response.result()

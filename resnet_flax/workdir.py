@@ -100,9 +100,9 @@ def claim(directory: pathlib.Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made and [p.name for p in directory.iterdir()] == [".lock"]:
-                (directory / ".lock").unlink()
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if made and [p.name for p in directory.iterdir()] == [".lock"]:
+                    (directory / ".lock").unlink()
                     for path in made:
                         path.rmdir()
             raise
