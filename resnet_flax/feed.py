@@ -12,6 +12,7 @@ sends positions, and `StreamedFeed` for one that is decoded as it is needed. Bot
   close(): ends what works in the background.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -190,6 +191,8 @@ class StreamedFeed:
                 yield self._put([self._checked(next(ahead))], rows, index.shape[1])
         finally:
             ahead.close()
+            del ahead
+            gc.collect()  # See `close`.
 
     def _checked(self, part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Names each unreadable image once; too many of them are an error."""
@@ -208,22 +211,20 @@ class StreamedFeed:
         return part
 
     def _put(self, parts: list[dict], rows: np.ndarray, batch_size: int) -> dict[str, jax.Array]:
-        by_batch = sharding.split(self._mesh, 1)
-        return {
-            name: sharding.put_rows(
-                parts[0][name][None] if len(parts) == 1 else np.stack([p[name] for p in parts]),
-                rows,
-                batch_size,
-                by_batch,
-            )
-            for name in parts[0]
-        }
+        by_batch, placed = sharding.split(self._mesh, 1), {}
+        for name, first in parts[0].items():
+            together = np.empty((len(parts), *first.shape), first.dtype)
+            for i, part in enumerate(parts):
+                together[i] = part[name]
+            placed[name] = sharding.put_rows(together, rows, batch_size, by_batch)
+        return placed
 
     def close(self) -> None:
         """Ends the workers."""
-        ahead, self._ahead, self._next = self._ahead, None, -1
-        if ahead is not None:
-            ahead.close()
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead, self._next = None, -1
+            gc.collect()  # The iterator is part of cycles, and has threads and processes.
 
 
 Feed = ResidentFeed | StreamedFeed

@@ -44,9 +44,8 @@ def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
 def rows_here(sharding: NamedSharding, axis: int, size: int) -> np.ndarray:
     """Positions along `axis`, of length `size`, that this process's devices hold: int64, rising."""
     shape = (1,) * axis + (size,)
-    slices = {i[axis] for i in sharding.addressable_devices_indices_map(shape).values()}
-    parts = [np.arange(size)[part] for part in slices]
-    return np.unique(np.concatenate(parts))
+    places = sharding.addressable_devices_indices_map(shape).values()
+    return np.unique(np.concatenate([np.arange(size)[place[axis]] for place in places]))
 
 
 def put_rows(

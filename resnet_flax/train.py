@@ -108,10 +108,11 @@ def _first_state(
 
 
 def _fit_initial(run: Experiment, initial: weights.Weights, source: str) -> dict[str, Any]:
-    """The weights' variables, with a new last layer where the number of classes is another."""
+    """The weights' variables, with a new last layer where the classes are others."""
     model = record.describe_model(run)
     variables, template = initial.variables, run.abstract_variables()
-    if initial.model.get("num_classes") != model["num_classes"]:
+    renamed = initial.class_names and initial.class_names != run.dataset.class_names
+    if renamed or initial.model.get("num_classes") != model["num_classes"]:
         del model["num_classes"]
         fresh = layout.to_canonical(run.create_state().params)["head"]
         params = {**variables["params"], "head": jax.device_get(fresh)}

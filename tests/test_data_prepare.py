@@ -10,7 +10,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from resnet_flax.data import dataset, prepare, prepared
+from resnet_flax.data import cifar, dataset, prepare, prepared
 from resnet_flax.errors import UserError
 from tests import test_data_helpers as helpers
 
@@ -59,6 +59,53 @@ def test_what_is_prepared_is_read_by_stock_tfds(tmp_path, name, binary, capfd):
     assert [p.name for p in (root / name).iterdir()] == ["3.0.2"]
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_the_order_is_that_of_tfds_own_writer(tmp_path, name):
+    """What TFDS writes where it sorts in memory, which needs no TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    content = helpers.content(name)
+    base = tfds.builder_cls(name)
+    stock_name = name
+
+    class Stock(base, skip_registration=True):
+        name = stock_name
+
+        def _split_generators(self, dl_manager):
+            for key, names in content.names.items():
+                self.info.features[key].names = list(names)
+            return {split: self._stock(split) for split in content.images}
+
+        def _stock(self, split):
+            for index in range(helpers.SIZES[split]):
+                yield index, cifar.examples(content, split=split).read(index)
+
+        def _log_download_bytes(self):
+            pass
+
+        def _log_download_done(self):
+            pass
+
+    builder = Stock(data_dir=tmp_path / "stock")
+    with prepare._quiet_tfds():
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    path, layout = helpers.small_archive(tmp_path, name, data=content)
+    made = helpers.make(tmp_path / "data", archive_path=path, layout=layout, name=name)
+    for split in helpers.SIZES:
+        ids = [
+            [example["id"] for example in found.as_data_source(split)]
+            for found in (builder, tfds.builder_from_directory(made))
+        ]
+        assert ids[0] == ids[1]
+    mine, theirs = (
+        sorted(p.name for p in pathlib.Path(d).iterdir()) for d in (made, builder.data_dir)
+    )
+    assert mine == theirs
 
 
 def test_preparing_changes_nothing_in_tfds(tmp_path):
@@ -205,7 +252,12 @@ def test_without_locks_each_process_prepares_for_itself(tmp_path, monkeypatch):
         first = helpers.make(tmp_path, archive_path=path, layout=layout)
         content = helpers.content("cifar10")
         second = prepare.prepare(
-            "cifar10", content=content, data_dir=tmp_path, staging=staging, show_progress=False
+            "cifar10",
+            splits={split: cifar.examples(content, split=split) for split in content.images},
+            names=content.names,
+            data_dir=tmp_path,
+            staging=staging,
+            show_progress=False,
         )
         assert first == second
     helpers.read(first)

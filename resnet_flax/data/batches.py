@@ -1,12 +1,15 @@
 """Batches of streamed images, decoded ahead of their use."""
 
-import ctypes
+import multiprocessing
+import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from absl import flags
 
 from resnet_flax.data import stream
 from resnet_flax.data.streamed import StreamedSplit, why_unreadable
@@ -145,6 +148,8 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
     # Takes a second to import, and data sets that fit in memory do without.
     import grain
 
+    if not flags.FLAGS.is_parsed():  # Used as a library; grain reads flags of its own.
+        flags.FLAGS.mark_as_parsed()
     dataset = grain.MapDataset.source(batches)
     if not workers:
         threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
@@ -162,6 +167,9 @@ def _begin_worker(number: int, count: int) -> None:
     del number, count
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    if sys.platform == "linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
-        ctypes.CDLL(None).prctl(parent_death_signal, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)

@@ -1,8 +1,10 @@
 """CIFAR-10 and CIFAR-100: found where TFDS has prepared them, or else prepared."""
 
+import io
 import os
 import pathlib
 import sys
+from typing import Any
 
 from resnet_flax.data import archive, dataset, download, prepare, prepared
 from resnet_flax.errors import UserError
@@ -11,6 +13,7 @@ VERSION = "3.0.2"  # of both data sets in TFDS
 SHAPE = (32, 32, 3)
 SIZES = {"train": 50_000, "test": 10_000}
 CLASSES = {"cifar10": 10, "cifar100": 100}
+_BYTES_PER_EXAMPLE = 2_400  # on disk, on average
 
 
 def load(
@@ -80,12 +83,7 @@ def make(
       UserError: no archive can be had, or it is not what it should be, or the result cannot be
         written.
     """
-    final = data_dir / name / VERSION
-    if final.is_dir() and any(final.iterdir()):
-        raise UserError(
-            f"{final} is there but has no {prepared.INFO_FILE}, so it is not a prepared data set; "
-            "move it away or give another folder with config.data.data_dir"
-        )
+    prepare.refuse_occupied(name, data_dir=data_dir, version=VERSION)
     # Before anything is written.
     content = None
     if archive_path:
@@ -109,11 +107,28 @@ def make(
             print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
         return prepare.prepare(
             name,
-            content=content,
+            splits={key: examples(content, split=key) for key in content.images},
+            names=content.names,
             data_dir=data_dir,
             staging=staging,
             show_progress=show_progress,
         )
+
+
+def examples(content: archive.Content, *, split: str) -> prepare.Examples:
+    """Returns the examples of a split as TFDS has them: images as PNG, numbered keys and ids."""
+    from PIL import Image
+
+    images, labels = content.images[split], content.labels[split]
+
+    def read(index: int) -> dict[str, Any]:
+        buffer = io.BytesIO()
+        Image.fromarray(images[index]).save(buffer, "PNG")
+        record = {key: int(values[index]) for key, values in labels.items()}
+        return {"id": f"{split}_{index:05d}", "image": buffer.getvalue(), **record}
+
+    size = len(images) * _BYTES_PER_EXAMPLE
+    return prepare.Examples(keys=range(len(images)), read=read, size=size)
 
 
 def _read(

@@ -3,10 +3,12 @@
 Nothing here knows of data sets. [R] is Deep Residual Learning for Image Recognition.
 """
 
+import contextlib
 import functools
 import io
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -15,10 +17,9 @@ from PIL import Image, ImageCms
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused: decoded, one would fill 300 MB and more."""
 
-# EPS is decoded by running Ghostscript, and IPTC may hold an EPS; the rest Pillow recognises but
-# has no decoder for.
+# EPS is decoded by running Ghostscript; IPTC may hold an EPS; for the rest Pillow has no decoder.
 _REFUSED = frozenset({"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
-_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")  # how EPS begins
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -71,6 +72,32 @@ def decode(content: bytes, *, at_least: tuple[int, int] | None = None) -> Image.
     """
     if at_least is not None and min(at_least) < 1:
         raise ValueError(f"at_least is {at_least}; both must be positive")
+    with _opened(content) as image:
+        # The reader of JPEG; MPO is several of them in one file.
+        if at_least is not None and image.format in ("JPEG", "MPO"):
+            turned = _orientation(image) >= 5
+            image.draft(None, at_least[::-1] if turned else at_least)
+        image.load()
+        method = _TRANSPOSE.get(_orientation(image))
+        decoded = _rgb(image)
+        return decoded if method is None else decoded.transpose(method)
+
+
+def is_common_jpeg(content: bytes) -> bool:
+    """Says whether an image is a JPEG of greys or RGB, which every reader of JPEG decodes alike.
+
+    Only the beginning is looked at.
+
+    Raises:
+      ImageError: as `decode` does, but for damage further on.
+    """
+    with _opened(content) as image:
+        return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[Image.Image]:
+    """Opens an image, and makes an ImageError of whatever goes wrong inside."""
     if content[:4] in _POSTSCRIPT:
         raise ImageError("it is PostScript, which is not read")
     try:
@@ -78,14 +105,7 @@ def decode(content: bytes, *, at_least: tuple[int, int] | None = None) -> Image.
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
-            # The reader of JPEG; MPO is several of them in one file.
-            if at_least is not None and image.format in ("JPEG", "MPO"):
-                turned = _orientation(image) >= 5
-                image.draft(None, at_least[::-1] if turned else at_least)
-            image.load()
-            method = _TRANSPOSE.get(_orientation(image))
-            decoded = _rgb(image)
-            return decoded if method is None else decoded.transpose(method)
+            yield image
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -220,7 +240,7 @@ def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 where there is none or it cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # Cameras and programs write all kinds of EXIF; the image is still good.
+    except Exception:  # Cameras write all kinds of EXIF; the image is still good.
         return 1
 
 

@@ -1,25 +1,41 @@
-"""Prepares CIFAR as TFDS does, but without TensorFlow.
+"""Prepares data sets as TFDS does, but without TensorFlow.
 
-TFDS's own builder needs TensorFlow to read the batches and to encode the images, and nothing else
-of it does. A subclass that brings its own reader and encoder writes what TFDS itself, with or
-without TensorFlow, then reads as the data set of that name and version.
+TFDS's own builders need TensorFlow to read archives, to encode images, and to sort more than a
+gigabyte of examples, and nothing else of it does. A subclass that brings its examples encoded and
+in order writes what TFDS itself, with or without TensorFlow, then reads as the data set of that
+name and version.
 """
 
 import contextlib
+import dataclasses
 import fcntl
-import io
+import functools
 import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import numpy as np
-
-from resnet_flax.data import archive, prepared
+from resnet_flax.data import prepared
 from resnet_flax.errors import UserError
 
-_BYTES_PER_EXAMPLE = 5_000  # on disk at most, while TFDS sorts them and holds them twice
+_ROOM = 1.1  # times the size of the examples, so much must be free
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The examples of one split.
+
+    Attributes:
+      keys: of the examples, the same as TFDS's: it shuffles by them.
+      read: returns the features of the example at a position in `keys`, images encoded.
+      size: of all of them, in bytes, about.
+    """
+
+    keys: Sequence[int | str]
+    read: Callable[[int], dict[str, Any]]
+    size: int
 
 
 @contextlib.contextmanager
@@ -73,10 +89,21 @@ def exclusive(data_dir: pathlib.Path, *, name: str, show_progress: bool) -> Iter
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def refuse_occupied(name: str, *, data_dir: pathlib.Path, version: str) -> None:
+    """Raises a UserError where something else is in the place of a data set to be prepared."""
+    final = data_dir / name / version
+    if final.is_dir() and any(final.iterdir()):
+        raise UserError(
+            f"{final} is there but has no {prepared.INFO_FILE}, so it is not a prepared data set; "
+            "move it away or give another folder with config.data.data_dir"
+        )
+
+
 def prepare(
     name: str,
     *,
-    content: archive.Content,
+    splits: dict[str, Examples],
+    names: dict[str, tuple[str, ...]],
     data_dir: pathlib.Path,
     staging: pathlib.Path,
     show_progress: bool,
@@ -84,8 +111,9 @@ def prepare(
     """Writes a data set for TFDS.
 
     Args:
-      name: of the data set in TFDS, cifar10 or cifar100.
-      content: the data.
+      name: of the data set in TFDS.
+      splits: the examples, for each split of TFDS.
+      names: the names of the classes, for each label of whose classes TFDS does not know the names.
       data_dir: folder of data sets; the result appears in it whole or not at all.
       staging: an empty folder on the same file system.
       show_progress: whether to show a progress bar where stderr is a terminal.
@@ -94,28 +122,29 @@ def prepare(
       The folder of the version.
 
     Raises:
-      UserError: the result cannot be written, or something else is in its place.
+      UserError: the result cannot be written, or something else is in its place, or whatever
+        `Examples.read` raises it for.
     """
     # Takes a few tenths of a second to import; `import resnet_flax` should not.
     import tensorflow_datasets as tfds
     from tqdm import tqdm
 
-    total = sum(len(images) for images in content.images.values())
     free = shutil.disk_usage(staging).free
-    if free < total * _BYTES_PER_EXAMPLE:
+    needed = int(_ROOM * sum(examples.size for examples in splits.values()))
+    if free < needed:
         raise UserError(
-            f"{data_dir} has {free // 10**6} MB free; "
-            f"preparing {name} takes {total * _BYTES_PER_EXAMPLE // 10**6} MB"
+            f"{data_dir} has {free // 10**6} MB free; preparing {name} takes {needed // 10**6} MB"
         )
     bar = tqdm(
-        total=total,
+        total=sum(len(examples.keys) for examples in splits.values()),
         desc=f"Preparing {name}",
         unit=" images",
         disable=None if show_progress else True,  # None: shown only where stderr is a terminal.
     )
     try:
         with bar, _quiet_tfds():
-            builder = _builder_class(name, content=content, tick=bar.update)(data_dir=staging)
+            prepared_class = _builder_class(name, splits=splits, names=names, tick=bar.update)
+            builder = prepared_class(data_dir=staging)
             builder.download_and_prepare(
                 file_format=prepared.READABLE_FORMAT,
                 download_config=tfds.download.DownloadConfig(try_download_gcs=False),
@@ -149,39 +178,57 @@ def _quiet_tfds() -> Iterator[None]:
         tfds.display_progress_bar(active)
 
 
-def _builder_class(name: str, *, content: archive.Content, tick: Callable[[], object]) -> type:
-    """Returns a subclass of TFDS's builder that takes its examples from `content`.
+def _builder_class(
+    name: str,
+    *,
+    splits: dict[str, Examples],
+    names: dict[str, tuple[str, ...]],
+    tick: Callable[[], object],
+) -> type:
+    """Returns a subclass of TFDS's builder that takes its examples from `splits`.
 
     `tick` is called after each of them.
     """
     import tensorflow_datasets as tfds
-    from PIL import Image
+    from tensorflow_datasets.core import dataset_builder, hashing
+    from tensorflow_datasets.core.utils import shard_utils
 
     base = tfds.builder_cls(name)
     stock_name = name  # The class body below has a `name` of its own.
 
-    def encoded(image: np.ndarray) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        return buffer.getvalue()
+    class Prepared(dataset_builder.ShardBasedBuilder, base, skip_registration=True):
+        """TFDS's builder, without TensorFlow and without network.
 
-    def examples(split: str) -> Iterator[tuple[int, dict]]:
-        labels = content.labels[split]
-        # The integer keys and the ids are TFDS's: its shuffle is seeded with the keys.
-        for index, image in enumerate(content.images[split]):
-            record = {key: int(values[index]) for key, values in labels.items()}
-            yield index, {"id": f"{split}_{index:05d}", "image": encoded(image), **record}
-            tick()
-
-    class Prepared(base, skip_registration=True):
-        """TFDS's builder, without TensorFlow and without network."""
+        It writes file after file; the base class would sort the examples on disk, with TensorFlow.
+        """
 
         name = stock_name
 
-        def _split_generators(self, dl_manager):
-            for key, names in content.names.items():
-                self.info.features[key].names = list(names)
-            return {split: examples(split) for split in content.images}
+        def _shard_iterators_per_split(self, dl_manager):
+            for key, values in names.items():
+                self.info.features[key].names = list(values)
+            return {split: self._shards(split) for split in splits}
+
+        def _shards(self, split):
+            """Returns, for each file, what yields its examples."""
+            keys, size = splits[split].keys, splits[split].size
+            hasher = hashing.Hasher(split)
+            # TFDS's own order and number of files.
+            order = sorted(range(len(keys)), key=lambda index: hasher.hash_key(keys[index]))
+            number = shard_utils.ShardConfig().get_number_shards(size, len(keys))
+            ends = shard_utils.get_shard_boundaries(len(keys), number)
+            starts = [0, *ends[:-1]]
+            return [
+                functools.partial(self._examples, split, order[start:end])
+                for start, end in zip(starts, ends, strict=True)
+            ]
+
+        def _examples(self, split, indices):
+            for index in indices:
+                # Not all versions of TFDS encode here themselves; to encode twice does no harm.
+                example = self.info.features.encode_example(splits[split].read(index))
+                yield splits[split].keys[index], example
+                tick()
 
         def _log_download_bytes(self):
             """Says nothing: TFDS prints the size to download, and nothing is downloaded."""

@@ -86,6 +86,44 @@ def _check_name(name: str, directory: pathlib.Path) -> None:
         raise UserError(f"{directory} holds the data set {found!r}, not {name!r}")
 
 
+def open_builder(name: str, *, directory: pathlib.Path, sizes: dict[str, int]):
+    """Returns TFDS's builder of a prepared data set that can be read without TensorFlow.
+
+    Args:
+      name: of the data set, for messages.
+      directory: of the version, from `find`.
+      sizes: the number of examples that each split must have.
+
+    Raises:
+      UserError: the data set cannot be read without TensorFlow, is damaged, has no labels, or has
+        other splits.
+    """
+    # Takes a few tenths of a second to import; `import resnet_flax` should not.
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(directory)
+        formats = {builder.info.file_format, *builder.info.alternative_file_formats}
+        formats = sorted(format.value for format in formats if format is not None)
+        _ = builder.info.features["label"].names
+        found = {split: builder.info.splits[split].num_examples for split in sizes}
+    except Exception as error:  # Anything at all may come out of a damaged or foreign folder.
+        raise UserError(
+            f"{directory} is not a {name} prepared by TFDS: {first_line(error)}"
+        ) from error
+    if READABLE_FORMAT not in formats:
+        raise UserError(
+            f"{directory} is prepared in the format {', '.join(formats)}, which needs TensorFlow to"
+            f" read; give another data_dir, and {name} will be prepared there as {READABLE_FORMAT}"
+        )
+    for split, size in sizes.items():
+        if found[split] != size:
+            raise UserError(
+                f"the split {split!r} of {directory} has {found[split]} examples; {name} has {size}"
+            )
+    return builder
+
+
 def read(
     name: str,
     *,
@@ -111,32 +149,12 @@ def read(
       UserError: the data set cannot be read without TensorFlow, is damaged, or is not what it
         should be.
     """
-    # Takes a few tenths of a second to import; `import resnet_flax` should not.
     import tensorflow_datasets as tfds
 
-    try:
-        builder = tfds.builder_from_directory(directory)
-        formats = {builder.info.file_format, *builder.info.alternative_file_formats}
-        formats = sorted(format.value for format in formats if format is not None)
-        features = builder.info.features
-        names = tuple(features["label"].names or (str(i) for i in range(classes)))
-        splits = {split: builder.info.splits[split] for split in sizes}
-    except Exception as error:  # Anything at all may come out of a damaged or foreign folder.
-        raise UserError(
-            f"{directory} is not a {name} prepared by TFDS: {first_line(error)}"
-        ) from error
-    if READABLE_FORMAT not in formats:
-        raise UserError(
-            f"{directory} is prepared in the format {', '.join(formats)}, which needs TensorFlow to"
-            f" read; give another data_dir, and {name} will be prepared there as {READABLE_FORMAT}"
-        )
+    builder = open_builder(name, directory=directory, sizes=sizes)
+    names = tuple(builder.info.features["label"].names or (str(i) for i in range(classes)))
     arrays = {}
-    for split, size in sizes.items():
-        if splits[split].num_examples != size:
-            raise UserError(
-                f"the split {split!r} of {directory} has {splits[split].num_examples} examples; "
-                f"{name} has {size}"
-            )
+    for split in sizes:
         try:
             source = builder.as_data_source(
                 split=split,
@@ -145,7 +163,7 @@ def read(
             )
             images, labels = _read_all(source, shape=shape)
         except Exception as error:  # array_record and Pillow raise many kinds.
-            files = [os.fspath(path) for path in splits[split].filepaths]
+            files = [os.fspath(path) for path in builder.info.splits[split].filepaths]
             named = files[0] if len(files) == 1 else f"one of the {len(files)} files of {split!r}"
             raise UserError(
                 f"cannot read {named} of {directory}: {first_line(error)}\n"
