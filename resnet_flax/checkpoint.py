@@ -279,8 +279,11 @@ class Writer:
 
     def _failure(self, error: Exception) -> UserError:
         cause = error.__cause__ or error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        return UserError(f"could not save a checkpoint in {self.directory}: {lines[0][:200]}")
+        # Tensorstore names files first, then the reason, then pages of specification.
+        text = str(cause).partition(" [tensorstore_spec")[0].strip() or type(cause).__name__
+        text = text.splitlines()[0]
+        text = text if len(text) <= 200 else f"… {text[-200:]}"
+        return UserError(f"could not save a checkpoint in {self.directory}: {text}")
 
     def close(self) -> None:
         """Waits for the save under way."""
