@@ -20,14 +20,14 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint import v1 as ocp_v1
 
+from resnet_flax import file_list
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.state import TrainState
-
-_FILES = "files.json"
 
 
 class NotFiniteError(Exception):
@@ -92,12 +92,13 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
       UserError: it is damaged; the message says how.
     """
     path = epath.Path(path).resolve()
-    reason = _damaged_file(path) or "its content does not match its SHA-256"
+    reason = file_list.find_damage(path) or "its content does not match its SHA-256"
     if not reason.startswith("file"):
         try:
-            metadata = ocp.checkpointables_metadata(path).custom_metadata
-            record, expected = metadata["record"], metadata["sha256"]
-            tree = ocp.load_checkpointables(path, {"state": None})["state"]
+            with _reading():
+                metadata = ocp_v1.checkpointables_metadata(path).custom_metadata
+                record, expected = metadata["record"], metadata["sha256"]
+                tree = ocp_v1.load_checkpointables(path, {"state": None})["state"]
             if content_hash(tree, record) == expected:
                 return tree, record
         except Exception as error:
@@ -108,41 +109,12 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     raise UserError(f"checkpoint {path} is damaged: {reason}")
 
 
-def _list_files(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file below a checkpoint's directory, by its relative path."""
-    found = {}
-    for child in sorted(path.iterdir()):
-        if child.is_dir():
-            found |= {f"{child.name}/{k}": v for k, v in _list_files(child).items()}
-        elif child.name != _FILES:
-            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
-    return found
-
-
-def _write_file_list(path: epath.Path) -> None:
-    temporary = path / f"{_FILES}.tmp"
-    temporary.write_text(json.dumps(_list_files(path)))
-    temporary.replace(path / _FILES)
-
-
-def _damaged_file(path: epath.Path) -> str | None:
-    """What is wrong with the files, where there is a list to compare them with.
-
-    Orbax would find most of it too, but in pages of tracebacks from threads of its own.
-    """
-    try:
-        expected = json.loads((path / _FILES).read_text())
-        actual = _list_files(path)
-        for name, digest in expected.items():
-            if name not in actual:
-                return f"file {name} is missing"
-            if actual[name] != digest:
-                return f"file {name} has changed"
-    except FileNotFoundError:
-        return None  # Killed between saving and listing: the content's own hash decides.
-    except (ValueError, AttributeError, OSError) as error:
-        return f"file {_FILES} cannot be read: {error}"
-    return None
+def _reading() -> ocp_v1.Context:
+    context = ocp_v1.Context()
+    here = ocp_v1.multihost.process_index()
+    context.multiprocessing.primary_host = here
+    context.multiprocessing.active_processes = {here}
+    return context
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
@@ -198,6 +170,21 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
         (directory / str(step)).rename(target)
 
 
+class NoWriter:
+    """Saves nothing: what a process has that is not the first."""
+
+    best_step: int | None = None
+
+    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+        """Leaves it to the first process."""
+
+    def wait(self) -> None:
+        """Returns."""
+
+    def close(self) -> None:
+        """Returns."""
+
+
 class Writer:
     """Saves checkpoints in the background and deletes old ones.
 
@@ -211,6 +198,15 @@ class Writer:
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        # Of several processes only one calls this: orbax must not wait for the others. In its newer
+        # interface, version 1, a save does, whatever it is told.
+        here = ocp.multihost.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
+            state=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        )
+        self._orbax = ocp.AsyncCheckpointer(handler, multiprocessing_options=alone)
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".deleting"):
@@ -239,12 +235,11 @@ class Writer:
         self._check_room(tree)
         path = self.directory / str(step)
         try:
-            response = ocp.save_checkpointables_async(
-                path, {"state": tree}, custom_metadata=metadata
-            )
+            content = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
+            self._orbax.save(path, args=content, custom_metadata=metadata)
         except Exception as error:
             raise self._failure(error) from error
-        self._pending = self._thread.submit(self._finish, path, response, self.best_step)
+        self._pending = self._thread.submit(self._finish, path, self.best_step)
         return path
 
     def _check_room(self, tree: dict[str, Any]) -> None:
@@ -255,9 +250,9 @@ class Writer:
                 full = os.strerror(errno.ENOSPC)
                 raise self._failure(OSError(f"{full}: {need:,} bytes needed, {free:,} free"))
 
-    def _finish(self, path: epath.Path, response, best_step: int | None) -> None:
-        response.result()
-        _write_file_list(path)
+    def _finish(self, path: epath.Path, best_step: int | None) -> None:
+        self._orbax.wait_until_finished()
+        file_list.write(path)
         for step in steps_in(self.directory)[: -self._keep]:
             if step != best_step:
                 # Renamed first: half of a checkpoint must not pass for one.
@@ -288,4 +283,7 @@ class Writer:
     def close(self) -> None:
         """Waits for the save under way."""
         self._thread.shutdown()
-        self.wait()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()

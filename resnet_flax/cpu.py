@@ -5,6 +5,9 @@ Measured on two cores with ResNet-20, batch 128: see results/performance.md.
 
 import ctypes
 import os
+import pathlib
+import platform
+from typing import Any
 
 import jax
 
@@ -20,26 +23,55 @@ _MIN_EXAMPLES_PER_DEVICE = 16
 _MOST_WORKERS = 16
 
 
-def choose_devices(requested: int, batch_size: int, bn_group_size: int) -> int:
-    """How many devices to split a CPU into: XLA runs many operations on one core only.
+def choose_devices(
+    requested: int, batch_size: int, bn_group_size: int, *, cores: int, processes: int = 1
+) -> int:
+    """How many devices each process splits its CPU into: XLA runs many operations on one core only.
 
     Args:
       requested: the number wanted; 0: as many as there are usable cores, at most, that divide the
         batch (and its batch-norm groups) evenly and leave each at least 16 examples.
-      batch_size: examples per step.
+      batch_size: examples per step, of all processes together.
       bn_group_size: examples per batch-norm group, 0 for the whole batch.
+      cores: that each process may use.
+      processes: that share the batch.
     """
     if requested:
         return requested
     units = batch_size // (bn_group_size or 1)
-    most = min(usable_cores(), batch_size // _MIN_EXAMPLES_PER_DEVICE)
-    return max((n for n in range(1, most + 1) if units % n == 0), default=1)
+    most = min(cores, batch_size // _MIN_EXAMPLES_PER_DEVICE // processes)
+    return max((n for n in range(1, most + 1) if units % (n * processes) == 0), default=1)
 
 
 def usable_cores() -> int:
     """Cores this process may use: a container or a job may own fewer than the machine has."""
     # macOS cannot tell.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_cores() -> dict[str, Any]:
+    """This machine's identity, and the numbers of the cores this process may use."""
+    try:
+        # The kernel's own: containers on one machine have names of their own.
+        machine = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        machine = platform.node()
+    if hasattr(os, "sched_getaffinity"):
+        return {"machine": machine, "cores": sorted(os.sched_getaffinity(0))}
+    return {"machine": machine, "cores": list(range(os.cpu_count() or 1))}
+
+
+def cores_per_process(described: list[dict[str, Any]]) -> int:
+    """Cores for each of several processes, some of them on one machine: as many for all.
+
+    Args:
+      described: from `describe_cores`, of each process.
+    """
+    machines: dict[str, list[list[int]]] = {}
+    for one in described:
+        machines.setdefault(one["machine"], []).append(one["cores"])
+    shares = [len(set().union(*each)) // len(each) for each in machines.values()]
+    return max(1, min(shares))
 
 
 def choose_workers(requested: int) -> int:

@@ -1,9 +1,7 @@
 """From a configuration to data on the devices, a net, and the compiled functions."""
 
-import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +10,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import cpu, evaluate, feed, inputs, models, optim, sharding, state, steps
+from resnet_flax import (
+    cpu,
+    evaluate,
+    feed,
+    inputs,
+    models,
+    optim,
+    sharding,
+    state,
+    steps,
+)
 from resnet_flax.config import resolve_steps
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
@@ -21,32 +29,6 @@ from resnet_flax.models.resnet import ResNet
 
 # Unrolled, more blocks a stage than this take minutes to compile.
 _MOST_BLOCKS_UNROLLED = 40
-
-
-def choose_mesh(config: ConfigDict) -> Mesh:
-    """The devices to run on; a CPU is first split into several where that pays.
-
-    Call it before anything else touches jax's devices: they are counted once per process.
-
-    Raises:
-      UserError: there are too few devices, or they do not divide the batch.
-    """
-    count = cpu.choose_devices(
-        config.train.cpu_devices, config.data.batch_size, config.model.bn_group_size
-    )
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Where jax has counted its devices already, as in a notebook, what it has must do.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", count)
-    devices = jax.devices()
-    if devices[0].platform == "cpu":
-        if config.train.cpu_devices > len(devices):
-            raise UserError(
-                f"config.train.cpu_devices={config.train.cpu_devices}, but jax already runs with "
-                f"{len(devices)} devices in this process"
-            )
-        devices = devices[:count]
-    return sharding.make_mesh(devices, config.data.batch_size)
 
 
 def make_model(config: ConfigDict) -> ResNet:
@@ -250,7 +232,7 @@ def build(
     Args:
       config: validated.
       dataset: on the host.
-      mesh: as from `choose_mesh`.
+      mesh: as from `devices.choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
       warn: told of images that cannot be read.
 

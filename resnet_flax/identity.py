@@ -58,9 +58,11 @@ def take_model(
     """
     if config.model.name != "auto":
         return
-    begun = workdir.read_json(directory / "config.json") or {}
-    known = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
-    found = initial.model if initial else known
+    if initial:
+        found = initial.model
+    else:
+        begun = workdir.read_json(directory / "config.json") or {}
+        found = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
     if "name" not in found:
         raise UserError(
             "config.model.name=auto takes the net from --weights: give a weights file, or name a "

@@ -9,11 +9,12 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
-from resnet_flax import checkpoint, record
+from resnet_flax import checkpoint, distributed, record, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
-from resnet_flax.metrics import RunLog
+from resnet_flax.metrics import Records, RunLog
 from resnet_flax.progress import Progress
 from resnet_flax.state import TrainState
 
@@ -46,7 +47,11 @@ class History:
 
 
 class Loop:
-    """Dispatches chunks of steps, reading each one's results while the next is computed."""
+    """Dispatches chunks of steps, reading each one's results while the next is computed.
+
+    Several processes run the same loop in step. Whatever decides about a computation (what is due,
+    when to stop) they know alike; only the first has a log and a writer of checkpoints.
+    """
 
     def __init__(
         self,
@@ -63,8 +68,7 @@ class Loop:
         self.config, self.history, self.progress = run.config, history, progress
         self.environment, self.saved = environment, saved
         self.step = int(state.step)
-        self.log = RunLog(directory, self.step, self.config.log.tensorboard)
-        self.writer = checkpoint.Writer(directory / "checkpoints", self.config.checkpoint.keep)
+        self.log, self.writer = self._open()
         self.train_chunk = run.make_train_chunk()
         self.evaluated = run.make_evaluated()
         self.score = run.make_scorer()
@@ -72,9 +76,18 @@ class Loop:
         self.pending: tuple[int, dict] | None = None
         self.scores: dict[str, Any] = {}
         self.rate = math.nan
-        self.stop_signal = 0
+        # The signal this process has had, and the one for which all stop together.
+        self.wish = self.stop_signal = 0
         self.clock = time.monotonic()
         self.train_clock = 0.0
+
+    def _open(self):
+        if not distributed.is_first():
+            return Records(distributed.share(list)), checkpoint.NoWriter()
+        log = RunLog(self.directory, self.step, self.config.log.tensorboard)
+        distributed.share(lambda: log.records)
+        directory = self.directory / "checkpoints"
+        return log, checkpoint.Writer(directory, self.config.checkpoint.keep)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or until a signal; returns the result, see `train.train`."""
@@ -87,8 +100,9 @@ class Loop:
                     "been damaged; training goes on, the curves will have a gap"
                 )
         self.progress.start(total, self.step)
-        closing = contextlib.closing
-        with self._signals(), closing(self.log), closing(self.writer), closing(self.experiment):
+        with self._signals(), contextlib.ExitStack() as stack:
+            for thing in (self.log, self.writer, self.experiment):
+                stack.enter_context(contextlib.closing(thing))
             # An evaluation that was due when the run was killed comes first.
             self._evaluate_if_due()
             while self.step < total and not self.stop_signal:
@@ -105,6 +119,8 @@ class Loop:
             variables = self.evaluated(self.state.evaluated())
             self.scores = self.scores or self.score(variables)
             self._tick()
+            if not distributed.is_first():
+                return {}
             return record.write_result(
                 self.directory,
                 self.experiment,
@@ -130,7 +146,7 @@ class Loop:
 
     def _train(self) -> None:
         length, feed = self._chunk_length(), self.experiment.train_feed
-        arguments = self.state, feed.resident, feed.chunk(self.step, length)
+        arguments = self.state, feed.resident, feed.chunk(self.step, length), self._wishes()
         if length not in self.compiled:
             self._drain()
             self.compiled[length] = self.train_chunk.lower(*arguments).compile()
@@ -142,6 +158,17 @@ class Loop:
         if before:
             self._read(before)
 
+    def _wishes(self) -> jax.Array | None:
+        """What each process has been asked to do, for the step to find what all will.
+
+        The answer comes back with the chunk's other results, so all read it at the same step.
+        """
+        if distributed.count() == 1:
+            return None
+        here = np.full(1, self.wish, np.int32)
+        mesh = self.experiment.mesh
+        return jax.make_array_from_callback((mesh.size,), sharding.split(mesh), lambda _: here)
+
     def _drain(self) -> None:
         """Reads everything dispatched so far."""
         if self.pending:
@@ -151,6 +178,7 @@ class Loop:
     def _read(self, chunk: tuple[int, dict]) -> None:
         first, sums = chunk
         sums = {name: values.tolist() for name, values in jax.device_get(sums).items()}
+        self.stop_signal = sums.pop("wish", self.stop_signal)
         now = time.monotonic()
         seconds, self.train_clock = now - self.train_clock, now
         length = len(sums["loss"])
@@ -222,9 +250,10 @@ class Loop:
         if self.saved and self.saved.name == str(self.step):
             return
         try:
-            self.saved = self.writer.save(self.state, dataclasses.asdict(self.history))
+            self.writer.save(self.state, dataclasses.asdict(self.history))
         except checkpoint.NotFiniteError as error:
             raise self._diverged(str(error)) from error
+        self.saved = self.directory / "checkpoints" / str(self.step)
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -237,9 +266,11 @@ class Loop:
 
         def stop(number, frame):
             del frame
-            if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
+            if number == signal.SIGINT and self.wish == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_signal = number
+            self.wish = number
+            if distributed.count() == 1:
+                self.stop_signal = number
 
         try:
             old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}

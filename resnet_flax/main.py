@@ -3,11 +3,12 @@
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, progress
+from resnet_flax import cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -24,6 +25,28 @@ _WEIGHTS = flags.DEFINE_string(
     None,
     "evaluate: a weights file, a run's directory, or one of its checkpoints (default: the newest "
     "of --workdir). train: a weights file to begin a new run from.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes, on one machine or many, that train together."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    "HOST:PORT of process 0, where the others find it; default: $JAX_COORDINATOR_ADDRESS. Where "
+    "it, or one of the next two, is not given, the cluster is asked: SLURM, Cloud TPU, Open MPI, "
+    "Kubernetes.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "Number of processes; default: $JAX_NUM_PROCESSES."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0; default: $JAX_PROCESS_ID."
+)
+_CONNECT_TIMEOUT = flags.DEFINE_float(
+    "connect_timeout", 300.0, "Seconds to wait for the other processes at the start.", 1.0
+)
+_PEER_TIMEOUT = flags.DEFINE_float(
+    "peer_timeout", 60.0, "Seconds without a sign of life after which a process is lost.", 1.0
 )
 
 
@@ -83,6 +106,12 @@ def _config_file() -> str | None:
 def _path(text: str | None) -> str | None:
     if text is None:
         return None
+    if "://" in text:
+        # pathlib would make a local directory of that name.
+        raise UserError(
+            f"{text}: runs and weights are read and written in local directories only; "
+            "launch/README.md says how a run is kept in a bucket"
+        )
     try:
         return str(pathlib.Path(text).expanduser())
     except RuntimeError as error:
@@ -101,6 +130,8 @@ def _train(config: ConfigDict | None) -> None:
         raise UserError("no configuration given; try --config=configs/quickstart.py")
     path = pathlib.Path(_directory(config))
     result = train.train(config, path, _path(_WEIGHTS.value))
+    if not distributed.is_first():
+        return
     if loop.STOPPED in result:
         print(
             f"Stopped by {result['signal']} at step {result[loop.STOPPED]}; all is saved in "
@@ -116,7 +147,9 @@ def _evaluate(config: ConfigDict | None) -> None:
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
-    print(scoring.score(config, directory, source))
+    text = scoring.score(config, directory, source)
+    if distributed.is_first():
+        print(text)
 
 
 def main(argv: list[str]) -> None:
@@ -136,23 +169,57 @@ def main(argv: list[str]) -> None:
         validate(config)
     # Libraries tell of their every step at the default level.
     logging.set_verbosity(logging.WARNING)
+    if _DISTRIBUTED.value:
+        _join()
     modes[_MODE.value](config)
+    distributed.finish()
+
+
+def _join() -> None:
+    place = distributed.find_place(
+        _COORDINATOR.value,
+        _number(_NUM_PROCESSES, "JAX_NUM_PROCESSES"),
+        _number(_PROCESS_ID, "JAX_PROCESS_ID"),
+    )
+    distributed.initialize(
+        place, connect_timeout=_CONNECT_TIMEOUT.value, peer_timeout=_PEER_TIMEOUT.value
+    )
+
+
+def _number(flag, variable: str) -> int | None:
+    text = os.environ.get(variable)
+    if flag.value is not None or not text:
+        return flag.value
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{variable}={text} must be a whole number") from error
 
 
 def _catch(function, *args):
     try:
         return function(*args)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {error}", 1)
     except OSError as error:
         # A disk, a permission, a vanished directory: the machine's state, not a bug.
         where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"error: {error.strerror or error}{where}", 1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end("interrupted", 130)
+    except Exception as error:
+        if distributed.count() == 1:
+            raise
+        # A failed exchange of data is how one process first notices that another has gone.
+        distributed.await_verdict()
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
+
+
+def _end(message: str, status: int) -> None:
+    print(message, file=sys.stderr)
+    distributed.fail(message.removeprefix("error: "), status)
+    sys.exit(status)
 
 
 def run() -> None:

@@ -61,11 +61,12 @@ class _Events:
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                scalar = self._scalar(f"{split}/{name}", value)
-                event = self._event(wall_time=time.time(), step=step, summary=scalar)
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                scalar = self._scalar(f"{record['split']}/{name}", value)
+                now = time.time()
+                event = self._event(wall_time=now, step=record["step"], summary=scalar)
                 self._writer.write_event(event)
 
     def flush(self) -> None:
@@ -77,12 +78,48 @@ class _Events:
             self._writer.close()
 
 
-class RunLog:
-    """Appends records to `metrics.jsonl` and to TensorBoard, each (split, step) once.
+class Records:
+    """The records of a run, each (split, step) once.
 
-    A record is one JSON object a line with at least `step`, `split`, `error` and `examples`:
-    "train" records hold means over the steps since the one before.
+    A record is a dict with at least `step`, `split`, `error` and `examples`: "train" records hold
+    means over the steps since the one before.
     """
+
+    def __init__(self, records: list[dict[str, Any]]):
+        """Begins with `records`."""
+        self.records = records
+        self._known = {(r["split"], r["step"]) for r in records}
+
+    def has(self, split: str, step: int) -> bool:
+        """Whether there is this record."""
+        return (split, step) in self._known
+
+    def count_lost(self, every: int, until: int) -> int:
+        """How many training records, due `every` so many steps, are missing up to step `until`."""
+        return sum(not self.has("train", step) for step in range(every, until + 1, every))
+
+    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
+        """Adds a record, unless there is one of this split and step.
+
+        Raises:
+          UserError: it cannot be kept: the disk is full, say.
+        """
+        if not self.has(split, step):
+            self._known.add((split, step))
+            self._add({"step": step, "split": split, **values})
+
+    def _add(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+
+    def sync(self) -> None:
+        """Puts all records on disk, where they are kept on one."""
+
+    def close(self) -> None:
+        """Ends the log."""
+
+
+class RunLog(Records):
+    """Records that are appended to `metrics.jsonl`, one JSON object a line, and to TensorBoard."""
 
     def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
         """Opens the log of a run that goes on from `resume_step` (0: from the start).
@@ -96,7 +133,7 @@ class RunLog:
         keep = [r is not None and r["step"] <= resume_step for r in parsed]
         kept = [line for line, k in zip(lines, keep, strict=True) if k]
         moved = [line for line, k in zip(lines, keep, strict=True) if not k]
-        self.records = [r for r, k in zip(parsed, keep, strict=True) if k]
+        super().__init__([r for r, k in zip(parsed, keep, strict=True) if k])
         if moved:
             with open(directory / "metrics.superseded.jsonl", "ab") as file:
                 file.write(_join(moved))
@@ -104,38 +141,20 @@ class RunLog:
                 os.fsync(file.fileno())
         if moved or not self._path.exists() or not self._path.read_bytes().endswith(b"\n"):
             write_atomically(self._path, _join(kept))
-        self._known = {(r["split"], r["step"]) for r in self.records}
         # No buffer: what could not be written must not be tried again by `close`.
         self._file = open(self._path, "ab", buffering=0)
         self._events = None
         if tensorboard:
             self._events = _Events(directory / "tensorboard", resume_step + 1)
 
-    def has(self, split: str, step: int) -> bool:
-        """Whether this record has been written."""
-        return (split, step) in self._known
-
-    def count_lost(self, every: int, until: int) -> int:
-        """How many training records, due `every` so many steps, are missing up to step `until`."""
-        return sum(not self.has("train", step) for step in range(every, until + 1, every))
-
-    def write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        """Adds a record, unless there is one of this split and step.
-
-        Raises:
-          UserError: the disk is full, say.
-        """
-        if self.has(split, step):
-            return
-        record = {"step": step, "split": split, **values}
-        self._known.add((split, step))
-        self.records.append(record)
+    def _add(self, record: dict[str, Any]) -> None:
+        super()._add(record)
         line = json.dumps(record).encode() + b"\n"
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if self._events:
-                self._events.write(split, step, values)
+                self._events.write(record)
         except OSError as error:
             raise UserError(f"could not write {self._path}: {error.strerror}") from error
 

@@ -46,9 +46,9 @@ class Progress:
     Shows step, loss, error, learning rate, images/s and the time left.
     """
 
-    def __init__(self, seconds_between_lines: float = 30.0):
-        """Says nothing yet."""
-        self._pause = seconds_between_lines
+    def __init__(self, process: int = 0, seconds_between_lines: float = 30.0):
+        """Says nothing yet; of several processes only the first shows steps."""
+        self._pause, self._process = seconds_between_lines, process
         self._terminal = sys.stderr.isatty()
         self._bar = None
 
@@ -61,7 +61,7 @@ class Progress:
             total=total_steps,
             initial=step,
             unit="step",
-            disable=not self._terminal,
+            disable=not self._terminal or self._process > 0,
             dynamic_ncols=True,
             smoothing=0.05,
         )
@@ -75,6 +75,8 @@ class Progress:
             f"{images_per_second:,.0f} images/s"
         )
         done, self._step = step - self._step, step
+        if self._process:
+            return
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done)
@@ -84,8 +86,14 @@ class Progress:
             self.say(f"step {step}/{self._total}  {text}  {_clock(left)} left")
 
     def say(self, line: str) -> None:
-        """Prints a line without disturbing the bar."""
-        tqdm.write(line, file=sys.stderr)
+        """Prints a line without disturbing the bar; of several processes only the first does."""
+        if not self._process:
+            tqdm.write(line, file=sys.stderr)
+            sys.stderr.flush()
+
+    def warn(self, line: str) -> None:
+        """Prints a line about what this process has met, whichever it is."""
+        tqdm.write(f"process {self._process}: {line}" if self._process else line, file=sys.stderr)
         sys.stderr.flush()
 
     def close(self) -> None:

@@ -1,5 +1,7 @@
 """Evaluation of a run's checkpoint or of a weights file, as `--mode=evaluate` does it."""
 
+import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +11,8 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
     checkpoint,
+    devices,
+    distributed,
     experiment,
     identity,
     inputs,
@@ -47,6 +51,38 @@ def score(
     Raises:
       UserError: anything the user can mend.
     """
+    begin = functools.partial(_begin, config, directory, source)
+    beginning = distributed.share(begin)
+    config = _fill(base_config(), json.loads(beginning["config"]))
+    path = pathlib.Path(source or directory)
+    mesh = devices.choose_mesh(config)
+    dataset = inputs.load_data(config)
+    if beginning["is_file"]:
+        weights.check_preprocessing(
+            *beginning["preprocessing"], dataset.train.image_shape, str(path)
+        )
+    elif distributed.is_first():
+        identity.check_same_data(_run_of(path), dataset)
+    run = experiment.build(config, dataset, mesh, beginning["preprocessing"], warn)
+    found = distributed.share(functools.partial(_read, path, run, warn))
+    variables = sharding.put_tree(found["variables"], sharding.replicated(run.mesh))
+    if not beginning["is_file"]:
+        # A weights file holds what is to be scored; a checkpoint what was trained.
+        variables = run.make_evaluated()(variables)
+    scores, step = run.make_scorer()(variables), found["step"]
+    if directory and distributed.is_first():
+        content = {name: record.describe_score(s) for name, s in scores.items()}
+        workdir.write_json(
+            pathlib.Path(directory) / "evaluation.json",
+            {"source": str(path), "step": step, **content, **record.environment(mesh)},
+        )
+    head = f"{run.config.model.name} from {path}" + (f", step {step}" if step is not None else "")
+    tables = [_table(name, s, dataset.class_names) for name, s in scores.items()]
+    return "\n".join([head, *tables])
+
+
+def _begin(config: ConfigDict | None, directory: str | None, source: str | None) -> dict[str, Any]:
+    """What all processes need to know before they load anything."""
     if not (source or directory):
         raise UserError("nothing to evaluate: give --workdir, --weights or --config")
     path = pathlib.Path(source or directory)
@@ -63,37 +99,25 @@ def score(
     validate(config)
     identity.take_model(config, loaded, _run_of(path))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
-    mesh = experiment.choose_mesh(config)
-    dataset = inputs.load_data(config)
-    if loaded:
-        preprocessing = loaded.mean, loaded.std
-        weights.check_preprocessing(*preprocessing, dataset.train.image_shape, str(path))
-    else:
-        preprocessing = identity.preprocessing(_run_of(path))
-        identity.check_same_data(_run_of(path), dataset)
-    run = experiment.build(config, dataset, mesh, preprocessing, warn)
-    if loaded:
+    known = (loaded.mean, loaded.std) if loaded else identity.preprocessing(_run_of(path))
+    return {
+        "config": json.dumps(flatten(config)),
+        "is_file": bool(loaded),
+        "preprocessing": known and list(known),
+    }
+
+
+def _read(path: pathlib.Path, run: Experiment, warn) -> dict[str, Any]:
+    """`variables` in the model's layout, on the host, and the `step` they are from, if known."""
+    if path.is_file():
+        loaded = weights.load(path)
         weights.check_model(loaded, record.describe_model(run), str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
-        if run.model.scan:
-            variables = layout.to_scanned(variables)
         step = loaded.training.get("steps")
     else:
         step, variables = _from_checkpoint(path, run, warn)
-    variables = jax.device_put(variables, sharding.replicated(run.mesh))
-    if not loaded:
-        # A weights file holds what is to be scored; a checkpoint what was trained.
-        variables = run.make_evaluated()(variables)
-    scores = run.make_scorer()(variables)
-    if directory:
-        content = {name: record.describe_score(s) for name, s in scores.items()}
-        workdir.write_json(
-            pathlib.Path(directory) / "evaluation.json",
-            {"source": str(path), "step": step, **content, **record.environment(mesh)},
-        )
-    head = f"{run.config.model.name} from {path}" + (f", step {step}" if step is not None else "")
-    tables = [_table(name, s, dataset.class_names) for name, s in scores.items()]
-    return "\n".join([head, *tables])
+    variables = layout.to_scanned(variables) if run.model.scan else variables
+    return {"step": step, "variables": jax.device_get(variables)}
 
 
 def _is_checkpoint(path: pathlib.Path) -> bool:
@@ -118,9 +142,14 @@ def _own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDic
         stored = workdir.read_json(_run_of(path) / "config.json")
         if stored is None:
             raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
+    return _fill(config, {k: v for k, v in stored.items() if k not in elsewhere})
+
+
+def _fill(config: ConfigDict, flat: dict[str, Any]) -> ConfigDict:
+    """`config` with the values of a flat one, as JSON gives them; unknown keys are left out."""
     for key in flatten(config):
-        if key in stored and key not in elsewhere:
-            value = stored[key]
+        if key in flat:
+            value = flat[key]
             section, _, name = key.rpartition(".")
             target = config[section] if section else config
             with target.ignore_type():  # `validate` names what is wrong.
@@ -138,8 +167,7 @@ def _from_checkpoint(path: pathlib.Path, run: Experiment, warn) -> tuple[int, An
         step, tree, _ = found
     # Averaged weights are what was evaluated, whatever this evaluation's configuration says.
     tree = tree["ema"] if "ema" in tree else {k: tree[k] for k in ("params", "batch_stats")}
-    variables = weights.fit(tree, run.abstract_variables(), str(path))
-    return step, layout.to_scanned(variables) if run.model.scan else variables
+    return step, weights.fit(tree, run.abstract_variables(), str(path))
 
 
 def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:

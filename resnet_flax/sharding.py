@@ -1,6 +1,7 @@
 """Devices as a mesh with one axis, `data`: batches are split over it, all else is replicated."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,12 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
     """A host array, the same on every process, placed under `sharding`."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def put_tree(tree: Any, sharding: NamedSharding) -> Any:
+    """Every host array of a tree, the same on every process, placed under `sharding`."""
+    # device_put would compare them over the network, and may alias what is then donated.
+    return jax.tree.map(lambda value: put(np.array(value), sharding), tree)
 
 
 def rows_here(sharding: NamedSharding, axis: int, size: int) -> np.ndarray:

@@ -131,12 +131,14 @@ def make_train_chunk(
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         return state, {"loss": loss, "error": error, "rate": optim.last_rate(opt_state)}
 
-    def train_chunk(state, resident, batches):
+    def train_chunk(state, resident, batches, wishes=None):
         if _length(batches) == 1:
             batch = jax.tree.map(lambda x: x[0], batches)
             state, sums = train_step(state, batch, resident)
-            return state, jax.tree.map(lambda x: x[None], sums)
-        return jax.lax.scan(lambda s, b: train_step(s, b, resident), state, batches)
+            sums = jax.tree.map(lambda x: x[None], sums)
+        else:
+            state, sums = jax.lax.scan(lambda s, b: train_step(s, b, resident), state, batches)
+        return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
 
     return jax.jit(
         train_chunk,

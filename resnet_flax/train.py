@@ -1,15 +1,21 @@
 """A run: where it begins, and what it says at its end. The loop itself is in `loop`."""
 
 import contextlib
+import functools
 import hashlib
+import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import (
     checkpoint,
+    devices,
+    distributed,
     experiment,
     identity,
     inputs,
@@ -20,6 +26,7 @@ from resnet_flax import (
     weights,
     workdir,
 )
+from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
@@ -32,7 +39,8 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
     """Trains, or goes on training, as configured; leaves everything in `directory`.
 
     Where it begins: at the newest undamaged checkpoint of the directory; else from `init_weights`;
-    else from the seed.
+    else from the seed. Of several processes only the first reads and writes the directory and the
+    weights file; each reads the data set.
 
     Args:
       config: see `config.base_config`.
@@ -41,46 +49,47 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
 
     Returns:
       What `result.json` holds, or `{"stopped": step}` when SIGTERM or SIGINT ended the run early.
+      Of several processes only the first has a result.
 
     Raises:
       UserError: anything the user can mend.
     """
     validate(config)
-    initial, digest = _load_initial(init_weights)
+    initial, digest = _load_initial(init_weights) if distributed.is_first() else (None, None)
     config = config.copy_and_resolve_references()
-    identity.take_model(config, initial, directory)
+    config.model.update(distributed.share(lambda: _model_of(config, initial, directory)))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
-    mesh = experiment.choose_mesh(config)
+    mesh = devices.choose_mesh(config)
     environment = record.environment(mesh)
-    with workdir.claim(directory), contextlib.closing(Progress()) as progress:
-        identity.check_same_config(directory, config)
-        dataset = inputs.load_data(config)
-        identity.check_same_data(directory, dataset)
-        preprocessing = identity.preprocessing(directory)
-        if preprocessing is None and initial is not None:
-            # A net knows what its images must look like; another mean would undo its training.
-            preprocessing = initial.mean, initial.std
-            shape = dataset.train.image_shape
-            weights.check_preprocessing(*preprocessing, shape, str(init_weights))
-        run = experiment.build(config, dataset, mesh, preprocessing, progress.say)
-        found = checkpoint.read_newest(directory / "checkpoints", progress.say, set_aside=True)
-        identity.check_same_beginning(directory, digest, resuming=found is not None)
-        total = run.config.train.total_steps
-        if found and found[0] == total and (result := record.finished(directory, total)):
-            progress.say(f"the run in {directory} is finished")
-            return result
-        state, history = _first_state(run, found, initial, init_weights)
-        if note := identity.other_devices(directory, mesh):
-            progress.say(note)
-        record.write_start(
-            directory,
-            config,
-            run,
-            step=int(state.step),
-            environment=environment,
-            init_weights=digest,
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
+        if distributed.is_first():
+            stack.enter_context(workdir.claim(directory))
+            identity.check_same_config(directory, config)
+        dataset = _load_data(config)
+        preprocessing = distributed.share(
+            lambda: _preprocessing(directory, dataset, initial, init_weights)
         )
-        saved = directory / "checkpoints" / str(found[0]) if found else None
+        run = experiment.build(config, dataset, mesh, preprocessing, progress.warn)
+        begin = functools.partial(_begin, run, directory, digest, progress.say)
+        beginning = distributed.share(begin)
+        if beginning["result"] is not None:
+            progress.say(f"the run in {directory} is finished")
+            return json.loads(beginning["result"])
+        state, history = _first_state(run, beginning, initial, init_weights)
+        step = int(state.step)
+        saved = directory / "checkpoints" / str(step) if beginning["tree"] is not None else None
+        if distributed.is_first():
+            if note := identity.other_devices(directory, mesh):
+                progress.say(note)
+            record.write_start(
+                directory,
+                config,
+                run,
+                step=step,
+                environment=environment,
+                init_weights=digest,
+            )
         return loop.Loop(run, directory, state, history, progress, environment, saved).run()
 
 
@@ -93,30 +102,79 @@ def _load_initial(path: str | None) -> tuple[weights.Weights | None, str | None]
     return loaded, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def _model_of(config: ConfigDict, initial, directory: pathlib.Path) -> dict[str, Any]:
+    identity.take_model(config, initial, directory)
+    return config.model.to_dict()
+
+
+def _load_data(config: ConfigDict) -> Dataset:
+    """The data set, the same on all processes; the first one prepares it where that is needed."""
+    loaded = []
+    distributed.share(lambda: loaded.append(inputs.load_data(config)))
+    dataset = loaded[0] if loaded else inputs.load_data(config)
+    for index, other in enumerate(distributed.gather(dataset.fingerprint)):
+        if other != dataset.fingerprint:
+            raise UserError(
+                f"the data set {dataset.name} of process {index} is not that of process "
+                f"{distributed.index()} (fingerprints {other[:12]}, {dataset.fingerprint[:12]}): "
+                "give all machines the same"
+            )
+    return dataset
+
+
+def _preprocessing(
+    directory: pathlib.Path, dataset: Dataset, initial: weights.Weights | None, source: str | None
+) -> list[np.ndarray] | None:
+    """Mean and standard deviation, where they are not the data set's own."""
+    identity.check_same_data(directory, dataset)
+    known = identity.preprocessing(directory)
+    if known is None and initial is not None:
+        # A net knows what its images must look like; another mean would undo its training.
+        known = initial.mean, initial.std
+        weights.check_preprocessing(*known, dataset.train.image_shape, str(source))
+    return known and list(known)
+
+
+def _begin(
+    run: Experiment, directory: pathlib.Path, digest: str | None, warn: Callable[[str], None]
+) -> dict[str, Any]:
+    """Where the run goes on: a checkpoint's `tree` and `history`; its `result` if it has ended."""
+    found = checkpoint.read_newest(directory / "checkpoints", warn, set_aside=True)
+    identity.check_same_beginning(directory, digest, resuming=found is not None)
+    if found is None:
+        return {"tree": None, "history": None, "result": None}
+    step, tree, history = found
+    total = run.config.train.total_steps
+    result = record.finished(directory, total) if step == total else None
+    return {"tree": tree, "history": history, "result": result and json.dumps(result)}
+
+
 def _first_state(
-    run: Experiment, found, initial: weights.Weights | None, source: str | None
+    run: Experiment, beginning: dict[str, Any], initial: weights.Weights | None, source: str | None
 ) -> tuple[TrainState, loop.History]:
-    if found is not None:
-        _, tree, saved = found
+    tree, everywhere = beginning["tree"], sharding.replicated(run.mesh)
+    if tree is not None:
         state = checkpoint.from_tree(tree, run.abstract_state(), run.model.scan)
-        state = jax.device_put(state, sharding.replicated(run.mesh))
-        # A copy: device_put may alias the host array, and donation would then free it twice.
-        return jax.tree.map(lambda x: x.copy(), state), loop.History.from_record(saved)
-    if initial is None:
-        return run.create_state(), loop.History()
-    return run.create_state(_fit_initial(run, initial, source)), loop.History()
+        history = loop.History.from_record(beginning["history"])
+        return sharding.put_tree(state, everywhere), history
+    state = run.create_state()
+    if source is None:
+        return state, loop.History()
+    head = jax.device_get(layout.to_canonical(state.params)["head"])
+    variables = distributed.share(lambda: _fit_initial(run, initial, source, head))
+    return run.create_state(variables), loop.History()
 
 
-def _fit_initial(run: Experiment, initial: weights.Weights, source: str) -> dict[str, Any]:
-    """The weights' variables, with a new last layer where the classes are others."""
+def _fit_initial(
+    run: Experiment, initial: weights.Weights, source: str, head: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The weights' variables, with `head` for last layer where the classes are others."""
     model = record.describe_model(run)
     variables, template = initial.variables, run.abstract_variables()
     renamed = initial.class_names and initial.class_names != run.dataset.class_names
     if renamed or initial.model.get("num_classes") != model["num_classes"]:
         del model["num_classes"]
-        fresh = layout.to_canonical(run.create_state().params)["head"]
-        params = {**variables["params"], "head": jax.device_get(fresh)}
-        variables = {**variables, "params": params}
+        variables = {**variables, "params": {**variables["params"], "head": head}}
     weights.check_model(initial, model, source)
     return weights.fit(variables, template, source)
 

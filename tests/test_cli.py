@@ -78,6 +78,7 @@ BAD_INPUT = {
     "config file broken": (["--config={tmp}/broken.py"], "SyntaxError"),
     "config is a dict": (["--config={tmp}/dict.py"], "returns a dict, must be a ConfigDict"),
     "no such user": ([QUICK, "--workdir=~nosuchuser/x"], "~nosuchuser/x"),
+    "workdir in a bucket": ([QUICK, "--workdir=gs://bucket/x"], "gs://bucket/x: runs and weights"),
     "misspelt key": (
         [QUICK, "--config.optim.lerning_rate=0.1"],
         "did you mean --config.optim.learning_rate?",

@@ -103,7 +103,7 @@ def this_package(name: str, batch: int, devices: int, keep_memory: bool):
     labels = rng.randint(0, 10, 5000).astype(np.int32)
     split = Split(rng.randint(0, 256, (5000, 32, 32, 3)).astype(np.uint8), labels)
     data = Dataset("noise", split, None, split, tuple("0123456789"), "", None)
-    run_ = experiment.build(config, data, experiment.choose_mesh(config))
+    run_ = experiment.build(config, data, devices.choose_mesh(config))
     state, chunk = run_.create_state(), run_.make_train_chunk()
 
     def run(number):

@@ -1,0 +1,71 @@
+"""Which devices a run uses: those of all its processes."""
+
+import contextlib
+import json
+import os
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from resnet_flax import cpu, distributed, sharding
+from resnet_flax.config import flatten
+from resnet_flax.errors import UserError
+
+
+def choose_mesh(config: ConfigDict) -> Mesh:
+    """The devices to run on; a CPU is first split into several where that pays.
+
+    Call it before anything else touches jax's devices: they are counted once per process. Of
+    several processes all must call it.
+
+    Raises:
+      UserError: there are too few devices, they do not divide the batch, or the processes have
+        been given different configurations.
+    """
+    here = {"config": json.dumps(flatten(config)), "jax": jax.__version__, **cpu.describe_cores()}
+    everywhere = distributed.gather(here)
+    _check_same(everywhere)
+    count = cpu.choose_devices(
+        config.train.cpu_devices,
+        config.data.batch_size,
+        config.model.bn_group_size,
+        cores=cpu.cores_per_process(everywhere),
+        processes=len(everywhere),
+    )
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        # Where jax has counted its devices already, as in a notebook, what it has must do.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", count)
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        if config.train.cpu_devices > jax.local_device_count():
+            raise UserError(
+                f"config.train.cpu_devices={config.train.cpu_devices}, but jax already runs with "
+                f"{jax.local_device_count()} devices in this process"
+            )
+        by_process = [
+            [d for d in devices if d.process_index == p] for p in range(jax.process_count())
+        ]
+        devices = [d for own in by_process for d in own[:count]]
+    return sharding.make_mesh(devices, config.data.batch_size)
+
+
+def _check_same(everywhere: list[dict[str, Any]]) -> None:
+    """Refuses processes that would not compute the same."""
+    first = everywhere[0]
+    for index, other in enumerate(everywhere):
+        if other["jax"] != first["jax"]:
+            raise UserError(
+                f"process {index} runs jax {other['jax']}, process 0 jax {first['jax']}: install "
+                "the same version on all machines"
+            )
+        ours, theirs = json.loads(first["config"]), json.loads(other["config"])
+        # Paths are each machine's own matter.
+        paths = {"data.data_dir", "data.archive", "data.mirror"}
+        for key in [k for k in ours if k not in paths and ours[k] != theirs[k]]:
+            raise UserError(
+                f"process {index} was started with --config.{key}={theirs[key]}, process 0 with "
+                f"{ours[key]}: give all the same flags"
+            )
