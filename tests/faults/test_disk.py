@@ -164,6 +164,7 @@ def test_vanished(undisturbed, tmp_path, each):
     each(["removed", "moved away", "replaced"], check)
 
 
+@pytest.mark.long
 def test_second_process(undisturbed, tmp_path):
     """A second process on the same directory: refused, the first one undisturbed"""
     run = harness.Run(tmp_path / "run")

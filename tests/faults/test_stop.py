@@ -18,7 +18,10 @@ MOMENTS = {
 
 def stop(run, predicate, number=signal.SIGTERM, delay=0.0):
     """Sends a signal at a moment; returns the step at which the run says it stopped."""
-    process = run.start()
+    return stopped(run, run.start(), predicate, number, delay)
+
+
+def stopped(run, process, predicate, number=signal.SIGTERM, delay=0.0):
     assert process.hit(number, predicate, delay), "ended before it could be stopped"
     outcome = process.wait()
     assert outcome.code == 0, outcome.err
@@ -30,10 +33,14 @@ def stop(run, predicate, number=signal.SIGTERM, delay=0.0):
     return step
 
 
-def test_sigterm_during_a_save(undisturbed, tmp_path, note):
-    """SIGTERM during a save, once"""
+def test_second_process_and_sigterm(undisturbed, tmp_path):
+    """A second process on the same directory is refused; SIGTERM to the first during a save"""
     run = harness.Run(tmp_path / "run")
-    step = stop(run, harness.saving(run, after=10))
+    first = run.start()
+    assert first.hit(None, harness.at_step(run, 3))
+    run.finish().assert_refused("another process is training in workdir")
+    first.go_on()
+    step = stopped(run, first, harness.saving(run, after=10))
     run.finish().assert_finished()
     assert run.resumed_from() == [0, step]
     harness.assert_same_end(run, undisturbed())
