@@ -33,8 +33,9 @@ class ResNet(nn.Module):
       stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
       stem_strides: its stride.
       stem_pool: follow it by a 3x3 max-pool of stride 2.
-      zero_init_last: begin with the last scale of each post-activation branch at 0, every block
-        then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
+      zero_init_last: begin with the last scale of each branch that ends in batch normalisation at
+        0, every block then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the
+        paper's.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution.
       conv: class of the convolutions, or a function that makes one.
       head_init: initialiser of the dense layer's kernel.
