@@ -117,10 +117,13 @@ def test_command_line_both_ways_without_torch(tmp_path):
           f"--out={ours}"], "must be three numbers"),
         ([f"--to_torch={source}", f"--out={back}"], "is of format None"),
     ):  # fmt: skip
-        done = run(*args)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=message):
+            convert.main(args)
+    # What becomes of a UserError.
+    done = run(*args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
 
 
 # From here on PyTorch is needed.

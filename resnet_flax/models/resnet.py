@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -195,3 +196,24 @@ class ResNet(nn.Module):
 
 def _call(block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
     return block(x, survival)
+
+
+def without_survival(model: ResNet, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables that make a net without stochastic depth compute what `model` does at test.
+
+    At test a branch counts as much as its block survives in training: its last layer takes that on,
+    scale and bias of a normalisation, or the kernel of a convolution.
+
+    Args:
+      model: the net, with its `survival`.
+      variables: its own, float32, in the canonical layout.
+    """
+    params = dict(variables["params"])
+    for stage, survivals in enumerate(model.survivals(), 1):
+        for number, survival in enumerate([] if survivals is None else np.asarray(survivals), 1):
+            name = f"stage{stage}_block{number}"
+            kind = "bn" if model.block.ends_in_norm else "conv"
+            last = max(layer for layer in params[name] if layer.startswith(kind))
+            scaled = jax.tree.map(lambda x, s=survival: np.asarray(x) * s, params[name][last])
+            params[name] = {**params[name], last: scaled}
+    return {**variables, "params": params}
