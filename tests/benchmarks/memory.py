@@ -42,7 +42,7 @@ def watch(most: int) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
-def measure(name: str, batch: int, remat: bool) -> dict:
+def measure(name: str, batch: int, remat: bool, scan: str) -> dict:
     """Compiles and runs one step."""
     import jax
     import numpy as np
@@ -54,7 +54,7 @@ def measure(name: str, batch: int, remat: bool) -> dict:
 
     cpu.keep_freed_memory()
     config = base_config()
-    config.model.name, config.model.remat = name, remat
+    config.model.name, config.model.remat, config.model.scan = name, remat, scan
     config.data.batch_size, config.train.cpu_devices = batch, 1
     rng = np.random.RandomState(0)
     labels = rng.randint(0, 10, 512).astype(np.int32)
@@ -64,9 +64,7 @@ def measure(name: str, batch: int, remat: bool) -> dict:
     state, chunk = run.create_state(), run.make_train_chunk()
     index = stream.indices(0, 0, 1, batch, 512)
     index = sharding.put(index, sharding.split(run.mesh, 1))
-    start = time.perf_counter()
     compiled = chunk.lower(state, run.train_resident, index).compile()
-    seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     state, sums = compiled(state, run.train_resident, index)
     jax.block_until_ready(state)
@@ -74,7 +72,6 @@ def measure(name: str, batch: int, remat: bool) -> dict:
         "temporary": analysis.temp_size_in_bytes,
         "arguments": analysis.argument_size_in_bytes,
         "peak": resident_bytes("VmHWM"),
-        "compile_seconds": seconds,
         "loss": float(sums["loss"][0]),
     }
 
@@ -84,21 +81,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(MODELS), help="names, separated by commas")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--scan", default="auto", help="config.model.scan")
     parser.add_argument("--most", type=float, default=14, help="GB that a process may have")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--remat", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
         watch(int(1e9 * args.most))
-        print(json.dumps(measure(args.serve, args.batch, args.remat)))
+        print(json.dumps(measure(args.serve, args.batch, args.remat, args.scan)))
         return
-    print(f"one training step, batch {args.batch}, float32, one CPU device; MB of 1e6 bytes")
+    print(
+        f"one training step, batch {args.batch}, float32, model.scan={args.scan}, one CPU device; "
+        "MB of 1e6 bytes"
+    )
     print(f"{'net':<24}{'remat':>6}{'temporary':>11}{'arguments':>11}{'peak RSS':>10}{'loss':>9}")
     for name in args.models.split(","):
         for remat in (False, True):
             command = [sys.executable, __file__, f"--serve={name}", f"--batch={args.batch}"]
+            command += [f"--most={args.most}", f"--scan={args.scan}"]
             done = subprocess.run(
-                [*command, f"--most={args.most}", *(["--remat"] if remat else [])],
+                [*command, *(["--remat"] if remat else [])],
                 stdout=subprocess.PIPE,
                 text=True,
                 env=os.environ | {"JAX_PLATFORMS": "cpu"},
