@@ -47,7 +47,8 @@ class ResNet(nn.Module):
       survival: probability that the last block's branch takes part in a training step; it falls
         linearly over the blocks from 1 (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
       scan: run equal blocks as one scan.
-      remat: keep only block inputs for the backward pass and compute the rest again.
+      remat: keep only block inputs for the backward pass and compute the rest again. On a CPU it
+        saves memory with `scan` only, see results/performance.md.
     """
 
     stage_sizes: tuple[int, ...]
