@@ -106,6 +106,27 @@ def base_config() -> ConfigDict:
     return c
 
 
+def imagenet_config() -> ConfigDict:
+    """The paper's ImageNet recipe [R §3.4] for ResNet-50.
+
+    The paper divides the rate by 10 "when the error plateaus", and does not say at which steps:
+    here, as in most programs since, after every 30 epochs.
+    """
+    c = base_config()
+    c.model.name = "resnet50"
+    c.model.dtype = "auto"
+    c.data.name = "imagenet2012"
+    c.data.batch_size = 256
+    c.data.pad = 0
+    c.data.color = True
+    c.optim.boundaries_steps = (150_000, 300_000, 450_000)
+    c.train.total_steps = 600_000
+    c.eval.every_steps = 5_000
+    c.eval.batch_size = 256
+    c.checkpoint.every_steps = 5_000
+    return c
+
+
 # Steps are counted in 32 bits on the devices.
 LONGEST = 2**31
 

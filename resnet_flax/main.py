@@ -8,7 +8,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, distributed
+from resnet_flax import cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -224,6 +224,7 @@ def _end(message: str, status: int) -> None:
 
 def run() -> None:
     """Entry point of `python -m resnet_flax.main`."""
+    progress.outlive_readers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()
