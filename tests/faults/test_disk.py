@@ -90,6 +90,16 @@ def test_full_disk_at(undisturbed, tmp_path, small_disk, moment):
 
 
 @pytest.mark.long
+def test_full_home_and_temporary_directory(undisturbed, tmp_path, small_disk):
+    """Home, temporary directory and compilation cache on a full disk: finished all the same"""
+    fill(small_disk)
+    names = "HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "JAX_COMPILATION_CACHE_DIR"
+    run = harness.Run(tmp_path / "run")
+    run.finish(env=dict.fromkeys(names, str(small_disk))).assert_finished()
+    harness.assert_same_end(run, undisturbed())
+
+
+@pytest.mark.long
 def test_file_size_limit(undisturbed, tmp_path):
     """A limit to the size of files that checkpoints exceed: an error; without it, it goes on"""
     run = harness.Run(tmp_path / "run")
@@ -154,6 +164,7 @@ def test_vanished(undisturbed, tmp_path, each):
     each(["removed", "moved away", "replaced"], check)
 
 
+@pytest.mark.long
 def test_second_process(undisturbed, tmp_path):
     """A second process on the same directory: refused, the first one undisturbed"""
     run = harness.Run(tmp_path / "run")

@@ -21,10 +21,9 @@ MOMENTS = {
 
 
 def test_killed_in_a_row(undisturbed, tmp_path):
-    """SIGKILL five times: as it begins, in a save, after one, in an evaluation, at the end"""
+    """SIGKILL four times: in a save, right after one, in an evaluation, at the end"""
     run = harness.Run(tmp_path / "run")
     moments = [
-        harness.begun(run),
         harness.saving(run, after=5),
         harness.unlisted(run, after=10),
         harness.evaluating(run, after=20),
