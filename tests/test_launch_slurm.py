@@ -118,7 +118,7 @@ class Slurm:
         return done.stdout
 
     def until(self, condition, what):
-        for _ in range(1200):
+        for _ in range(3000):
             if condition():
                 return
             time.sleep(0.1)
