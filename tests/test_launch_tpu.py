@@ -295,3 +295,30 @@ def test_wrong_use(tmp_path, options, message):
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
+
+
+def test_workers_commands_by_hand(tmp_path):
+    def worker(*words):
+        return subprocess.run(
+            ["bash", f"{ROOT}/launch/worker.sh", *words],
+            capture_output=True,
+            text=True,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        )
+
+    done = worker("--dry_run", "start", "r", "--", "--config=a b")
+    assert f"--distributed --workdir={tmp_path}/runs/r --config=a\\ b" in done.stdout
+    for command in ("save", "restore", "keep"):
+        assert "+ gcloud storage rsync" in worker("--dry_run", command, "r", "gs://b").stdout
+    assert worker("status", "r").stdout == "absent\n"
+    assert list(tmp_path.iterdir()) == []
+    for words, status, message in [
+        ((), 2, "worker.sh COMMAND"),
+        (("start", "a b", "--"), 1, "no name of a run: 'a b'"),
+        (("save", "r", "/tmp"), 1, "no bucket, gs://...: '/tmp'"),
+        (("start", "r", "--config=x"), 1, "worker.sh start RUN -- FLAGS"),
+        (("follow", "r"), 1, "r has not been started here"),
+    ]:
+        done = worker(*words)
+        assert done.returncode == status
+        assert message in done.stderr

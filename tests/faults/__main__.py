@@ -106,7 +106,7 @@ def main() -> int:
     arguments = parser.parse_args()
     recorder = Recorder(arguments.tries)
     folder = str(pathlib.Path(__file__).parent)
-    status = pytest.main([folder, "-v", "-k", arguments.k], plugins=[recorder])
+    status = pytest.main([folder, "-v", "-n0", "-k", arguments.k], plugins=[recorder])
     if not recorder.rows:
         return status
     arguments.out.mkdir(parents=True, exist_ok=True)
