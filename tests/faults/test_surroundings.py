@@ -166,11 +166,15 @@ tempfile._candidate_tempdir_list = lambda: ["/proc/none"]
 
 @pytest.mark.long
 def test_no_temporary_directory(undisturbed, tmp_path):
-    """No writable temporary directory and no home: the run is finished all the same"""
+    """No writable temporary directory and no home: finished all the same, but for curves.png"""
     env = patched(tmp_path / "site", NO_TEMPORARY) | {"HOME": "/proc/none"}
     run = harness.Run(tmp_path / "run")
-    run.finish(env=env).assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    outcome = run.finish(env=env)
+    outcome.assert_finished()
+    assert "curves.png could not be drawn: Matplotlib" in outcome.err
+    harness.assert_same_state(run, undisturbed())
+    # With a home again, nothing more is to be done.
+    assert "is finished" in run.finish().err
 
 
 @pytest.mark.long
