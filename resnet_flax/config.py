@@ -30,6 +30,7 @@ def base_config() -> ConfigDict:
     # probability that the last block takes part in a training step (stochastic depth); 1: off
     c.model.survival = 1.0
     c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
+    c.model.zero_init_last = False  # begin with each block as its shortcut (last scales at 0)
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
