@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -185,6 +186,7 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         _join()
     modes[_MODE.value](config)
+    _let_interrupts_kill()
     distributed.finish()
 
 
@@ -229,7 +231,13 @@ def _catch(function, *args):
         _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
 
 
+def _let_interrupts_kill() -> None:
+    """One more Ctrl-C is final: it would fill the screen with tracebacks of Python's own end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _end(message: str, status: int) -> None:
+    _let_interrupts_kill()
     print(message, file=sys.stderr)
     distributed.fail(message.removeprefix("error: "), status)
     sys.exit(status)
