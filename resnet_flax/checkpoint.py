@@ -7,8 +7,12 @@ is complete, holds the SHA-256 of each of its files.
 """
 
 import concurrent.futures
+import contextlib
+import errno
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -228,6 +232,7 @@ class Writer:
         record = json.loads(json.dumps(record))
         metadata = {"record": record, "sha256": content_hash(tree, record)}
         self.wait()
+        self._check_room(tree)
         path = self.directory / str(step)
         try:
             content = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
@@ -236,6 +241,14 @@ class Writer:
             raise self._failure(error) from error
         self._pending = self._thread.submit(self._finish, path, self.best_step)
         return path
+
+    def _check_room(self, tree: dict[str, Any]) -> None:
+        """Orbax would find out too, but in pages of tracebacks from threads of its own."""
+        need = sum(value.nbytes for value in flax.traverse_util.flatten_dict(tree).values())
+        with contextlib.suppress(OSError):  # A file system that does not tell.
+            if (free := shutil.disk_usage(self.directory).free) < need:
+                full = os.strerror(errno.ENOSPC)
+                raise self._failure(OSError(f"{full}: {need:,} bytes needed, {free:,} free"))
 
     def _finish(self, path: epath.Path, best_step: int | None) -> None:
         self._orbax.wait_until_finished()
@@ -261,8 +274,11 @@ class Writer:
 
     def _failure(self, error: Exception) -> UserError:
         cause = error.__cause__ or error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        return UserError(f"could not save a checkpoint in {self.directory}: {lines[0][:200]}")
+        # Tensorstore names files first, then the reason, then pages of specification.
+        text = str(cause).partition(" [tensorstore_spec")[0].strip() or type(cause).__name__
+        text = text.splitlines()[0]
+        text = text if len(text) <= 200 else f"… {text[-200:]}"
+        return UserError(f"could not save a checkpoint in {self.directory}: {text}")
 
     def close(self) -> None:
         """Waits for the save under way."""

@@ -30,6 +30,7 @@ def base_config() -> ConfigDict:
     # probability that the last block takes part in a training step (stochastic depth); 1: off
     c.model.survival = 1.0
     c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
+    c.model.zero_init_last = False  # begin with each block as its shortcut (last scales at 0)
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
@@ -104,6 +105,27 @@ def base_config() -> ConfigDict:
             empty = () if isinstance(section[key], tuple) else 0.0
             section[key.replace("_steps", "_epochs")] = empty
             section[key.replace("_steps", "_examples")] = () if empty == () else 0
+    return c
+
+
+def imagenet_config() -> ConfigDict:
+    """The paper's ImageNet recipe [R §3.4] for ResNet-50.
+
+    The paper divides the rate by 10 "when the error plateaus", and does not say at which steps:
+    here, as in most programs since, after every 30 epochs.
+    """
+    c = base_config()
+    c.model.name = "resnet50"
+    c.model.dtype = "auto"
+    c.data.name = "imagenet2012"
+    c.data.batch_size = 256
+    c.data.pad = 0
+    c.data.color = True
+    c.optim.boundaries_steps = (150_000, 300_000, 450_000)
+    c.train.total_steps = 600_000
+    c.eval.every_steps = 5_000
+    c.eval.batch_size = 256
+    c.checkpoint.every_steps = 5_000
     return c
 
 

@@ -168,7 +168,7 @@ class StreamedFeed:
                 last=self._total,
             )
             self._ahead = streaming.read_ahead(ordered, self._workers)
-        parts = [self._checked(next(self._ahead)) for _ in range(count)]
+        parts = [self._take(self._ahead) for _ in range(count)]
         self._next = step + count
         return self._put(parts, rows, self._batch)
 
@@ -189,14 +189,24 @@ class StreamedFeed:
         ahead = streaming.read_ahead(ordered, self._workers)
         try:
             for _ in index:
-                yield self._put([self._checked(next(ahead))], rows, index.shape[1])
+                yield self._put([self._take(ahead)], rows, index.shape[1])
         finally:
             ahead.close()
             del ahead
             gc.collect()  # See `close`.
 
-    def _checked(self, part: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Names each unreadable image once; too many of them are an error."""
+    def _take(self, ahead) -> dict[str, np.ndarray]:
+        """The next batch; names each unreadable image once, and too many of them are an error."""
+        try:
+            part = next(ahead)
+        except UserError as error:
+            # Grain adds lines of its own to what a worker raises.
+            raise UserError(str(error).partition("\n")[0]) from error
+        except RuntimeError as error:
+            raise UserError(
+                f"a process that decodes images ended ({str(error).partition(chr(10))[0]}); out of "
+                "memory? Then lower config.data.workers"
+            ) from error
         for index in part.pop("unreadable").tolist():
             if index in self._unreadable:
                 continue

@@ -27,13 +27,8 @@ def check_same_config(
     Raises:
       UserError: names the keys that differ.
     """
-    old = workdir.read_json(directory / "config.json")
-    if old is None:
-        if any((directory / name).exists() for name in ("checkpoints", "metrics.jsonl")):
-            raise UserError(
-                f"workdir {directory} holds a run without its config.json; restore it, or choose "
-                "another --workdir"
-            )
+    old = _read(directory, "config.json")
+    if not old:
         return
     # A key that the run's version of the program did not have stood, in effect, at its default.
     old = flatten(base_config()) | old
@@ -63,9 +58,11 @@ def take_model(
     """
     if config.model.name != "auto":
         return
-    begun = workdir.read_json(directory / "config.json") or {}
-    known = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
-    found = initial.model if initial else known
+    if initial:
+        found = initial.model
+    else:
+        begun = workdir.read_json(directory / "config.json") or {}
+        found = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
     if "name" not in found:
         raise UserError(
             "config.model.name=auto takes the net from --weights: give a weights file, or name a "
@@ -142,4 +139,15 @@ def preprocessing(directory: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | No
 
 
 def _run_record(directory: pathlib.Path) -> dict[str, Any]:
-    return workdir.read_json(directory / "run.json") or {}
+    return _read(directory, "run.json")
+
+
+def _read(directory: pathlib.Path, name: str) -> dict[str, Any]:
+    """What a JSON file of a run says, {} where no run has begun."""
+    content = workdir.read_json(directory / name)
+    if content is None and any((directory / n).exists() for n in ("checkpoints", "metrics.jsonl")):
+        raise UserError(
+            f"workdir {directory} holds a run without its {name}; restore it, or choose another "
+            "--workdir"
+        )
+    return content or {}

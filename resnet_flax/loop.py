@@ -94,6 +94,11 @@ class Loop:
         total = self.config.train.total_steps
         if self.saved:
             self.progress.say(f"resumed from step {self.step} of {total}")
+            if lost := self.log.count_lost(self.config.log.every_steps, self.step):
+                self.progress.say(
+                    f"metrics.jsonl lacks {lost} training records up to step {self.step}: it has "
+                    "been damaged; training goes on, the curves will have a gap"
+                )
         self.progress.start(total, self.step)
         with self._signals(), contextlib.ExitStack() as stack:
             for thing in (self.log, self.writer, self.experiment):

@@ -8,7 +8,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, distributed
+from resnet_flax import cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -106,6 +106,12 @@ def _config_file() -> str | None:
 def _path(text: str | None) -> str | None:
     if text is None:
         return None
+    if "://" in text:
+        # pathlib would make a local directory of that name.
+        raise UserError(
+            f"{text}: runs and weights are read and written in local directories only; "
+            "launch/README.md says how a run is kept in a bucket"
+        )
     try:
         return str(pathlib.Path(text).expanduser())
     except RuntimeError as error:
@@ -218,6 +224,7 @@ def _end(message: str, status: int) -> None:
 
 def run() -> None:
     """Entry point of `python -m resnet_flax.main`."""
+    progress.outlive_readers()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()

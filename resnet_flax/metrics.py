@@ -1,11 +1,16 @@
 """The record of a run: `metrics.jsonl`, TensorBoard events, and the curves drawn from them."""
 
+import contextlib
+import errno
+import io
 import json
 import math
 import os
 import pathlib
+import time
 from typing import Any
 
+from resnet_flax.errors import UserError
 from resnet_flax.workdir import write_atomically
 
 
@@ -36,6 +41,43 @@ def _join(lines: list[bytes]) -> bytes:
     return b"".join(line + b"\n" for line in lines)
 
 
+class _Events:
+    """TensorBoard's copy of the records.
+
+    Written by the caller's own thread: tensorboardX's `SummaryWriter` hands events to another one,
+    and once a full disk has ended that, waits for it without end.
+    """
+
+    def __init__(self, folder: pathlib.Path, first_step: int):
+        """Opens a file in `folder`; what others there hold from `first_step` on is not shown."""
+        # Imported here: it takes a while, and not every run wants it.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self._event, self._scalar = Event, summary.scalar
+        self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
+                scalar = self._scalar(f"{record['split']}/{name}", value)
+                now = time.time()
+                event = self._event(wall_time=now, step=record["step"], summary=scalar)
+                self._writer.write_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        # All records are in metrics.jsonl, too; and what failed once will fail again.
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+
 class Records:
     """The records of a run, each (split, step) once.
 
@@ -52,8 +94,16 @@ class Records:
         """Whether there is this record."""
         return (split, step) in self._known
 
+    def count_lost(self, every: int, until: int) -> int:
+        """How many training records, due `every` so many steps, are missing up to step `until`."""
+        return sum(not self.has("train", step) for step in range(every, until + 1, every))
+
     def write(self, split: str, step: int, values: dict[str, Any]) -> None:
-        """Adds a record, unless there is one of this split and step."""
+        """Adds a record, unless there is one of this split and step.
+
+        Raises:
+          UserError: it cannot be kept: the disk is full, say.
+        """
         if not self.has(split, step):
             self._known.add((split, step))
             self._add({"step": step, "split": split, **values})
@@ -91,33 +141,49 @@ class RunLog(Records):
                 os.fsync(file.fileno())
         if moved or not self._path.exists() or not self._path.read_bytes().endswith(b"\n"):
             write_atomically(self._path, _join(kept))
-        self._file = open(self._path, "ab")
+        # No buffer: what could not be written must not be tried again by `close`.
+        self._file = open(self._path, "ab", buffering=0)
         self._events = None
         if tensorboard:
-            # Imported here: it takes a while, and not every run wants it.
-            from tensorboardX import SummaryWriter
-
-            folder = str(directory / "tensorboard")
-            self._events = SummaryWriter(folder, purge_step=resume_step + 1)
+            self._events = _Events(directory / "tensorboard", resume_step + 1)
 
     def _add(self, record: dict[str, Any]) -> None:
         super()._add(record)
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        for name, value in record.items() if self._events else ():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                self._events.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self._events:
+                self._events.write(record)
+        except OSError as error:
+            raise UserError(f"could not write {self._path}: {error.strerror}") from error
 
     def sync(self) -> None:
-        """Puts all records on disk, before a checkpoint that counts on them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if self._events:
-            self._events.flush()
+        """Puts all records on disk, before a checkpoint that counts on them.
+
+        Raises:
+          UserError: the disk is full, say, or the file is no longer where it was.
+        """
+        try:
+            os.fsync(self._file.fileno())
+            if self._events:
+                self._events.flush()
+        except OSError as error:
+            raise UserError(f"could not write {self._path}: {error.strerror}") from error
+        if not self._in_place():
+            raise UserError(
+                f"{self._path} was removed or replaced while the run wrote it; leave "
+                f"{self._path.parent} alone until the run has ended"
+            )
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            return False
 
     def close(self) -> None:
         """Ends the log."""
-        self.sync()
         self._file.close()
         if self._events:
             self._events.close()
@@ -165,6 +231,6 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str) -
     axes.grid(alpha=0.3)
     if axes.get_lines():
         axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    FigureCanvasAgg(figure).print_png(temporary)
-    os.replace(temporary, path)
+    content = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(content)
+    write_atomically(path, content.getvalue())

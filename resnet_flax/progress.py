@@ -1,9 +1,43 @@
 """What a person sees while a run goes on."""
 
+import io
+import os
 import sys
 import time
 
 from tqdm import tqdm
+
+
+class _Stream(io.FileIO):
+    """Standard output or error that drops what nobody can read any more."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            # A result that does not fit on a disk is missed; a line of progress is not.
+            if self.fileno() == 1 and not isinstance(error, BrokenPipeError):
+                raise
+            return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """Lets a process go on without its terminal, its pipe (`| head`), or any stream at all."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Else the next file opened would be the one that messages are written to.
+            os.open(os.devnull, os.O_RDWR)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(_Stream(number, "w", closefd=False)),
+            encoding=old.encoding if old else "utf-8",
+            errors=old.errors if old else "replace",
+            line_buffering=old.line_buffering if old else False,
+        )
+        setattr(sys, name, stream)
 
 
 class Progress:

@@ -192,11 +192,12 @@ def _details(score: Score) -> dict[str, Any]:
 
 
 def finished(directory: pathlib.Path, total_steps: int) -> dict[str, Any] | None:
-    """The result of a run that has ended, or None."""
+    """The result of a run that has ended, or None: it is made again from the last checkpoint."""
     try:
         result = workdir.read_json(directory / "result.json") or {}
+        weights.load(directory / "weights.safetensors")
     except UserError:
-        return None  # It can be made again from the last checkpoint.
+        return None
     return result if result.get("steps") == total_steps else None
 
 

@@ -2,10 +2,12 @@
 
 Tensors: `params/…` and `batch_stats/…` in the canonical layout (see `models.layout`), and
 `preprocess/mean` and `preprocess/std` in pixel values 0 to 255. Metadata: `format`, and JSON in
-`model` (arguments of `create_model`), `class_names` and `training`.
+`model` (arguments of `create_model`), `class_names` and `training`; `sha256` of all this, for the
+format itself would not notice a flipped bit.
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any
@@ -60,7 +62,17 @@ def save(path: pathlib.Path, weights: Weights) -> None:
         "training": json.dumps(weights.training),
     }
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    metadata["sha256"] = _content_hash(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
+
+
+def _content_hash(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
+    described = {k: v for k, v in metadata.items() if k != "sha256"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()
 
 
 def load(path: pathlib.Path) -> Weights:
@@ -81,6 +93,9 @@ def load(path: pathlib.Path) -> Weights:
         raise UserError(
             f"weights file {path} is of format {metadata.get('format')!r}, not {FORMAT!r}"
         )
+    # Where there is none, an older version wrote the file.
+    if metadata.get("sha256", expected := _content_hash(tensors, metadata)) != expected:
+        raise UserError(f"weights file {path} is damaged: its content does not match its SHA-256")
     try:
         mean, std = tensors.pop("preprocess/mean"), tensors.pop("preprocess/std")
         variables = flax.traverse_util.unflatten_dict(tensors, sep="/")

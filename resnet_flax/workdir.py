@@ -11,6 +11,9 @@ from typing import Any
 
 from resnet_flax.errors import UserError
 
+# End of the names of files that are not whole yet.
+_PART = ".part"
+
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON so that a reader, or a crash, finds the old file or the new one, never a part."""
@@ -30,7 +33,7 @@ def _pretty(value: Any, margin: str = "") -> str:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Replaces a file by way of a temporary one beside it, flushed to disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(_PART, f".{path.name}.", path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
@@ -92,12 +95,14 @@ def claim(directory: pathlib.Path) -> Iterator[None]:
             ) from error
         except OSError:
             pass  # A file system without locks: two runs at once are the user's to avoid.
+        for part in directory.glob(f".*{_PART}"):
+            part.unlink()  # A kill left it.
         try:
             yield
         except BaseException:
-            if made and [p.name for p in directory.iterdir()] == [".lock"]:
-                (directory / ".lock").unlink()
-                with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):
+                if made and [p.name for p in directory.iterdir()] == [".lock"]:
+                    (directory / ".lock").unlink()
                     for path in made:
                         path.rmdir()
             raise

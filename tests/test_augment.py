@@ -84,3 +84,28 @@ def test_normalize_subtracts_then_divides_in_float32():
     out = augment.normalize(jnp.full((1, 1, 1, 2), 10, jnp.uint8), np.float32([4, 20]), 2.0)
     np.testing.assert_array_equal(out, [[[[3, -5]]]])
     assert out.dtype == jnp.float32
+
+
+def test_colours_shift_along_the_principal_components():
+    shift = np.asarray(augment.color_shift(jax.random.key(0), 20_000))
+    assert shift.shape == (20_000, 1, 1, 3)
+    covariance = np.cov(shift[:, 0, 0].T / 255)
+    values, vectors = np.linalg.eigh(covariance)
+    np.testing.assert_allclose(np.sqrt(values[::-1]), [0.02175, 0.00188, 0.00045], rtol=0.03)
+    assert abs(vectors[:, -1] @ [-0.5675, -0.5808, -0.5836]) > 0.999
+    np.testing.assert_allclose(shift.mean(axis=(0, 1, 2)), 0, atol=0.1)
+
+
+def test_ten_crops_are_corners_centre_and_their_mirror_images():
+    images = np.arange(2 * 6 * 8 * 3).reshape(2, 6, 8, 3)
+    got = np.asarray(augment.ten_crops(images, 4))
+    assert got.shape == (2, 10, 4, 4, 3)
+    np.testing.assert_array_equal(got[:, 3], images[:, 2:, 4:])
+    np.testing.assert_array_equal(got[:, 4], images[:, 1:5, 2:6])
+    np.testing.assert_array_equal(got[:, 5:], got[:, :5, :, ::-1])
+
+
+def test_imagenet_statistics_are_the_usual_ones():
+    mean, std = augment.statistics(np.zeros((1, 2, 2, 3), np.uint8), "imagenet")
+    np.testing.assert_allclose(mean, [123.675, 116.28, 103.53], rtol=1e-6)
+    np.testing.assert_allclose(std, [58.395, 57.12, 57.375], rtol=1e-6)

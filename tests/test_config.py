@@ -1,14 +1,16 @@
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from resnet_flax import config as config_lib
-from resnet_flax import experiment, sharding
+from resnet_flax import data, experiment, inputs, sharding
 from resnet_flax.config import base_config, flatten, resolve_steps
+from resnet_flax.data import streamed
 from resnet_flax.errors import UserError
-from resnet_flax.models import ARCHITECTURES
+from resnet_flax.models import ARCHITECTURES, get_architecture
 from resnet_flax.validation import validate
 from tests.conftest import ROOT
 
@@ -20,6 +22,7 @@ PAPER = [
     "resnet110_preact",
     "resnet164_preact",
 ]
+IMAGENET = [*(f"resnet{d}" for d in (18, 34, 50, 101, 152)), "plain18", "plain34"]
 
 
 def load(name, *args):
@@ -31,7 +34,7 @@ def load(name, *args):
 
 def test_the_promised_configs_are_there():
     assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
-    assert {"keras", "identity_mappings"} <= set(CONFIGS)
+    assert {"keras", "identity_mappings", "highway", "finetune_folder", *IMAGENET} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("depth", [110, 1202])
@@ -80,6 +83,17 @@ def test_a_net_s_own_shortcut_can_be_recorded():
         validate(config)
 
 
+def test_zero_init_last_reaches_the_net():
+    config = base_config()
+    config.model.num_classes = 10
+    assert not experiment.make_model(config).zero_init_last
+    config.model.zero_init_last = True
+    assert experiment.make_model(config).zero_init_last
+    config.model.name = "plain20"
+    with pytest.raises(UserError, match="'plain20' has no branches that end in batch norm"):
+        experiment.make_model(config)
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_configs_are_the_papers_recipe(name):
     c = load(name)
@@ -95,24 +109,48 @@ def test_paper_configs_are_the_papers_recipe(name):
     assert bool(o.warmup_steps or o.warmup_error) == deep
 
 
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_configs_are_the_papers_recipe(name):
+    c = load(name)
+    assert c.model.name == name
+    assert (c.data.name, c.data.batch_size, c.train.total_steps) == ("imagenet2012", 256, 600_000)
+    assert (c.optim.learning_rate, c.optim.momentum, c.optim.weight_decay) == (0.1, 0.9, 1e-4)
+    assert (c.data.color, c.data.flip, c.data.pad, c.data.normalize) == (
+        True, True, 0, "pixel_mean",
+    )  # fmt: skip
+    assert inputs.make_geometry(c) == streamed.Geometry(224, (256, 480), 224, 256)
+    c.eval.crops = 10
+    assert inputs.make_geometry(c) == streamed.Geometry(224, (256, 480), 256, 256)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_validates_and_traces(name):
     config = load(name)
     validate(config)
     config = resolve_steps(config, 50_000)
+    if config.model.name == "auto":
+        config.model.name, config.data.pad = "resnet50", 0  # As the run would resolve them.
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
     run = experiment.Experiment(config, None, mesh, experiment.make_model(config), None, None)
-    state = run.abstract_state(image_shape=(32, 32, 3))
+    side = get_architecture(config.model.name).image_size
+    state = run.abstract_state(image_shape=(side, side, 3))
+    chunk = 3, config.data.batch_size
     resident = {
-        "images": jax.ShapeDtypeStruct((50_000, 32, 32, 3), jnp.uint8),
-        "labels": jax.ShapeDtypeStruct((50_000,), jnp.int32),
-        "mean": jax.ShapeDtypeStruct((32, 32, 3), jnp.float32),
+        "mean": jax.ShapeDtypeStruct((side, side, 3), jnp.float32),
         "std": jax.ShapeDtypeStruct((1,), jnp.float32),
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
-    index = jax.ShapeDtypeStruct((3, config.data.batch_size), jnp.int32)
-    after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, index)
+    if config.data.name in data.STREAMED:
+        batches = {
+            "images": jax.ShapeDtypeStruct((*chunk, side, side, 3), jnp.uint8),
+            "labels": jax.ShapeDtypeStruct(chunk, jnp.int32),
+        }
+    else:
+        batches = jax.ShapeDtypeStruct(chunk, jnp.int32)
+        resident["images"] = jax.ShapeDtypeStruct((50_000, side, side, 3), jnp.uint8)
+        resident["labels"] = jax.ShapeDtypeStruct((50_000,), jnp.int32)
+    after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, batches)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
@@ -152,10 +190,14 @@ def changed(**changes):
         ({"optim__decay_factors": (0.1, 0.0)}, "must be above 0"),
         ({"optim__name": "adam", "optim__nesterov": True}, "goes with config.optim.name=sgd"),
         ({"optim__warmup_linear": True}, "warmup_linear needs"),
+        ({"data__short_sides": (480, 256)}, "short_sides=(480, 256) must be two numbers"),
+        ({"data__short_sides": (256,)}, "must be two numbers"),
+        ({"eval__crops": 5}, "eval.crops=5 must be one of 1, 10"),
+        ({"data__workers": -2}, "workers=-2 must lie in"),
     ],
 )
 def test_wrong_values_are_named(changes, message):
-    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+    with pytest.raises(UserError, match=re.escape(message)):
         validate(changed(**changes))
 
 

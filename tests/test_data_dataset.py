@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from resnet_flax import data
-from resnet_flax.data import dataset
+from resnet_flax.data import dataset, streamed
 from resnet_flax.errors import UserError
 
 DIGITS = "d262b64f8f99b49fe9e988b02097ba7ee03d4de3b2ce54d54344e4b021819119"
@@ -166,7 +166,7 @@ def test_the_digits_are_split_by_seed_and_their_test_set_is_not():
 
 
 def test_names():
-    assert data.NAMES == ("cifar10", "cifar100", "digits")
+    assert data.NAMES == ("cifar10", "cifar100", "digits", "folder", "imagenet2012")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, hint):
         data.load(name)
     message = str(caught.value)
     assert repr(name) in message
-    assert "cifar10, cifar100, digits" in message
+    assert "cifar10, cifar100, digits, folder, imagenet2012" in message
     assert (f"did you mean {hint!r}" in message) == (hint is not None)
     assert ("did you mean" in message) == (hint is not None)
 
@@ -193,7 +193,7 @@ def test_an_unknown_name_is_answered_with_the_nearest(name, hint):
 @pytest.mark.parametrize("split", ["45k-5k", "ALL", "", None, 45, []])
 def test_an_unknown_split_is_answered_with_the_known_ones(name, split, tmp_path):
     with pytest.raises(UserError, match=r"config\.data\.split is .*'all'.*'50k'.*'45k/5k'"):
-        data.load(name, split=split, data_dir=tmp_path)
+        data.load(name, split=split, data_dir=tmp_path, geometry=streamed.Geometry(8, (8, 8), 8, 8))
     assert list(tmp_path.iterdir()) == []
 
 

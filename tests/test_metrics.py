@@ -1,6 +1,8 @@
 import json
+import pathlib
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resnet_flax import metrics, workdir
 from resnet_flax.errors import UserError
@@ -67,7 +69,58 @@ def test_curves_and_events_are_written(tmp_path):
     log.close()
     metrics.draw_curves(log.records, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert "tfevents" in file.name
+    events = list(read_events(file.read_bytes()))
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (1, SessionLog.START)
+    scalars = [(e.step, v.tag, v.simple_value) for e in events[2:] for v in e.summary.value]
+    assert scalars == [
+        (1, "train/error", 0.5),
+        (1, "train/loss", 1.0),
+        (2, "train/error", 0.25),
+        (2, "train/loss", 1.0),
+        (2, "test/error", 0.5),
+    ]
+
+
+def read_events(content):
+    """Events of a TFRecord file: length, its checksum, the bytes, their checksum."""
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + size])
+        content = content[16 + size :]
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_error(tmp_path):
+    log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=False)
+    log._file.close()
+    log._file = open("/dev/full", "wb", buffering=0)
+    with pytest.raises(UserError, match=r"could not write .*metrics\.jsonl: No space left"):
+        log.write("train", 1, {"error": 0.5})
+    log.close()
+
+
+@pytest.mark.parametrize("put", [False, True])
+def test_a_log_that_is_removed_or_replaced_is_noticed(tmp_path, put):
+    log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=False)
+    log.write("train", 1, {"error": 0.5})
+    log.sync()
+    (tmp_path / "metrics.jsonl").rename(tmp_path / "moved")
+    if put:
+        (tmp_path / "metrics.jsonl").write_bytes((tmp_path / "moved").read_bytes())
+    with pytest.raises(UserError, match="removed or replaced while the run wrote it"):
+        log.sync()
+    log.close()
+
+
+def test_lost_training_records_are_counted(tmp_path):
+    log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=False)
+    for step in (2, 6):
+        log.write("train", step, {"error": 0.5})
+    assert [log.count_lost(2, until) for until in (0, 2, 5, 8)] == [0, 0, 1, 2]
+    log.close()
 
 
 def test_json_is_replaced_whole_and_reads_back(tmp_path):
@@ -95,6 +148,13 @@ def test_a_directory_is_held_by_one(tmp_path):
     with workdir.claim(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         claim_and(tmp_path / "run")
     claim_and(tmp_path / "run")
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    for name in (".run.json.abc.part", "mine.part", "run.json"):
+        (tmp_path / name).write_text("{")
+    claim_and(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.part", "run.json"]
 
 
 def test_a_failure_leaves_no_empty_directory_behind(tmp_path):

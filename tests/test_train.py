@@ -170,6 +170,18 @@ def test_a_workdir_of_another_config_is_refused_naming_the_keys(finished, small_
         train.train(small_config, directory)
 
 
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_run_without_what_it_is_is_refused(finished, tmp_path, name):
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    (directory / name).unlink()
+    with pytest.raises(UserError, match=f"holds a run without its {name}"):
+        train.train(config, directory)
+    with pytest.raises(UserError, match=f"without its {name}|holds no config"):
+        scoring.score(None, str(directory), None)
+
+
 def test_changed_data_are_refused(finished, tmp_path):
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
@@ -206,6 +218,17 @@ def test_evaluation_of_checkpoint_and_weights_agree_with_the_result(finished, ca
     assert percent in scoring.score(config, None, file)
     one = str(directory / "checkpoints" / "12")
     assert percent in scoring.score(None, None, one)
+
+
+def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
+    _, directory, _ = finished
+    content = bytearray((directory / "weights.safetensors").read_bytes())
+    for position in (len(content) // 2, len(content) - 1):
+        content[position] ^= 1
+        (tmp_path / "w.safetensors").write_bytes(content)
+        with pytest.raises(UserError, match=r"w\.safetensors is damaged: its content does not"):
+            weights.load(tmp_path / "w.safetensors")
+        content[position] ^= 1
 
 
 def test_weights_describe_themselves_and_begin_a_new_run(finished, small_config, tmp_path):

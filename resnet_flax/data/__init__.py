@@ -3,21 +3,46 @@
 import difflib
 import os
 
-from resnet_flax.data import cifar, digits, folder
-from resnet_flax.data.dataset import Dataset, Split
-from resnet_flax.data.streamed import Geometry
+import numpy as np
+
+from resnet_flax.data import cifar, digits, folder, imagenet, streamed
+from resnet_flax.data.dataset import Dataset, Split, check_split
 from resnet_flax.errors import UserError
 
 __all__ = ["NAMES", "Dataset", "Split", "load"]
+
+
+def _load_imagenet(
+    name: str, *, data_dir, split, archive, seed, geometry, show_progress, **unused
+) -> Dataset:
+    del unused
+    check_split(split)  # Before the hours that a preparation may take.
+    train, test, class_names, fingerprint = imagenet.load(
+        data_dir=data_dir, archives=archive, show_progress=show_progress
+    )
+    return streamed.assemble(
+        name,
+        source=train,
+        train=np.arange(len(train)),
+        test_source=test,
+        test=np.arange(len(test)),
+        class_names=class_names,
+        fingerprint=fingerprint,
+        split=split,
+        seed=seed,
+        geometry=geometry,
+    )
+
 
 _LOADERS = {
     "cifar10": cifar.load,
     "cifar100": cifar.load,
     "digits": digits.load,
     "folder": folder.load,
+    imagenet.NAME: _load_imagenet,
 }
 NAMES = tuple(_LOADERS)
-STREAMED = frozenset({"folder"})
+STREAMED = frozenset({"folder", imagenet.NAME})
 """Those whose images are decoded as they are needed."""
 
 
@@ -29,14 +54,14 @@ def load(
     archive: str | os.PathLike | None = None,
     mirror: str | None = None,
     seed: int = 0,
-    geometry: Geometry | None = None,
+    geometry: streamed.Geometry | None = None,
     show_progress: bool = True,
 ) -> Dataset:
     """Loads a data set, preparing it first where that has not been done.
 
-    CIFAR is read where TFDS has prepared it. Where it has not, the original archive is taken from
-    `archive`, or else downloaded from `mirror`, or else from its authors' site, and prepared so
-    that TFDS itself, too, can read the result.
+    CIFAR and ImageNet are read where TFDS has prepared them. Where it has not, the original archive
+    is taken from `archive`, or else (CIFAR only) downloaded from `mirror`, or else from its
+    authors' site, and prepared so that TFDS itself, too, can read the result.
 
     Args:
       name: one of `NAMES`.
@@ -46,15 +71,17 @@ def load(
       split: "all" to train on the whole training set, "45k/5k" to hold a class-balanced tenth of
         it out for validation.
       archive: path of the original archive (cifar-10-binary.tar.gz, cifar-10-python.tar.gz and
-        their likes), or None or "".
+        their likes), or None or "". Of imagenet2012: the folder of ILSVRC2012_img_train.tar and
+        ILSVRC2012_img_val.tar.
       mirror: URL of such an archive or of a folder that holds it, or None or "".
       seed: of the held-out draw.
-      geometry: what is made of streamed images ("folder"); of no use for the others.
+      geometry: what is made of streamed images ("folder", "imagenet2012"); of no use for others.
       show_progress: whether to say on stderr what takes long.
 
     Returns:
       The data set, in canonical order (see `dataset.canonical`); images are uint8 [N, 32, 32, 3],
-      labels int32 [N], both in memory. Of "folder": a data set of `streamed.StreamedSplit`.
+      labels int32 [N], both in memory. Of "folder" and "imagenet2012": a data set of
+      `streamed.StreamedSplit`.
 
     Raises:
       UserError: whatever the user can mend: an unknown name or split, data that are absent,

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -68,7 +67,8 @@ class Batches:
         name = self.split.name(unreadable[0])
         reason = why_unreadable(self.split, unreadable[0])
         raise UserError(
-            f"{len(unreadable)} images in a row cannot be read, the first is {name}: {reason}"
+            f"{len(unreadable)} images in a row cannot be read (config.data.max_unreadable="
+            f"{self.limit}), the first is {name}: {reason}"
         )
 
     def _to_score(self, index: int):

@@ -81,7 +81,7 @@ def load(
     class_names = _classes(train_root or root)
     source = _find(train_root or root, class_names)
     if test_root is not None:
-        extra = sorted(set(_classes(test_root)) - set(class_names))
+        extra = sorted(set(_folders(test_root)) - set(class_names))
         if extra:
             raise UserError(f"{test_root} has the class {extra[0]!r}, which {train_root} lacks")
         test_source = _find(test_root, class_names, may_lack=True)
@@ -117,11 +117,15 @@ def _one_of(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
     return found[0] if found else None
 
 
-def _classes(root: pathlib.Path) -> tuple[str, ...]:
+def _folders(root: pathlib.Path) -> list[str]:
     try:
-        names = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        return sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
     except OSError as error:
         raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
+
+
+def _classes(root: pathlib.Path) -> tuple[str, ...]:
+    names = _folders(root)
     if len(names) < 2:
         raise UserError(
             f"{root} has {len(names)} sub-folders; it must have one for each class, at least two"

@@ -13,9 +13,7 @@ TOPOLOGIES = (1, 1), (1, 2), (1, 8), (2, 1), (2, 4), (4, 1)
 
 def main():
     """Prints a table of the largest relative differences from the first topology."""
-    print(
-        "| batch-norm groups | processes | devices each | 10 steps | 60 steps | wrong of 359 |"
-    )
+    print("| batch-norm groups | processes | devices each | 10 steps | 60 steps | wrong of 359 |")
     print("|---|---|---|---|---|---|")
     for group in (0, 16):
         reference = None

@@ -1,0 +1,258 @@
+"""Expected scaling on accelerators, computed from compiled programs and published figures.
+
+Nothing is run. The training step is compiled for N simulated CPU devices with abstract arguments;
+its all-reduces are counted from the compiled text and its operations taken from XLA's cost
+analysis. Time is then modelled as
+
+  compute   = operations / (peak rate x utilisation)
+  collective = latency(N), one after the other for batch-norm statistics (each waits for the last),
+               plus 2 (N - 1) / N x bytes / bandwidth
+  efficiency = compute / (compute + collectives), nothing overlapped
+
+    python tests/benchmarks/scaling.py
+    python tests/benchmarks/scaling.py --only=resnet20 --utilisation 0.2
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+COUNTS = 8, 64, 256
+# net, image shape, classes, images per device at each of COUNTS (0: not possible)
+CASES = [
+    ("resnet20", (32, 32, 3), 10, (16, 2, 0)),  # the paper's batch of 128, split ever finer
+    ("resnet20", (32, 32, 3), 10, (128, 128, 128)),
+    ("resnet110", (32, 32, 3), 10, (16, 2, 0)),
+    ("resnet110", (32, 32, 3), 10, (128, 128, 128)),
+    ("resnet50", (224, 224, 3), 1000, (32, 4, 1)),  # the paper's batch of 256
+    ("resnet50", (224, 224, 3), 1000, (128, 128, 128)),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What a chip and its links can do at best, by their makers' figures.
+
+    Attributes:
+      name: of the chip.
+      peak: bfloat16 operations per second, dense.
+      bandwidth: bytes per second that one chip can send in an all-reduce among N.
+      latency: seconds of a small all-reduce among N.
+    """
+
+    name: str
+    peak: float
+    bandwidth: Callable[[int], float]
+    latency: Callable[[int], float]
+
+
+def _torus(shapes: dict[int, tuple[int, ...]], wraps_from: int) -> Callable[[int], float]:
+    """1 us a hop: to the middle of each axis and back; twice as far where it is no ring."""
+    hops = {
+        n: sum(size if size >= wraps_from else 2 * (size - 1) for size in shape)
+        for n, shape in shapes.items()
+    }
+    return lambda n: 1e-6 * hops[n]
+
+
+def _nccl_tree(n: int) -> float:
+    """NCCL's own model (src/graph/tuning.cc) of a tree all-reduce, LL protocol, 8 GPUs a node."""
+    nodes = max(1, n // 8)
+    inside = 0.52e-6 * (1.8 if nodes > 1 else 1)
+    return 4.4e-6 + 2 * ((min(n, 8) - 1) * inside + math.log2(nodes) * 5.0e-6)
+
+
+HARDWARE = [
+    Hardware(
+        "TPU v5e",
+        197e12,
+        lambda n: 200e9 if n == 256 else 100e9,
+        _torus({8: (2, 4), 64: (8, 8), 256: (16, 16)}, wraps_from=16),
+    ),
+    Hardware(
+        "TPU v5p",
+        459e12,
+        lambda n: 600e9 if n > 8 else 300e9,
+        _torus({8: (2, 2, 2), 64: (4, 4, 4), 256: (4, 8, 8)}, wraps_from=4),
+    ),
+    Hardware("H100/H200", 989e12, lambda n: 450e9 if n <= 8 else 400e9, _nccl_tree),
+]
+
+_ITEM = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1}
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(
+    r"= (?P<result>.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|"
+    r"collective-permute)(?:-start)?\("
+)
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Collective operations of a compiled program's text, as {kind: bytes of each}.
+
+    All-reduces of nothing but per-channel sums are "statistics", all others "gradients" (XLA merges
+    those of weights, their neighbours and the loss); other kinds keep their names.
+    """
+    found: dict[str, list[int]] = {"statistics": [], "gradients": []}
+    for line in text.splitlines():
+        match = _COLLECTIVE.search(line)
+        if not match:
+            continue
+        shapes = [
+            (dtype, [int(d) for d in dims.split(",") if d])
+            for dtype, dims in _SHAPE.findall(match["result"])
+        ]
+        size = sum(_ITEM[dtype] * math.prod(dims) for dtype, dims in shapes)
+        kind = match["kind"]
+        if kind == "all-reduce":
+            # [groups, C], where a group is larger than a device.
+            per_channel = all(len(dims) == 2 and dims[0] < dims[1] for _, dims in shapes)
+            in_norm = re.search(r'op_name="[^"]*bn', line)
+            kind = "statistics" if per_channel and in_norm else "gradients"
+        found.setdefault(kind, []).append(size)
+    return found
+
+
+def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
+    """The training step, compiled for all of jax's devices from shapes alone.
+
+    Args:
+      name: of the net.
+      image_shape: (H, W, C).
+      classes: outputs.
+      batch: examples per step over all devices.
+      group: examples per batch-norm group; 0: the global batch.
+      dtype: of activations.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from resnet_flax import experiment, sharding, state, steps
+    from resnet_flax.config import base_config
+
+    config = base_config()
+    config.model.name, config.model.num_classes = name, classes
+    config.model.bn_group_size, config.model.dtype = group, dtype
+    # A loop's body would be counted once.
+    config.model.scan = "never"
+    mesh = sharding.make_mesh(jax.devices(), batch)
+    model, optimizer = experiment.make_model(config), experiment.make_optimizer(config)
+    everywhere = sharding.replicated(mesh)
+
+    def abstract(shape, dtype, where=everywhere):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    first = jax.eval_shape(
+        lambda: state.create_state(
+            model, optimizer, seed=0, image_shape=image_shape, ema=False, variables=None
+        )
+    )
+    first = jax.tree.map(lambda x: abstract(x.shape, x.dtype), first)
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    examples = 50_000 if image_shape[0] == 32 else 1024
+    resident = {
+        "images": abstract((examples, *image_shape), jnp.uint8),
+        "labels": abstract((examples,), jnp.int32),
+        "mean": abstract(image_shape, jnp.float32),
+        "std": abstract((), jnp.float32),
+        "key": abstract(key.shape, key.dtype),
+    }
+    chunk = steps.make_train_chunk(
+        model,
+        optimizer,
+        sharding=sharding.split(mesh),
+        pad=4,
+        flip=True,
+        label_smoothing=0.0,
+        ema_decay=0.0,
+    )
+    index = abstract((1, batch), jnp.int32, sharding.split(mesh, 1))
+    return chunk.lower(first, resident, index).compile()
+
+
+def count(name, image_shape, classes, per_device, devices, grouped) -> dict:
+    """Counts of one step, compiled in a process of its own (jax counts devices once)."""
+    code = (
+        "import json, sys; from tests.benchmarks import scaling as s;"
+        "a = json.loads(sys.argv[1]); c = s.compile_step(*a);"
+        "print(json.dumps([s.collectives(c.as_text()), c.cost_analysis()['flops']]))"
+    )
+    batch = per_device * devices
+    arguments = [name, image_shape, classes, batch, per_device if grouped else 0]
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        cwd=root,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise SystemExit(f"{arguments} on {devices} devices:\n{done.stderr[-2000:]}")
+    found, flops = json.loads(done.stdout.splitlines()[-1])
+    return {"collectives": found, "flops": flops}
+
+
+def efficiency(counts: dict, hardware: Hardware, devices: int, utilisation: float) -> float:
+    """Share of a step that is computing, by the model above."""
+    compute = counts["flops"] / (hardware.peak * utilisation)
+    latency, bandwidth = hardware.latency(devices), hardware.bandwidth(devices)
+    waiting = sum(
+        latency + 2 * (devices - 1) / devices * size / bandwidth
+        for sizes in counts["collectives"].values()
+        for size in sizes
+    )
+    return compute / (compute + waiting)
+
+
+def main() -> None:
+    """Prints the counts of every program, then a table of efficiencies for each utilisation."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="nets whose names hold this")
+    parser.add_argument(
+        "--utilisation", type=float, nargs="+", default=[0.4, 0.1], help="of the peak rate, 0 to 1"
+    )
+    args = parser.parse_args()
+    import jax
+
+    print(f"jax {jax.__version__}; computed, not measured")
+    head = f"{'net':<10}{'devices':>8}{'each':>6}{'bn':>8}"
+    print(f"{head}{'GFLOP':>9}{'statistics':>12}{'KB':>8}{'gradients':>11}{'MB':>8}{'others':>8}")
+    rows = {}
+    for name, shape, classes, splits in CASES:
+        for devices, each in zip(COUNTS, splits, strict=True):
+            if args.only not in name or not each:
+                continue
+            for grouped in (False, True):
+                counts = count(name, shape, classes, each, devices, grouped)
+                row = f"{name:<10}{devices:>8}{each:>6}{each if grouped else 'global':>8}"
+                rows[row] = counts, devices
+                found = dict(counts["collectives"])
+                statistics, gradients = found.pop("statistics"), found.pop("gradients")
+                print(
+                    f"{row}{counts['flops'] / 1e9:>9.1f}{len(statistics):>12}"
+                    f"{sum(statistics) / 1e3:>8.1f}{len(gradients):>11}"
+                    f"{sum(gradients) / 1e6:>8.1f}{sum(map(len, found.values())):>8}",
+                    flush=True,
+                )
+    for utilisation in args.utilisation:
+        print(f"\nexpected efficiency where a device computes at {utilisation:.0%} of its peak")
+        print(head + "".join(f"{h.name:>11}" for h in HARDWARE))
+        for row, (counts, devices) in rows.items():
+            shares = (efficiency(counts, h, devices, utilisation) for h in HARDWARE)
+            print(row + "".join(f"{share:>11.1%}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()

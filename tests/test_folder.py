@@ -1,0 +1,354 @@
+"""A folder of images, from the files to a fine-tuned net."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from resnet_flax import data, feed, metrics, scoring, sharding, train, weights
+from resnet_flax.data import Split, batches, stream, streamed
+from resnet_flax.errors import UserError
+from tests.test_train import assert_same_end
+
+SIDE = 16
+CLASSES = ("ant", "bee", "cat")
+PLAIN = streamed.Geometry(SIDE, (SIDE, SIDE), SIDE, SIDE)
+MEAN, STD = np.zeros(3, np.float32), np.ones(3, np.float32)
+
+
+def picture(label, number, side=SIDE):
+    """Something to tell the classes apart by, and the images of a class."""
+    random = np.random.RandomState([label, number])
+    pixels = random.randint(0, 60, (side, side, 3))
+    pixels[..., label] += 150
+    return pixels.astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twenty images of each of three classes, in the same size as the nets want them."""
+    root = tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for number in range(20):
+            Image.fromarray(picture(label, number)).save(root / name / f"{number:02}.png")
+    return root
+
+
+def load(root, geometry=PLAIN, **options):
+    return data.load("folder", data_dir=root, geometry=geometry, **options)
+
+
+def copy(photos, to):
+    for path in photos.rglob("*.png"):
+        target = to / path.relative_to(photos)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    return to
+
+
+def test_classes_are_folders_and_a_tenth_is_held_out(photos):
+    found = load(photos)
+    assert found.class_names == CLASSES
+    assert (len(found.train), len(found.test)) == (54, 6)
+    train = {found.train.name(i) for i in range(54)}
+    test = {found.test.name(i) for i in range(6)}
+    assert len(train | test) == 60
+    for i in range(6):
+        image, label = found.test.example(i, None)
+        name = found.test.name(i)
+        assert name.split("/")[-2] == CLASSES[label]
+        np.testing.assert_array_equal(image, picture(label, int(name[-6:-4])))
+    assert load(photos, seed=5).fingerprint == found.fingerprint
+
+
+def test_splits_may_have_folders_of_their_own(photos, tmp_path):
+    copy(photos, tmp_path / "train")
+    for name in ("ant", "cat"):
+        (tmp_path / "val" / name / "deeper").mkdir(parents=True)
+        Image.fromarray(picture(0, 99)).save(tmp_path / "val" / name / "deeper" / "x.JPG", "JPEG")
+        (tmp_path / "val" / name / ".hidden.png").write_text("not looked at")
+        (tmp_path / "val" / name / "notes.txt").write_text("not looked at")
+    found = load(tmp_path)
+    assert (len(found.train), len(found.test)) == (60, 2)
+    assert [found.test.example(i, None)[1] for i in range(2)] == [0, 2]
+    held_out = load(tmp_path, split="45k/5k", seed=1)
+    assert (len(held_out.train), len(held_out.validation)) == (54, 6)
+    assert held_out.fingerprint == found.fingerprint
+    (tmp_path / "val" / "cat" / "deeper" / "x.JPG").unlink()
+    assert load(tmp_path).fingerprint != found.fingerprint
+
+
+WRONG = {
+    "absent": ([], "absent is not a folder"),
+    "empty": (["empty/"], "has 0 sub-folders"),
+    "one class": (["one class/cat/1.png"], "has 1 sub-folders; it must have one for each class"),
+    "no images": (["no images/a/1.png", "no images/b/"], "b has no images"),
+    "too few": (["too few/a/1.png", "too few/b/1.png"], "too few images a class"),
+    "no train": (["no train/test/a/1.png"], "has test/ but no train/"),
+    "two tests": (
+        ["two tests/test/a/1.png", "two tests/val/a/1.png", "two tests/train/a/1.png"],
+        "has both test/ and val/",
+    ),
+    "extra": (
+        ["extra/train/a/1.png", "extra/train/b/1.png", "extra/test/z/1.png"],
+        "has the class 'z', which",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_data_set_is_named(name, tmp_path):
+    files, message = WRONG[name]
+    for file in files:
+        if file.endswith("/"):
+            (tmp_path / file).mkdir(parents=True, exist_ok=True)
+        else:
+            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / file).write_bytes(b"")
+    with pytest.raises(UserError, match=re.escape(message)):
+        load(tmp_path / name)
+
+
+def central(split):
+    """The split with nothing to draw."""
+    return dataclasses.replace(split, crops=PLAIN.evaluation())
+
+
+def make_feed(split, devices=1, workers=0, limit=3, warn=print, batch=8):
+    mesh = sharding.make_mesh(jax.devices()[:devices], batch)
+    common = {"seed": 3, "mesh": mesh, "batch_size": batch}
+    if isinstance(split, Split):
+        return feed.ResidentFeed(split, MEAN, STD, **common)
+    options = {"total_steps": 40, "workers": workers, "limit": limit, "warn": warn}
+    return feed.StreamedFeed(split, MEAN, STD, **common, **options)
+
+
+def test_streamed_batches_are_the_resident_ones_in_the_same_order(photos):
+    """Over an epoch's end, from any step on, and on any number of devices."""
+    split = load(photos).train
+    examples = [central(split).example(i, None) for i in range(len(split))]
+    images = np.stack([image for image, _ in examples])
+    labels = np.array([label for _, label in examples], np.int32)
+    index = stream.indices(3, 0, 12, 8, len(split))
+    for devices in (1, 8):
+        fed = make_feed(split, devices)
+        for step, count in ((0, 1), (1, 3), (9, 2), (4, 1)):
+            got = fed.chunk(step, count)
+            np.testing.assert_array_equal(got["images"], images[index[step : step + count]])
+            np.testing.assert_array_equal(got["labels"], labels[index[step : step + count]])
+        assert len(got["images"].sharding.device_set) == devices
+        fed.close()
+
+
+def test_worker_processes_give_what_threads_give(photos):
+    geometry = streamed.Geometry(8, (9, 20), 8, 10)
+    split = load(photos, geometry).train
+    fed = [make_feed(split, workers=workers) for workers in (0, 2)]
+    for step in range(3):
+        one, other = (f.chunk(step, 1) for f in fed)
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    for f in fed:
+        f.close()
+
+
+def test_each_epoch_cuts_out_another_part_and_a_restart_the_same(photos):
+    split = load(photos, streamed.Geometry(8, (9, 20), 8, 10)).train
+    rows = np.arange(8)
+    options = {"seed": 0, "batch_size": 8, "first": 0, "last": 100}
+    first, again = (batches.TrainBatches(split, rows, 0, **options) for _ in range(2))
+    seen = {}
+    for step in range(20):
+        index = stream.indices(0, step, 1, 8, len(split))[0]
+        images = first[step]["images"]
+        np.testing.assert_array_equal(images, again[step]["images"])
+        for i, image in zip(index.tolist(), images, strict=True):
+            seen.setdefault(i, set()).add(image.tobytes())
+    assert min(len(parts) for parts in seen.values()) >= 2
+
+
+def test_every_image_is_evaluated_once_on_any_number_of_devices(photos):
+    split = load(photos).test
+    for devices in (1, 8):
+        fed = make_feed(split, devices)
+        labels = np.concatenate([b["labels"][0] for b in fed.batches(4)])
+        assert sorted(labels[labels >= 0]) == [0, 0, 1, 1, 2, 2]
+        assert set(labels[labels < 0]) <= {batches.PADDING}
+
+
+@pytest.fixture
+def damaged(photos, tmp_path):
+    """Two training images and one of the test set are no longer images."""
+    root = copy(photos, tmp_path / "damaged")
+    found = load(root)
+    bad = [found.train.name(5), found.train.name(6), found.test.name(0)]
+    for name, content in zip(bad, (b"", b"just text", b"\x89PNG\r\n\x1a\n cut"), strict=True):
+        with open(name, "wb") as file:
+            file.write(content)
+    return root, bad
+
+
+def test_unreadable_images_are_named_once_and_the_next_takes_their_place(damaged):
+    root, bad = damaged
+    split = load(root).train
+    said = []
+    fed = make_feed(split, warn=said.append)
+    for step in range(21):  # Three epochs.
+        got = fed.chunk(step, 1)
+        want = stream.indices(3, step, 1, 8, len(split))[0]
+        for row, index in enumerate(want.tolist()):
+            there = 7 if index in (5, 6) else index
+            image, label = central(split).example(there, None)
+            np.testing.assert_array_equal(got["images"][0, row], image)
+            assert got["labels"][0, row] == label
+    fed.close()
+    assert len(said) == 2
+    for name in bad[:2]:
+        assert sum(name in line for line in said) == 1
+
+
+def test_too_many_unreadable_images_end_it(damaged):
+    root, _ = damaged
+    fed = make_feed(load(root).train, limit=1, warn=lambda line: None)
+    with pytest.raises(UserError, match=r"cannot be read.*max_unreadable=1"):
+        fed.chunk(0, 10)
+    fed.close()
+
+
+def test_many_unreadable_images_in_a_row_end_it_too(photos, tmp_path):
+    root = copy(photos, tmp_path)
+    split = load(root).train
+    for i in range(len(split)):
+        with open(split.name(i), "wb"):
+            pass
+    fed = make_feed(split, limit=3)
+    with pytest.raises(UserError, match="4 images in a row cannot be read .*, the first is .*png"):
+        fed.chunk(0, 1)
+
+
+def configure(config, root):
+    config.data.name = "folder"
+    config.data.data_dir = str(root)
+    config.data.workers = 0
+    config.data.image_size = SIDE
+    config.data.pad = 2
+    config.data.color = True
+    config.data.batch_size = 8
+    config.eval.batch_size = 4
+    return config
+
+
+def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(small_config, damaged, tmp_path):
+    """With unreadable images on the way, which are counted and not scored."""
+    root, bad = damaged
+    config = configure(small_config, root)
+    config.eval.bn_examples = 16
+    whole = train.train(config, tmp_path / "whole")
+    assert (whole["test_examples"], whole["test_unreadable_last"]) == (5, 1)
+    record = metrics.read_records(tmp_path / "whole" / "metrics.jsonl")[-1]
+    assert (record["examples"], record["unreadable"]) == (5, 1)
+    halted = load_and_stop(config, tmp_path / "parts", 6)
+    assert halted["stopped"] == 6
+    train.train(config, tmp_path / "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    said = []
+    text = scoring.score(None, str(tmp_path / "whole"), None, warn=said.append)
+    assert f"({whole['test_wrong_last']} of 5 wrong)" in text
+    assert "1 images could not be read" in text
+    assert sum(bad[2] in line for line in said) == 1
+
+
+def load_and_stop(config, directory, step):
+    """Trains until `step`, as SIGTERM would end it there."""
+    from resnet_flax import loop
+
+    original = loop.Loop._train
+
+    def stopping(self):
+        original(self)
+        if self.step >= step:
+            self.stop_signal = 15
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_train", stopping)
+        return train.train(config, directory)
+
+
+def test_a_changed_folder_is_refused(small_config, photos, tmp_path):
+    root = copy(photos, tmp_path / "photos")
+    config = configure(small_config, root)
+    load_and_stop(config, tmp_path / "run", 4)
+    (root / "ant" / "00.png").unlink()
+    with pytest.raises(UserError, match="the data set folder is not the one"):
+        train.train(config, tmp_path / "run")
+
+
+def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
+    small_config, photos, tmp_path
+):
+    small_config.train.total_steps = 4
+    train.train(small_config, tmp_path / "digits")
+    file = tmp_path / "digits" / "weights.safetensors"
+    before = weights.load(file)
+    config = configure(small_config, photos)
+    config.model.name = "auto"
+    config.data.image_size, config.data.pad = 0, -1
+    result = train.train(config, tmp_path / "tuned", str(file))
+    after = weights.load(tmp_path / "tuned" / "weights.safetensors")
+    assert (after.model["name"], after.model["num_classes"]) == ("resnet8", 3)
+    assert after.class_names == CLASSES
+    np.testing.assert_array_equal(after.mean, before.mean)
+    assert result["test_examples"] == 6
+    # Finished, and then known by its own configuration.
+    again = train.train(config, tmp_path / "tuned", str(file))
+    assert json.loads(json.dumps(again, default=list)) == json.loads(
+        json.dumps(result, default=list)
+    )
+    text = scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
+    assert f"({result['test_wrong_last']} of 6 wrong)" in text
+
+
+def test_a_net_must_come_from_somewhere(small_config, photos, tmp_path):
+    config = configure(small_config, photos)
+    config.model.name = "auto"
+    with pytest.raises(UserError, match="model.name=auto takes the net from --weights"):
+        train.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sizes_that_contradict_each_other_are_named(small_config, photos, tmp_path):
+    config = configure(small_config, photos)
+    config.data.short_sides = (8, 20)
+    with pytest.raises(UserError, match="short_sides=8 is less than the image size, 16 pixels"):
+        train.train(config, tmp_path / "run")
+    config.data.short_sides, config.eval.crops = (), 10
+    with pytest.raises(UserError, match="crops=10 needs config.data.eval_short_side above"):
+        train.train(config, tmp_path / "run")
+    config.data.name = "digits"
+    with pytest.raises(UserError, match="crops=10 is for streamed images only"):
+        train.train(config, tmp_path / "run")
+
+
+def test_ten_crops_average_the_probabilities(small_config, photos, tmp_path):
+    config = configure(small_config, photos)
+    config.train.total_steps = 4
+    config.data.eval_short_side = 20
+    config.eval.crops = 10
+    result = train.train(config, tmp_path / "run")
+    loaded = weights.load(tmp_path / "run" / "weights.safetensors")
+    from resnet_flax import create_model
+
+    net = jax.jit(create_model("resnet8", 3).apply)
+    split = load(photos, streamed.Geometry(SIDE, (20, 20), 20, 20)).test
+    wrong = 0
+    for i in range(len(split)):
+        image, label = split.example(i, None)
+        parts = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
+        parts += [part[:, ::-1] for part in parts]
+        logits = net(loaded.variables, (np.stack(parts) - loaded.mean) / loaded.std)
+        wrong += int(np.asarray(jax.nn.softmax(logits)).mean(axis=0).argmax() != label)
+    assert result["test_wrong_last"] == wrong
