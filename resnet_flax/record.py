@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import models, weights, workdir
+from resnet_flax import distributed, models, weights, workdir
 from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
@@ -114,6 +114,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in packages},
         "hardware": hardware(mesh),
+        "processes": distributed.count(),
     }
 
 
