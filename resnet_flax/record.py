@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import models, weights, workdir
+from resnet_flax import distributed, models, weights, workdir
 from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
@@ -41,6 +41,11 @@ def describe_model(run: Experiment) -> dict[str, Any]:
         "stride_in_3x3": model.stride_in_3x3,
         "survival": model.survival,
     }
+
+
+def count_parameters(run: Experiment) -> int:
+    """Trainable parameters of the run's net."""
+    return sum(p.size for p in jax.tree.leaves(run.abstract_state().params))
 
 
 def write_start(
@@ -74,7 +79,6 @@ def write_start(
     weights.save_preprocessing(preprocess, run.mean, run.std)
     dataset = run.dataset
     draw = dataset.validation_draw
-    parameters = jax.tree.leaves(run.abstract_state().params)
     workdir.write_json(
         path,
         {
@@ -84,7 +88,7 @@ def write_start(
             "init_weights": init_weights,
             "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
-            "parameters": sum(int(np.prod(p.shape)) for p in parameters),
+            "parameters": count_parameters(run),
             "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,
             "total_steps": run.config.train.total_steps,
             "data": {
@@ -110,6 +114,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in packages},
         "hardware": hardware(mesh),
+        "processes": distributed.count(),
     }
 
 
