@@ -4,7 +4,9 @@ A file in `configs/` is `base_config()` with a few lines changed. Only `train` a
 hold a whole configuration; everything below them takes explicit arguments.
 """
 
+import ast
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -149,6 +151,27 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
+    """Sets keys ("data.batch_size") to values given as text, in place.
+
+    Raises:
+      UserError: a value is not of its key's type.
+    """
+    defaults = flatten(base_config())
+    for key, text in changes.items():
+        value: Any = text
+        if not isinstance(defaults[key], str):
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError) as error:
+                kind = type(defaults[key]).__name__
+                raise UserError(f"--config.{key}={text!r} must be of type {kind}") from error
+        section, _, name = key.rpartition(".")
+        target = config[section] if section else config
+        with target.ignore_type():  # `validate` names what is wrong.
+            target[name] = value
 
 
 def nearest_key(key: str) -> str | None:

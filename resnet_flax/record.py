@@ -43,6 +43,11 @@ def describe_model(run: Experiment) -> dict[str, Any]:
     }
 
 
+def count_parameters(run: Experiment) -> int:
+    """Trainable parameters of the run's net."""
+    return sum(p.size for p in jax.tree.leaves(run.abstract_state().params))
+
+
 def write_start(
     directory: pathlib.Path,
     config: ConfigDict,
@@ -74,7 +79,6 @@ def write_start(
     weights.save_preprocessing(preprocess, run.mean, run.std)
     dataset = run.dataset
     draw = dataset.validation_draw
-    parameters = jax.tree.leaves(run.abstract_state().params)
     workdir.write_json(
         path,
         {
@@ -84,7 +88,7 @@ def write_start(
             "init_weights": init_weights,
             "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
-            "parameters": sum(int(np.prod(p.shape)) for p in parameters),
+            "parameters": count_parameters(run),
             "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,
             "total_steps": run.config.train.total_steps,
             "data": {
@@ -243,7 +247,13 @@ def write_result(
         **environment,
     }
     _save_weights(directory / "weights.safetensors", run, variables, result)
-    draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
+    try:
+        draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Matplotlib has found no place for its cache of fonts: no picture, but a result.
+        print(f"note: curves.png could not be drawn: {error}", file=sys.stderr)
     workdir.write_json(directory / "result.json", result)
     return result
 

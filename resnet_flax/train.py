@@ -90,7 +90,16 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
                 environment=environment,
                 init_weights=digest,
             )
+            progress.say(_describe(run, environment))
         return loop.Loop(run, directory, state, history, progress, environment, saved).run()
+
+
+def _describe(run: Experiment, environment: dict[str, Any]) -> str:
+    """What is about to be trained, on what, where: a line."""
+    return (
+        f"{run.config.model.name}, {record.count_parameters(run):,} parameters, on "
+        f"{len(run.dataset.train):,} images of {run.dataset.name}; {environment['hardware']}"
+    )
 
 
 def _load_initial(path: str | None) -> tuple[weights.Weights | None, str | None]:
