@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed"},
     {"evaluate", "identity", "inputs"},
-    {"experiment"},
+    {"experiment", "grid"},
     {"record"},
     {"loop", "scoring"},
     {"train"},
