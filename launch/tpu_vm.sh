@@ -118,15 +118,23 @@ remove() {
 }
 create() {
   [ $dry_run = 0 ] || { make; return; }
-  local now before=''
+  local now before='' made=0
   while :; do
     now=$(state) || return 1
     [ "$now" = "$before" ] || say "$name is $now"
     before=$now
     case $now in
     READY) return ;;
-    ABSENT) make || return 1; before=''; continue ;;
-    PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED) remove || return 1; continue ;;
+    ABSENT)
+      make || return 1
+      made=1 before=''
+      continue
+      ;;
+    PREEMPTED | TERMINATED | STOPPED | FAILED | SUSPENDED)
+      [ $made = 0 ] || return 1 # Lost as soon as it was made: for `watch` to try again later.
+      remove || return 1
+      continue
+      ;;
     esac
     sleep "$poll"
   done
@@ -205,7 +213,7 @@ status)
   [ "${now-READY}" != READY ] || remote all status "$run"
   ;;
 fetch)
-  do_it mkdir -p runs
+  do_it mkdir -p "runs${bucket:+/$run}"
   if [ -n "$bucket" ]; then
     do_it gcloud storage rsync --recursive "${bucket%/}/$run" "runs/$run"
   else

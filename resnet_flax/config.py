@@ -4,7 +4,9 @@ A file in `configs/` is `base_config()` with a few lines changed. Only `train` a
 hold a whole configuration; everything below them takes explicit arguments.
 """
 
+import ast
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,6 +32,7 @@ def base_config() -> ConfigDict:
     # probability that the last block takes part in a training step (stochastic depth); 1: off
     c.model.survival = 1.0
     c.model.gate_bias = -6.0  # initial bias of the gates, where the net has any
+    c.model.zero_init_last = False  # begin with each block as its shortcut (last scales at 0)
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
@@ -147,6 +150,27 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
+    """Sets keys ("data.batch_size") to values given as text, in place.
+
+    Raises:
+      UserError: a value is not of its key's type.
+    """
+    defaults = flatten(base_config())
+    for key, text in changes.items():
+        value: Any = text
+        if not isinstance(defaults[key], str):
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError) as error:
+                kind = type(defaults[key]).__name__
+                raise UserError(f"--config.{key}={text!r} must be of type {kind}") from error
+        section, _, name = key.rpartition(".")
+        target = config[section] if section else config
+        with target.ignore_type():  # `validate` names what is wrong.
+            target[name] = value
 
 
 def nearest_key(key: str) -> str | None:

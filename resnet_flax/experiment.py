@@ -45,6 +45,7 @@ def make_model(config: ConfigDict) -> ResNet:
         dtype=dtype,
         stride_in_3x3=config.model.stride_in_3x3,
         gate_bias=config.model.gate_bias,
+        zero_init_last=config.model.zero_init_last,
         survival=config.model.survival,
         bn_momentum=config.model.bn_momentum,
         bn_group_size=config.model.bn_group_size or None,

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import sys
 import traceback
 
@@ -50,6 +51,10 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 )
 
 
+# Given without --config: changes of the configuration that a run or a weights file comes with.
+_OVERRIDES: dict[str, str] = {}
+
+
 def _check_config_file(path: str) -> None:
     try:
         pathlib.Path(path).read_text()
@@ -65,20 +70,29 @@ def _parse(argv: list[str]) -> list[str]:
     """Parses flags; whatever is wrong with them becomes a `UserError`."""
     known = flatten(base_config())
     sections = {key.split(".")[0] for key in known}
+    named = any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv[1:])
+    rest = argv[:1]
     for arg, after in zip(argv[1:], [*argv[2:], ""], strict=True):
         flag, equals, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and flag == "config":
             _check_config_file((value if equals else after).partition(":")[0])
         name, dot, key = flag.partition(".")
         if not arg.startswith("-") or name not in ("config", "noconfig") or not dot:
+            rest.append(arg)
             continue
         if key not in known:
             near = nearest_key(key)
             hint = f" (did you mean --config.{near}?)" if near else ""
             what = "section, not a key" if key in sections else "key"
             raise UserError(f"--config.{key} is no config {what}{hint}")
+        if named:
+            rest.append(arg)
+        elif not equals:
+            raise UserError(f"--config.{key}: without --config, write --config.{key}=VALUE")
+        else:
+            _OVERRIDES[key] = value
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS(rest)
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
     except UserError:
@@ -147,7 +161,7 @@ def _evaluate(config: ConfigDict | None) -> None:
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
-    text = scoring.score(config, directory, source)
+    text = scoring.score(config, directory, source, overrides=_OVERRIDES)
     if distributed.is_first():
         print(text)
 
@@ -172,6 +186,7 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         _join()
     modes[_MODE.value](config)
+    _let_interrupts_kill()
     distributed.finish()
 
 
@@ -216,7 +231,13 @@ def _catch(function, *args):
         _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
 
 
+def _let_interrupts_kill() -> None:
+    """One more Ctrl-C is final: it would fill the screen with tracebacks of Python's own end."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _end(message: str, status: int) -> None:
+    _let_interrupts_kill()
     print(message, file=sys.stderr)
     distributed.fail(message.removeprefix("error: "), status)
     sys.exit(status)

@@ -242,7 +242,13 @@ def write_result(
         **environment,
     }
     _save_weights(directory / "weights.safetensors", run, variables, result)
-    draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
+    try:
+        draw_curves(records, directory / "curves.png", f"{name} on {run.dataset.name}")
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Matplotlib has found no place for its cache of fonts: no picture, but a result.
+        print(f"note: curves.png could not be drawn: {error}", file=sys.stderr)
     workdir.write_json(directory / "result.json", result)
     return result
 

@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ from resnet_flax import (
     weights,
     workdir,
 )
+from resnet_flax import config as config_lib
 from resnet_flax.config import base_config, flatten
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
@@ -35,6 +36,7 @@ def score(
     directory: str | None,
     source: str | None,
     warn: Callable[[str], None] = print,
+    overrides: Mapping[str, str] | None = None,
 ) -> str:
     """Scores a net on every example of the test (and validation) split.
 
@@ -44,6 +46,7 @@ def score(
       directory: a run's. The scores are left there as `evaluation.json`.
       source: a weights file, a run's directory or one of its checkpoints; None: `directory`.
       warn: told of damaged checkpoints.
+      overrides: changes, as text, of the configuration where that is None.
 
     Returns:
       Loss, error and per-class errors as text.
@@ -51,7 +54,7 @@ def score(
     Raises:
       UserError: anything the user can mend.
     """
-    begin = functools.partial(_begin, config, directory, source)
+    begin = functools.partial(_begin, config, directory, source, overrides or {})
     beginning = distributed.share(begin)
     config = _fill(base_config(), json.loads(beginning["config"]))
     path = pathlib.Path(source or directory)
@@ -81,7 +84,12 @@ def score(
     return "\n".join([head, *tables])
 
 
-def _begin(config: ConfigDict | None, directory: str | None, source: str | None) -> dict[str, Any]:
+def _begin(
+    config: ConfigDict | None,
+    directory: str | None,
+    source: str | None,
+    overrides: Mapping[str, str],
+) -> dict[str, Any]:
     """What all processes need to know before they load anything."""
     if not (source or directory):
         raise UserError("nothing to evaluate: give --workdir, --weights or --config")
@@ -93,7 +101,8 @@ def _begin(config: ConfigDict | None, directory: str | None, source: str | None)
     loaded = weights.load(path) if path.is_file() else None
     if config is None:
         config = _own_config(path, loaded)
-    elif not loaded:
+        config_lib.override(config, overrides)
+    if not loaded:
         # What it was trained for, and on, is not the evaluation's to change.
         identity.check_same_config(_run_of(path), config, sections=("model", "data", "seed"))
     validate(config)

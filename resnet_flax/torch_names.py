@@ -53,7 +53,8 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
       template: the net's own `{"params": …, "batch_stats": …}`, with shapes.
 
     Raises:
-      UserError: names the first array that is missing, of another shape, or left over.
+      UserError: names the first array that is missing, of another shape or kind, not finite, or
+        left over.
     """
     have = {}
     for name, value in state_dict.items():
@@ -67,7 +68,13 @@ def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]
             raise UserError(
                 f"the state dict is of another net: it lacks {candidates[0]} for {'/'.join(path)}"
             )
-        value = np.asarray(have.pop(found[0]), np.float32)
+        value = np.asarray(have.pop(found[0]))
+        if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
+            raise UserError(f"the state dict's {found[0]} is {value.dtype}: only floats are read")
+        with np.errstate(over="ignore"):
+            value = value.astype(np.float32)
+        if not np.isfinite(value).all():
+            raise UserError(f"the state dict's {found[0]} is not finite throughout in float32")
         if path[-1] == "kernel":
             value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
         if value.shape != spec.shape:

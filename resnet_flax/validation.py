@@ -9,7 +9,9 @@ from ml_collections import ConfigDict
 from resnet_flax.config import LONGEST, base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 
-_OWN_SHORTCUTS = "bare constant_scaling conv_shortcut exclusive_gating shortcut_gating".split()
+_OWN_SHORTCUTS = (
+    "bare constant_scaling conv_shortcut exclusive_gating shortcut_gating highway".split()
+)
 _CHOICES = {
     # After C: what nets that leave no choice are recorded with.
     "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),

@@ -62,6 +62,14 @@ def test_evaluate_mode_gives_the_same_numbers(uninterrupted):
     wanted = f"({result['test_wrong_last']} of {result['test_examples']} wrong)"
     assert wanted in done.stdout
     assert done.stdout.count("%") == 11  # the whole and ten classes
+    # With changes of the run's own configuration, none of which may make it another.
+    weights = f"--weights={directory}/weights.safetensors"
+    done = run("--mode=evaluate", weights, "--config.eval.batch_size=77")
+    assert wanted in done.stdout
+    done = run("--mode=evaluate", weights, "--config.eval.batch_size=many")
+    assert "--config.eval.batch_size='many' must be of type int" in done.stderr
+    done = run("--mode=evaluate", f"--workdir={directory}", "--config.model.shortcut=B")
+    assert "belongs to a run of another config" in done.stderr
 
 
 def test_a_relative_workdir_works_too(tmp_path):
@@ -104,6 +112,11 @@ BAD_INPUT = {
         "README.md",
     ),
     "nothing to evaluate": (["--mode=evaluate"], "nothing to evaluate"),
+    "changes of nothing": (["--config.data.pad=3"], "no configuration given"),
+    "change without value": (
+        ["--mode=evaluate", "--config.data.pad", "3"],
+        "--config.data.pad=VALUE",
+    ),
     "no such run": (["--mode=evaluate", "--workdir={tmp}/absent"], "absent does not exist"),
 }  # fmt: skip
 

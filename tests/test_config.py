@@ -34,7 +34,7 @@ def load(name, *args):
 
 def test_the_promised_configs_are_there():
     assert {*PAPER, "quickstart", "cifar10_short", "modern"} <= set(CONFIGS)
-    assert {"keras", "identity_mappings", "finetune_folder", *IMAGENET} <= set(CONFIGS)
+    assert {"keras", "identity_mappings", "highway", "finetune_folder", *IMAGENET} <= set(CONFIGS)
 
 
 @pytest.mark.parametrize("depth", [110, 1202])
@@ -81,6 +81,17 @@ def test_a_net_s_own_shortcut_can_be_recorded():
         config = base_config()
         config.model.shortcut = architecture.shortcut
         validate(config)
+
+
+def test_zero_init_last_reaches_the_net():
+    config = base_config()
+    config.model.num_classes = 10
+    assert not experiment.make_model(config).zero_init_last
+    config.model.zero_init_last = True
+    assert experiment.make_model(config).zero_init_last
+    config.model.name = "plain20"
+    with pytest.raises(UserError, match="'plain20' has no branches that end in batch norm"):
+        experiment.make_model(config)
 
 
 @pytest.mark.parametrize("name", PAPER)

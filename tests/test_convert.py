@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from resnet_flax import create_model, torch_names, weights
+from resnet_flax import (
+    augment,
+    create_model,
+    evaluate,
+    experiment,
+    sharding,
+    steps,
+    torch_names,
+    weights,
+)
+from resnet_flax.data import dataset
 from resnet_flax.errors import UserError
 from resnet_flax.tools import convert
+from tests import test_data_helpers
 from tests.conftest import ROOT
+from tests.test_models import ONCE
 
 
 def random_variables(model, seed=0):
@@ -117,10 +129,13 @@ def test_command_line_both_ways_without_torch(tmp_path):
           f"--out={ours}"], "must be three numbers"),
         ([f"--to_torch={source}", f"--out={back}"], "is of format None"),
     ):  # fmt: skip
-        done = run(*args)
-        assert done.returncode == 1
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        with pytest.raises(UserError, match=message):
+            convert.main(args)
+    # What becomes of a UserError.
+    done = run(*args)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
 
 
 # From here on PyTorch is needed.
@@ -197,6 +212,57 @@ def test_outputs_equal_pytorch_s(option, tmp_path):
     model = create_model("resnet20", shortcut=option)
     ours = jax.jit(model.apply)(got.variables, x)
     np.testing.assert_allclose(ours, want, atol=1e-4, rtol=1e-4)
+
+
+def test_real_images_go_the_way_they_go_in_pytorch(tmp_path):
+    """From a published file and uint8 images to the same logits and the same mistakes."""
+    torch = pytest.importorskip("torch")
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("cifar10", data_dir=test_data_helpers.real_data_dir())
+    examples = builder.as_data_source(split="test")
+    examples = [examples[i] for i in range(100)]
+    images = np.stack([e["image"] for e in examples])
+    labels = np.array([e["label"] for e in examples], np.int32)
+    x = torch.from_numpy(images.transpose(0, 3, 1, 2).copy()).float().div(255)  # ToTensor
+    mean, std = (torch.tensor(v)[:, None, None] for v in convert.PREPROCESS["imagenet"])
+    net = torch_net(8, "A")
+    with torch.no_grad():
+        # So that it does not take every image for the same class, or two for almost equal.
+        net.linear.weight *= 30
+        net.linear.bias -= net((x - mean) / std).mean(dim=0)
+        want = net((x - mean) / std).numpy()
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in net.state_dict().items()}, "epoch": 200},
+        tmp_path / "theirs.th",
+    )
+    convert.main(
+        [f"--from_torch={tmp_path}/theirs.th", f"--out={tmp_path}/ours.safetensors",
+         "--model=resnet8", "--preprocess=imagenet"]
+    )  # fmt: skip
+    ours = weights.load(tmp_path / "ours.safetensors")
+
+    model = create_model("resnet8")
+    normalized = augment.normalize(images, ours.mean, ours.std)
+    got = jax.jit(model.apply, compiler_options=ONCE)(ours.variables, normalized)
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
+
+    mesh = sharding.make_mesh(jax.devices()[:1], 50)
+    split = dataset.Split(images, labels)
+    resident = experiment.put_resident(split, ours.mean, ours.std, 0, mesh)
+    by_batch = sharding.split(mesh)
+    chunk = steps.make_eval_chunk(model, sharding=by_batch)
+    score = evaluate.evaluate(
+        chunk, ours.variables, resident, batch_size=50, split=sharding.split(mesh, 1)
+    )
+    # No two classes are so close that rounding decides between them.
+    top = np.sort(want)[:, -2:]
+    assert (top[:, 1] - top[:, 0]).min() > 1e-4
+    assert score.wrong == np.sum(want.argmax(axis=1) != labels)
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, (labels, want.argmax(axis=1)), 1)
+    np.testing.assert_array_equal(score.confusion, confusion)
+    assert np.count_nonzero(confusion.sum(axis=0)) > 5
 
 
 def test_pytorch_loads_what_we_write(tmp_path):

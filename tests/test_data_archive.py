@@ -50,7 +50,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol):
         codecs.lookup,
         np.ndarray,
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_whatever_is_no_batch_is_refused(value, protocol):

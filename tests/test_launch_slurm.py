@@ -54,7 +54,7 @@ MpiDefault=none
 ReturnToService=2
 KillWait=20
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_min_interval=0,batch_sched_delay=0
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2
 PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
@@ -118,7 +118,7 @@ class Slurm:
         return done.stdout
 
     def until(self, condition, what):
-        for _ in range(1200):
+        for _ in range(3000):
             if condition():
                 return
             time.sleep(0.1)
@@ -140,11 +140,15 @@ class Slurm:
     def end(self, job):
         """Waits for the end; spares it the two minutes that SLURM lets a requeued job wait."""
 
+        sooner = set()
+
         def ended():
-            state = self.describe(job)["JobState"]
-            if state == "PENDING":
-                self.run("scontrol", "update", f"job={job}", "StartTime=now", check=False)
-            return state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+            now = self.describe(job)
+            if (now["JobState"], now["Reason"]) == ("PENDING", "BeginTime") and not sooner:
+                # Not at once: SLURM has just revoked the job's credential, to the second.
+                self.run("scontrol", "update", f"job={job}", "StartTime=now+3", check=False)
+                sooner.add(job)
+            return now["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 
         self.until(ended, f"the end of job {job}:\n{self.log(job)}")
         return self.describe(job)

@@ -239,6 +239,15 @@ def test_queued_resources(world):
     assert "--force" in delete
 
 
+def test_what_is_lost_at_once_is_an_error(world):
+    (world.path / "after_queued-resources").write_text("ACCEPTED\nFAILED")
+    done = world.run("create", "--queued")
+    assert done.returncode == 1
+    assert "vm is FAILED" in done.stderr
+    assert "error: gcloud could not make vm" in done.stderr
+    assert world.verbs() == ["create"]
+
+
 def test_a_question_without_an_answer_is_not_taken_for_absence(world):
     world.set_state("?")
     done = world.run("create")

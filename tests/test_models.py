@@ -325,3 +325,42 @@ def test_bfloat16_computes_in_it_and_answers_in_float32():
     assert logits.dtype == jnp.float32
     exact = jax.jit(create_model("resnet8").apply)(variables, x)
     assert 0 < np.abs(logits - exact).max() < 0.1
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet20_bottleneck"])
+def test_zero_init_last_makes_each_block_its_shortcut(name):
+    def scales(**options):
+        model = create_model(name, **options).clone(stage_sizes=(1, 1), widths=(4, 8))
+        params = jax.jit(model.init, compiler_options=ONCE)(
+            jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+        )["params"]
+        return {
+            "/".join(p.key for p in path[:-1]): float(leaf.max())
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if path[-1].key == "scale"
+        }
+
+    last = "bn2" if name == "resnet8" else "bn3"
+    assert set(scales().values()) == {1}
+    for layer, scale in scales(zero_init_last=True).items():
+        assert scale == (0 if layer.endswith(last) and layer.startswith("stage") else 1), layer
+
+
+@pytest.mark.parametrize(
+    "name", ["plain20", "highway20", "resnet20_preact", "resnet56_keras_v2", "resnet164_preact"]
+)
+def test_zero_init_last_is_refused_where_it_would_do_nothing_or_kill_the_net(name):
+    with pytest.raises(UserError, match=f"{name!r} has no branches that end in batch norm"):
+        create_model(name, zero_init_last=True)
+
+
+def test_branches_that_end_in_normalisation_say_so():
+    """The block's word against what initialisation does."""
+    one_each = {a.block: name for name, a in ARCHITECTURES.items() if a.shortcut in ("A", "B")}
+    assert len(one_each) == 8
+    for block, name in one_each.items():
+        model = create_model(name).clone(stage_sizes=(1,), widths=(4,), zero_init_last=True)
+        init = jax.jit(model.init, compiler_options=ONCE)
+        params = init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
+        scales = [v["scale"] for k, v in params["stage1_block1"].items() if "bn" in k]
+        assert any((s == 0).all() for s in scales) == block.ends_in_norm, name

@@ -32,8 +32,9 @@ def test_only_nets_that_draw_ask_for_random_numbers():
 def test_what_makes_no_sense_is_refused():
     with pytest.raises(UserError, match="survival=0 must be above 0"):
         create_model("resnet20", survival=0)
-    with pytest.raises(UserError, match="'plain20' is plain"):
-        create_model("plain20", survival=0.5)
+    for name in ("plain20", "highway20"):
+        with pytest.raises(UserError, match=f"'{name}' has plain layers"):
+            create_model(name, survival=0.5)
 
 
 def test_at_test_a_branch_is_scaled_by_its_survival():

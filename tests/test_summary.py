@@ -1,5 +1,6 @@
 """`tools.summary`, held against the numbers of the papers."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from resnet_flax.errors import UserError
+from resnet_flax.models import ARCHITECTURES
 from resnet_flax.tools import summary
 from tests.conftest import ROOT
 
@@ -76,9 +78,6 @@ def test_command_line():
         272_474,
         20,
     )
-    table = run("--list").stdout
-    assert "11,282,415,616" in table
-    assert "resnet1001_preact" in table
     for args, message in (
         (["--model=resnet21"], "unknown model 'resnet21'"),
         ([], "give either --model=NAME or --list"),
@@ -90,6 +89,25 @@ def test_command_line():
         assert done.stderr.startswith("error: ")
         assert message in done.stderr
         assert len(done.stderr.splitlines()) <= 2
+
+
+def test_list_has_every_net_as_text_and_as_json(capsys, monkeypatch):
+    monkeypatch.setattr(summary, "summarize", functools.cache(summary.summarize))
+    summary.main(["--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *ARCHITECTURES]
+    assert "11,282,415,616" in next(line for line in lines if line.startswith("resnet152 "))
+    summary.main(["--list", "--json"])
+    totals = json.loads(capsys.readouterr().out)
+    assert [t["name"] for t in totals] == list(ARCHITECTURES)
+    keys = {"name", "shortcut", "num_classes", "image_size"}
+    assert {frozenset(t) for t in totals} == {
+        frozenset(keys | {"parameters", "weighted_layers", "multiply_adds"})
+    }
+    by_name = {t["name"]: t for t in totals}
+    assert by_name["highway20"]["parameters"] == 514_522
+    assert by_name["resnet110"]["multiply_adds"] == 252_887_680
+    assert by_name["resnet164_preact"]["weighted_layers"] == 164
 
 
 def test_bad_image_size():

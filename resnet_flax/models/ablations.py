@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models.blocks import BasicBlock, Block, option_a
+from resnet_flax.models.blocks import BasicBlock, Block, gate, option_a
 
 
 def constant_scaling(x, y, strides, conv, norm):
@@ -21,22 +21,14 @@ def constant_scaling(x, y, strides, conv, norm):
     return 0.5 * option_a(x, strides, y.shape[-1]) + 0.5 * y
 
 
-def _gate(x, y, strides, conv, gate_bias):
-    """g(x) = sigmoid(W x + b), float32 in the shape of `y`; W is a 1x1 convolution."""
-    bias_init = nn.initializers.constant(gate_bias)
-    layer = conv(y.shape[-1], kernel=1, strides=strides, bias_init=bias_init, name="gate_conv")
-    # Not in bfloat16, where 1 - g would be 1 for as long as g is below 0.002.
-    return jax.nn.sigmoid(layer(x).astype(jnp.float32))
-
-
 def exclusive_gating(x, y, strides, conv, norm, *, gate_bias):
     """The branch times g(x), the shortcut times 1 - g(x) [I, Fig. 2c], as in a highway net.
 
     [I, Table 1] has 8.70 % at best, with a bias of -6 to begin with.
     """
     del norm
-    gate = _gate(x, y, strides, conv, gate_bias)
-    return ((1 - gate) * option_a(x, strides, y.shape[-1]) + gate * y).astype(y.dtype)
+    g = gate(x, y.shape[-1], strides, conv, gate_bias)
+    return ((1 - g) * option_a(x, strides, y.shape[-1]) + g * y).astype(y.dtype)
 
 
 def shortcut_gating(x, y, strides, conv, norm, *, gate_bias):
@@ -45,8 +37,8 @@ def shortcut_gating(x, y, strides, conv, norm, *, gate_bias):
     [I, Table 1] has 12.86 % with a bias of 0 to begin with, 6.91 % with -6.
     """
     del norm
-    gate = _gate(x, y, strides, conv, gate_bias)
-    return ((1 - gate) * option_a(x, strides, y.shape[-1])).astype(y.dtype) + y
+    g = gate(x, y.shape[-1], strides, conv, gate_bias)
+    return ((1 - g) * option_a(x, strides, y.shape[-1])).astype(y.dtype) + y
 
 
 class DropoutShortcutBlock(BasicBlock):
@@ -83,7 +75,7 @@ class BNAfterAdditionBlock(Block):
 class ReLUBeforeAdditionBlock(Block):
     """conv3-BN-ReLU-conv3-BN-ReLU, shortcut [I, Fig. 4c]: 7.84 %.
 
-    Its last scale never begins at 0: behind a ReLU it would stay there.
+    Its last scale cannot begin at 0: behind a ReLU it would stay there.
     """
 
     @nn.compact
@@ -104,6 +96,7 @@ class ReLUOnlyPreactBlock(Block):
     """
 
     preactivation = True
+    ends_in_norm = True
 
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:

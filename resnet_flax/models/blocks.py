@@ -101,14 +101,30 @@ def bare_projection(x, y, strides, conv, norm):
     return conv(y.shape[-1], kernel=1, strides=strides, name="proj_conv")(x) + y
 
 
+def gate(
+    x: jax.Array,
+    features: int,
+    strides: int,
+    conv: Callable[..., nn.Module],
+    bias: float,
+    kernel: int = 1,
+) -> jax.Array:
+    """sigmoid(W x + b), float32 [B, H/s, W/s, features]; W is a convolution, b begins at `bias`."""
+    bias_init = nn.initializers.constant(bias)
+    layer = conv(features, kernel=kernel, strides=strides, bias_init=bias_init, name="gate_conv")
+    # Not in bfloat16, where 1 - g would be 1 for as long as g is below 0.002.
+    return jax.nn.sigmoid(layer(x).astype(jnp.float32))
+
+
 class Block(nn.Module):
     """What all blocks share.
 
     Class attributes say what kind of net a block makes: `expansion`, the output's width over that
     of the 3x3 convolutions, where the net does not say otherwise; `weighted_layers` in a block;
     `preactivation`, no ReLU after the addition: the net has one at its end; `stem_activation`, the
-    net has BN-ReLU after its stem; `final_norm`, it has BN before the ReLU at its end; `draws`,
-    training draws random numbers whatever the options.
+    net has BN-ReLU after its stem; `final_norm`, it has BN before the ReLU at its end;
+    `ends_in_norm`, so does the branch, right before the addition; `draws`, training draws random
+    numbers whatever the options.
 
     What is random is drawn in training from the collection `drop` of random numbers; at test, and
     where that is not given, everything stands at its expectation.
@@ -123,7 +139,7 @@ class Block(nn.Module):
       conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
       norm: makes a normalisation `norm(name=…)`.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
-      last_scale_init: initialiser of the scale that ends the branch, in post-activation blocks.
+      last_scale_init: initialiser of the scale that ends the branch, where `ends_in_norm`.
       train: whether to draw.
     """
 
@@ -144,6 +160,7 @@ class Block(nn.Module):
     preactivation = False
     stem_activation = True
     final_norm = False
+    ends_in_norm = False
     draws = False
 
     def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
@@ -166,6 +183,8 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """conv3-BN-ReLU-conv3-BN, shortcut, ReLU [R Fig. 5 left]."""
 
+    ends_in_norm = True
+
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
@@ -181,6 +200,7 @@ class BottleneckBlock(Block):
 
     expansion = 4
     weighted_layers = 3
+    ends_in_norm = True
 
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -33,8 +34,9 @@ class ResNet(nn.Module):
       stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
       stem_strides: its stride.
       stem_pool: follow it by a 3x3 max-pool of stride 2.
-      zero_init_last: begin with the last scale of each post-activation branch at 0, every block
-        then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
+      zero_init_last: begin with the last scale of each branch that ends in batch normalisation at
+        0, every block then being its shortcut (Goyal et al. 2017, arXiv:1706.02677); not the
+        paper's.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution.
       conv: class of the convolutions, or a function that makes one.
       head_init: initialiser of the dense layer's kernel.
@@ -45,7 +47,8 @@ class ResNet(nn.Module):
       survival: probability that the last block's branch takes part in a training step; it falls
         linearly over the blocks from 1 (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
       scan: run equal blocks as one scan.
-      remat: keep only block inputs for the backward pass and compute the rest again.
+      remat: keep only block inputs for the backward pass and compute the rest again. On a CPU it
+        saves memory with `scan` only, see results/performance.md.
     """
 
     stage_sizes: tuple[int, ...]
@@ -194,3 +197,24 @@ class ResNet(nn.Module):
 
 def _call(block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
     return block(x, survival)
+
+
+def without_survival(model: ResNet, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables that make a net without stochastic depth compute what `model` does at test.
+
+    At test a branch counts as much as its block survives in training: its last layer takes that on,
+    scale and bias of a normalisation, or the kernel of a convolution.
+
+    Args:
+      model: the net, with its `survival`.
+      variables: its own, float32, in the canonical layout.
+    """
+    params = dict(variables["params"])
+    for stage, survivals in enumerate(model.survivals(), 1):
+        for number, survival in enumerate([] if survivals is None else np.asarray(survivals), 1):
+            name = f"stage{stage}_block{number}"
+            kind = "bn" if model.block.ends_in_norm else "conv"
+            last = max(layer for layer in params[name] if layer.startswith(kind))
+            scaled = jax.tree.map(lambda x, s=survival: np.asarray(x) * s, params[name][last])
+            params[name] = {**params[name], last: scaled}
+    return {**variables, "params": params}

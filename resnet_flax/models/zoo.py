@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from resnet_flax.errors import UserError
-from resnet_flax.models import ablations, blocks, keras
+from resnet_flax.models import ablations, blocks, highway, keras
 from resnet_flax.models.resnet import ResNet
 
 
@@ -46,6 +46,8 @@ class Architecture:
 def cifar_architecture(depth: int, block: type[blocks.Block], shortcut: str) -> Architecture:
     """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks.
 
+    With blocks of one layer 3n+2.
+
     Raises:
       ValueError: no such n.
     """
@@ -70,6 +72,8 @@ def _architectures() -> dict[str, Architecture]:
         nets[f"resnet{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "A")
     for depth in (20, 32, 44, 56, 110):
         nets[f"plain{depth}"] = cifar_architecture(depth, blocks.BasicBlock, "none")
+    for depth in (20, 32, 44, 56, 110):
+        nets[f"highway{depth}"] = cifar_architecture(depth, highway.HighwayLayer, "highway")
     for depth in (20, 47, 164, 1001):
         name = f"resnet{depth}_bottleneck"
         nets[name] = cifar_architecture(depth, blocks.BottleneckBlock, "B")
@@ -109,19 +113,17 @@ _SHORTCUTS = {
     "bare": (blocks.bare_projection, blocks.identity),
     "constant_scaling": (ablations.constant_scaling, ablations.constant_scaling),
     "conv_shortcut": (blocks.bare_projection, blocks.bare_projection),
+    "exclusive_gating": (ablations.exclusive_gating, ablations.exclusive_gating),
+    "shortcut_gating": (ablations.shortcut_gating, ablations.shortcut_gating),
+    "highway": (blocks.no_shortcut, highway.highway),
 }
+# These take a further argument, `gate_bias`.
+_GATED = (ablations.exclusive_gating, ablations.shortcut_gating, highway.highway)
 _PREACT_SHORTCUTS = {
     "A": (blocks.pad_identity, blocks.identity),
     "B": (blocks.bare_projection, blocks.identity),
     "C": (blocks.bare_projection, blocks.bare_projection),
     "bare": (blocks.bare_projection, blocks.identity),
-}
-
-
-# These take a further argument, `gate_bias`.
-_GATES = {
-    "exclusive_gating": ablations.exclusive_gating,
-    "shortcut_gating": ablations.shortcut_gating,
 }
 
 
@@ -191,7 +193,8 @@ def create_model(
       bn_momentum: share of the running statistics kept at each step.
       bn_group_size: examples per batch-norm group, None for the whole batch.
       zero_init_last: see `ResNet`; not the paper's.
-      gate_bias: initial bias of the gates of the nets that have them; see `models.ablations`.
+      gate_bias: initial bias of the gates of the nets that have them; see `models.ablations` and
+        `models.highway`.
       survival: probability that the last block takes part in a training step, see `ResNet`: 0.5 in
         the paper on stochastic depth, 1 in all others; applied in training where `apply` is given
         `rngs={"drop": key}`, in expectation everywhere else.
@@ -203,8 +206,9 @@ def create_model(
       `train` and `features`, see `ResNet`.
 
     Raises:
-      UserError: unknown name, shortcut or dtype, num_classes < 0, or a survival that is no
-        probability, or below 1 in a net without shortcuts.
+      UserError: unknown name, shortcut or dtype, num_classes < 0, a survival that is no
+        probability, or below 1 in a net without shortcuts, or zero_init_last where there is no such
+        scale.
     """
     architecture = get_architecture(name)
     if num_classes is None:
@@ -219,14 +223,21 @@ def create_model(
         raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
     if not 0 < survival <= 1:
         raise UserError(f"survival={survival} must be above 0 and at most 1")
-    if survival < 1 and architecture.shortcut == "none":
-        raise UserError(f"model {name!r} is plain: a block dropped would leave nothing (survival)")
+    if survival < 1 and architecture.shortcut in ("none", "highway"):
+        raise UserError(
+            f"model {name!r} has plain layers: one dropped would leave nothing (survival)"
+        )
+    if zero_init_last and (architecture.shortcut == "none" or not architecture.block.ends_in_norm):
+        raise UserError(
+            f"model {name!r} has no branches that end in batch normalisation beside a shortcut: "
+            "leave out zero_init_last"
+        )
     shortcuts = _PREACT_SHORTCUTS if architecture.block.preactivation else _SHORTCUTS
     option = resolve_shortcut(name, shortcut)
-    if option in _GATES:
-        changing = same = functools.partial(_GATES[option], gate_bias=gate_bias)
-    else:
-        changing, same = shortcuts[option]
+    changing, same = (
+        functools.partial(function, gate_bias=gate_bias) if function in _GATED else function
+        for function in shortcuts[option]
+    )
     return ResNet(
         stage_sizes=architecture.stage_sizes,
         widths=architecture.widths,

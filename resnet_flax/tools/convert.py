@@ -6,6 +6,10 @@ r"""Converts weights between this package's format and PyTorch's.
 
 PyTorch files are read with `weights_only`: nothing in them is ever executed. A `.safetensors` file
 with PyTorch's names is read and written without PyTorch.
+
+A state dict says nothing of what lies between its arrays. So only nets are converted whose layers
+PyTorch projects build too; stochastic depth, which scales branches at test, is folded into the
+arrays on the way to PyTorch.
 """
 
 import io
@@ -18,7 +22,8 @@ import safetensors.numpy
 
 from resnet_flax import models, torch_names, weights
 from resnet_flax.errors import UserError
-from resnet_flax.models import layout
+from resnet_flax.models import blocks, layout
+from resnet_flax.models.resnet import without_survival
 from resnet_flax.state import initial_variables
 from resnet_flax.tools import entry
 from resnet_flax.workdir import write_atomically
@@ -31,19 +36,40 @@ PREPROCESS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
+_BLOCKS = (
+    blocks.BasicBlock,
+    blocks.BottleneckBlock,
+    blocks.PreactBasicBlock,
+    blocks.PreactBottleneckBlock,
+)
 
-def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict in a PyTorch or safetensors file, as float32 arrays.
+
+def check_expressible(name: str) -> None:
+    """Refuses a net that PyTorch's names cannot stand for.
 
     Raises:
-      UserError: there is none, or it holds more than tensors.
+      UserError: there is no net called `name`, or its arrays would make another net in PyTorch.
+    """
+    architecture = models.get_architecture(name)
+    if architecture.block not in _BLOCKS or architecture.shortcut not in (*models.OPTIONS, "none"):
+        raise UserError(
+            f"model {name!r} cannot be converted: no PyTorch project's net computes the same from "
+            "its arrays. Plain, residual, bottleneck and pre-activation nets can"
+        )
+
+
+def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The state dict in a PyTorch or safetensors file; what PyTorch has as floats is float32.
+
+    Raises:
+      UserError: there is none, or it holds more than plain tensors.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if path.suffix == ".safetensors":
         try:
             return safetensors.numpy.load_file(path)
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, TypeError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
     torch = _torch()
     try:
@@ -59,7 +85,14 @@ def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
     tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no tensors")
-    return {k: v.detach().to(torch.float32).numpy() for k, v in tensors.items()}
+    try:
+        return {
+            k: (v.detach().to(torch.float32) if v.is_floating_point() else v).numpy()
+            for k, v in tensors.items()
+        }
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        first = str(error).strip().partition("\n")[0][:160]
+        raise UserError(f"{path} holds tensors that are not plain arrays: {first}") from error
 
 
 def _torch():
@@ -94,8 +127,9 @@ def from_torch(
       source: where it comes from, for the record.
 
     Raises:
-      UserError: the state dict is not that net's.
+      UserError: the state dict is not that net's, or the net is none that can be converted.
     """
+    check_expressible(name)
     architecture = models.get_architecture(name)
     if shortcut is None and architecture.shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(state_dict)
@@ -128,14 +162,20 @@ def abstract_variables(model) -> dict[str, Any]:
     return layout.to_canonical(abstract)
 
 
-def _numbers(text: str, flag: str) -> np.ndarray:
+def _numbers(text: str, flag: str, *, positive: bool = False) -> np.ndarray:
     try:
         values = np.array([float(v) for v in text.split(",")], np.float32)
     except ValueError:
         values = np.zeros(0)
-    if len(values) != 3 or not np.isfinite(values).all():
-        raise UserError(f"{flag}={text} must be three numbers, as in {flag}=0.49,0.48,0.45")
+    if len(values) != 3 or not np.isfinite(values).all() or (positive and (values <= 0).any()):
+        kind = "three positive numbers" if positive else "three numbers"
+        raise UserError(f"{flag}={text} must be {kind}, as in {flag}=0.49,0.48,0.45")
     return values
+
+
+# Flags that only one of the two ways has.
+_FROM = ("model", "shortcut", "stride_in_3x3", "preprocess", "mean", "std")
+_TO = ("names",)
 
 
 def main(argv: list[str]) -> None:
@@ -154,21 +194,46 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if (args.from_torch is None) == (args.to_torch is None):
         raise UserError("give either --from_torch=FILE or --to_torch=FILE")
+    way, foreign = ("from_torch", _TO) if args.from_torch else ("to_torch", _FROM)
+    for flag in foreign:
+        if getattr(args, flag) is not None:
+            raise UserError(f"--{flag} means nothing to --{way}: leave it out")
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        (_from if args.from_torch else _to)(args)
+        model = (_from if args.from_torch else _to)(args)
     except OSError as error:
         raise UserError(f"cannot write {args.out}: {error.strerror}") from error
     print(f"wrote {args.out}")
+    if note := _unsaid(model):
+        print(f"note: {note}")
 
 
-def _from(args) -> None:
+def _unsaid(model: dict[str, Any]) -> str | None:
+    """What the net in PyTorch must be like beyond what its state dict shows."""
+    block = models.get_architecture(model["name"]).block
+    if block is blocks.BottleneckBlock:
+        where = "the 3x3" if model["stride_in_3x3"] else "the first 1x1"
+        return (
+            f"taken to have the stride of its bottlenecks in {where} convolution, which a state "
+            "dict does not show"
+        )
+    if block.preactivation:
+        return (
+            "taken to activate before branch and shortcut split, in the first block and where the "
+            "shape changes (Identity Mappings, appendix), which a state dict does not show"
+        )
+    return None
+
+
+def _from(args) -> dict[str, Any]:
     if not args.model:
         raise UserError("--from_torch needs --model=NAME")
+    check_expressible(args.model)
+    if args.preprocess and (args.mean or args.std):
+        raise UserError("give --preprocess, or --mean and --std, not both")
     if args.preprocess:
         mean, std = (np.array(v, np.float32) for v in PREPROCESS[args.preprocess])
     elif args.mean and args.std:
-        mean, std = _numbers(args.mean, "--mean"), _numbers(args.std, "--std")
+        mean, std = _numbers(args.mean, "--mean"), _numbers(args.std, "--std", positive=True)
     else:
         raise UserError(
             "say what the net expects of images: --preprocess="
@@ -184,31 +249,34 @@ def _from(args) -> None:
         stride_in_3x3=stride,
         source=args.from_torch.name,
     )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     weights.save(args.out, converted)
+    return converted.model
 
 
-def _to(args) -> None:
+def _to(args) -> dict[str, Any]:
     loaded = weights.load(args.to_torch)
     name = loaded.model["name"]
-    if (
-        models.get_architecture(name).shortcut not in (*models.OPTIONS, "none")
-        or loaded.model.get("survival", 1) != 1
-    ):
-        raise UserError(
-            f"{args.to_torch} holds {name!r} with shortcuts of its own or with stochastic depth: "
-            "no PyTorch project's net computes the same from its weights"
-        )
+    check_expressible(name)
+    try:
+        model = models.create_model(**loaded.model)
+    except TypeError as error:
+        raise UserError(f"{args.to_torch} is damaged: its net is {loaded.model}") from error
+    variables = weights.fit(loaded.variables, abstract_variables(model), str(args.to_torch))
+    variables = without_survival(model, variables)
     cifar = models.get_architecture(name).image_size == 32
     style = args.names or ("cifar" if cifar else "torchvision")
     names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")
-    arrays = torch_names.to_torch(loaded.variables, shortcut=names[0], head=names[1])
+    arrays = torch_names.to_torch(variables, shortcut=names[0], head=names[1])
     if args.out.suffix == ".safetensors":
-        write_atomically(args.out, safetensors.numpy.save(arrays))
-        return
-    torch = _torch()
-    buffer = io.BytesIO()
-    torch.save({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, buffer)
-    write_atomically(args.out, buffer.getvalue())
+        content = safetensors.numpy.save(arrays)
+    else:
+        torch, buffer = _torch(), io.BytesIO()
+        torch.save({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, buffer)
+        content = buffer.getvalue()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(args.out, content)
+    return {"name": name, "stride_in_3x3": model.stride_in_3x3}
 
 
 if __name__ == "__main__":

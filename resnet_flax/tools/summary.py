@@ -96,9 +96,10 @@ def main(argv: list[str]) -> None:
     if bool(args.model) == args.list:
         raise UserError("give either --model=NAME or --list")
     if args.list:
-        totals = [summarize(name) for name in models.ARCHITECTURES]
-        for total in totals:
-            del total["layers"]
+        totals = [
+            {key: value for key, value in summarize(name).items() if key != "layers"}
+            for name in models.ARCHITECTURES
+        ]
         print(json.dumps(totals, indent=2) if args.json else _totals(totals))
         return
     total = summarize(

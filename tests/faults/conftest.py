@@ -1,4 +1,4 @@
-"""The short form: what costs most and is not marked `long` in a chain of few processes."""
+"""The short form, without what is marked `long`, and what the cases share."""
 
 import pytest
 

@@ -1,9 +1,4 @@
-"""Real training processes, hit at chosen moments, and the comparison with an undisturbed run.
-
-A moment is a predicate of what lies in the run's directory, so the machine's speed does not matter:
-the process is halted (SIGSTOP) when the predicate holds, and what is to happen to it happens only
-if it still holds then.
-"""
+"""Real training processes, hit at chosen moments, and the comparison with an undisturbed run."""
 
 import dataclasses
 import json
@@ -101,6 +96,13 @@ class Run:
     def resumed_from(self) -> list[int]:
         return [s["step"] for s in json.loads(self.read("run.json"))["starts"]]
 
+    def saves(self) -> list[str]:
+        """Names in the directory of checkpoints, finished or not."""
+        try:
+            return os.listdir(self.directory / "checkpoints")
+        except FileNotFoundError:
+            return []
+
     def read(self, name: str) -> bytes:
         return (self.directory / name).read_bytes()
 
@@ -145,6 +147,7 @@ class Process:
         Returns:
           False where the process ended before.
         """
+        # Halted first, so that what the moment is still holds when the signal comes.
         deadline = time.monotonic() + TIMEOUT
         while self.process.poll() is None:
             assert time.monotonic() < deadline, "the moment never came"
@@ -190,89 +193,6 @@ def evaluate(*flags: str, logs: pathlib.Path, **options) -> Outcome:
     return Process(command, logs, **options).wait()
 
 
-# Moments: functions from a run to a predicate.
-
-
-def claimed(run: Run):
-    return (run.directory / ".lock").exists
-
-
-def begun(run: Run):
-    """What the run is has been written; compilation comes next."""
-    return (run.directory / "run.json").exists
-
-
-def compiling(run: Run):
-    """The log is there, and empty: signals are expected from about here."""
-    return lambda: (run.directory / "metrics.jsonl").exists() and not run.records()
-
-
-def at_step(run: Run, step: int):
-    return lambda: any(r["step"] >= step for r in run.records())
-
-
-def saving(run: Run, after: int = 0):
-    """Orbax is writing, into a directory that it will rename."""
-    return lambda: any(".orbax-checkpoint-tmp" in n and _step(n) > after for n in _saves(run))
-
-
-def unlisted(run: Run, after: int = 0):
-    """Orbax is done, but the list of files has not been written."""
-
-    def check():
-        names = (n for n in _saves(run) if n.isdigit() and int(n) > after)
-        return any(not (run.directory / "checkpoints" / n / "files.json").exists() for n in names)
-
-    return check
-
-
-def evaluating(run: Run, after: int = 0):
-    """The steps before a due evaluation are recorded, its scores are not."""
-
-    def check():
-        records = run.records()
-        last = records[-1] if records else {"step": 0, "split": ""}
-        due = last["step"] > after and last["step"] % EVALUATE_EVERY == 0
-        return due and last["split"] == "train"
-
-    return check
-
-
-def ending(run: Run):
-    """All is trained and scored, the result not written."""
-
-    def check():
-        scored = any(r["step"] == STEPS and r["split"] == "test" for r in run.records())
-        return scored and not (run.directory / "result.json").exists()
-
-    return check
-
-
-def _saves(run: Run) -> list[str]:
-    try:
-        return os.listdir(run.directory / "checkpoints")
-    except FileNotFoundError:
-        return []
-
-
-def _step(name: str) -> int:
-    return int(name.partition(".")[0])
-
-
-def describe(run: Run) -> str:
-    """Where a run stands, in words: for the log."""
-    if not run.directory.exists():
-        return "no directory yet"
-    records = run.records()
-    at = f"after step {records[-1]['step']}" if records else "before the first step"
-    partial = [n for n in _saves(run) if not n.isdigit()]
-    saved = [n for n in _saves(run) if n.isdigit()]
-    bare = [n for n in saved if not (run.directory / "checkpoints" / n / "files.json").exists()]
-    return at + "".join(
-        [f", {n} there" for n in partial] + [f", checkpoint {n} without its list" for n in bare]
-    )
-
-
 def assert_same_state(run: Run, reference: Run) -> None:
     """Equal to the bit: parameters, statistics, momentum, and the weights file."""
     trees = [checkpoint.read(r.directory / "checkpoints" / str(STEPS))[0] for r in (run, reference)]
@@ -305,7 +225,7 @@ def assert_same_end(run: Run, reference: Run) -> None:
     assert run.checkpoints() == reference.checkpoints()
     here, known = ({p.name for p in r.directory.iterdir()} for r in (run, reference))
     assert here - {"metrics.superseded.jsonl", "damaged_checkpoints"} == known
-    assert all(n.isdigit() for n in _saves(run))
+    assert all(n.isdigit() for n in run.saves())
 
 
 def _timeless(record: dict) -> dict:

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.faults import harness
+from tests.faults import harness, moments
 
 KINDS = "truncated", "emptied", "bit-flipped", "removed"
 LAST, BEFORE = str(harness.STEPS), harness.STEPS - harness.SAVE_EVERY
@@ -190,7 +190,7 @@ def test_log_cut_anywhere(undisturbed, tmp_path, note, each, attempt):
     chosen = random.Random(attempt)
     run = harness.Run(tmp_path / "run")
     process = run.start()
-    assert process.hit(signal.SIGKILL, harness.at_step(run, chosen.randrange(7, 35)))
+    assert process.hit(signal.SIGKILL, moments.at_step(run, chosen.randrange(7, 35)))
     process.wait()
     # A crash may lose what came after the last checkpoint, never what came before it.
     content = run.read("metrics.jsonl")

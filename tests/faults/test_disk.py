@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from tests.faults import harness
+from tests.faults import harness, moments
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_full_disk(undisturbed, tmp_path, small_disk):
     """Disk full from a step on: an error; with room again it goes on"""
     run = harness.Run(small_disk / "run", logs=tmp_path / "logs")
     process = run.start()
-    assert process.hit(None, harness.at_step(run, 12))
+    assert process.hit(None, moments.at_step(run, 12))
     filler = fill(small_disk)
     process.go_on()
     # Which file is the first that finds no room depends on the moment.
@@ -59,7 +59,7 @@ def test_full_disk_with_tensorboard(undisturbed, tmp_path, small_disk):
         small_disk / "run", 2, "--config.log.tensorboard=True", logs=tmp_path / "logs"
     )
     process = run.start()
-    assert process.hit(None, harness.at_step(run, 12))
+    assert process.hit(None, moments.at_step(run, 12))
     filler = fill(small_disk)
     process.go_on()
     process.wait().assert_refused(os.strerror(errno.ENOSPC), noise=True)
@@ -78,7 +78,7 @@ def test_full_disk_at(undisturbed, tmp_path, small_disk, moment):
         outcome = run.finish()
     else:
         process = run.start()
-        make = harness.saving if moment == "during a save" else harness.ending
+        make = moments.saving if moment == "during a save" else moments.ending
         assert process.hit(None, make(run))
         filler = fill(small_disk)
         process.go_on()
@@ -119,7 +119,7 @@ def test_read_only(undisturbed, tmp_path, small_disk):
     run.finish().assert_refused("cannot write in workdir")
     remount("rw")
     process = run.start()
-    assert process.hit(signal.SIGKILL, harness.at_step(run, 12))
+    assert process.hit(signal.SIGKILL, moments.at_step(run, 12))
     process.wait()
     remount("ro")
     run.finish().assert_refused("cannot write in workdir")
@@ -137,7 +137,7 @@ def test_vanished(undisturbed, tmp_path, each):
     def check(how):
         run = harness.Run(tmp_path / how)
         process = run.start()
-        assert process.hit(None, harness.at_step(run, 12))
+        assert process.hit(None, moments.at_step(run, 12))
         away = tmp_path / f"{how}.away"
         if how == "removed":
             shutil.rmtree(run.directory)
@@ -169,7 +169,7 @@ def test_second_process(undisturbed, tmp_path):
     """A second process on the same directory: refused, the first one undisturbed"""
     run = harness.Run(tmp_path / "run")
     first = run.start()
-    assert first.hit(None, harness.at_step(run, 3))
+    assert first.hit(None, moments.at_step(run, 3))
     run.finish().assert_refused("another process is training in workdir")
     first.go_on()
     first.wait().assert_finished()

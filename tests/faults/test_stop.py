@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from tests.faults import harness
+from tests.faults import harness, moments
 
 # name: (the moment, the longest random delay after it in seconds; 0: the very moment)
 MOMENTS = {
-    "at any step": (lambda run: harness.at_step(run, 1), 0.7),
-    "during a save": (harness.saving, 0),
-    "during an evaluation": (harness.evaluating, 0),
+    "at any step": (lambda run: moments.at_step(run, 1), 0.7),
+    "during a save": (moments.saving, 0),
+    "during an evaluation": (moments.evaluating, 0),
 }
 
 
@@ -37,10 +37,10 @@ def test_second_process_and_sigterm(undisturbed, tmp_path):
     """A second process on the same directory is refused; SIGTERM to the first during a save"""
     run = harness.Run(tmp_path / "run")
     first = run.start()
-    assert first.hit(None, harness.at_step(run, 3))
+    assert first.hit(None, moments.at_step(run, 3))
     run.finish().assert_refused("another process is training in workdir")
     first.go_on()
-    step = stopped(run, first, harness.saving(run, after=10))
+    step = stopped(run, first, moments.saving(run, after=10))
     run.finish().assert_finished()
     assert run.resumed_from() == [0, step]
     harness.assert_same_end(run, undisturbed())
@@ -64,7 +64,7 @@ def test_sigterm(undisturbed, tmp_path, note, moment, attempt):
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("moment", "make"),
-    [("while it starts", lambda run: lambda: True), ("while it compiles", harness.compiling)],
+    [("while it starts", lambda run: lambda: True), ("while it compiles", moments.compiling)],
     ids=["starts", "compiles"],
 )
 def test_sigterm_before_the_first_step(undisturbed, tmp_path, note, moment, make, attempt):
@@ -74,7 +74,7 @@ def test_sigterm_before_the_first_step(undisturbed, tmp_path, note, moment, make
     process = run.start()
     process.hit(signal.SIGTERM, make(run), chosen.uniform(0, 1.5))
     outcome = process.wait()
-    note(f"exit status {outcome.code}, {harness.describe(run)}")
+    note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert outcome.code in (0, -signal.SIGTERM)
     assert "Traceback" not in outcome.err
     run.finish().assert_finished()
@@ -87,7 +87,7 @@ def test_sigterm_again_and_again(undisturbed, tmp_path, note):
     run = harness.Run(tmp_path / "run")
     steps = [0]
     while steps[-1] < 30:
-        steps.append(stop(run, harness.at_step(run, steps[-1] + 8)))
+        steps.append(stop(run, moments.at_step(run, steps[-1] + 8)))
     note(f"stopped at steps {steps[1:]}")
     run.finish().assert_finished()
     assert run.resumed_from() == steps
@@ -99,7 +99,7 @@ def test_sigterm_at_the_end(undisturbed, tmp_path):
     """SIGTERM while the result is written: it is written"""
     run = harness.Run(tmp_path / "run")
     process = run.start()
-    assert process.hit(signal.SIGTERM, harness.ending(run))
+    assert process.hit(signal.SIGTERM, moments.ending(run))
     process.wait().assert_finished()
     harness.assert_same_end(run, undisturbed())
 
@@ -108,25 +108,26 @@ def test_sigterm_at_the_end(undisturbed, tmp_path):
 def test_ctrl_c(undisturbed, tmp_path):
     """Ctrl-C, once"""
     run = harness.Run(tmp_path / "run")
-    step = stop(run, harness.at_step(run, 7), signal.SIGINT)
+    step = stop(run, moments.at_step(run, 7), signal.SIGINT)
     run.finish().assert_finished()
     assert run.resumed_from() == [0, step]
     harness.assert_same_end(run, undisturbed())
 
 
 @pytest.mark.long
-def test_ctrl_c_twice(undisturbed, tmp_path, note):
-    """Ctrl-C, twice: an end without a save"""
+def test_ctrl_c_again_and_again(undisturbed, tmp_path, note):
+    """Ctrl-C again and again: an end at once, no traceback"""
     run = harness.Run(tmp_path / "run")
     process = run.start()
-    assert process.hit(signal.SIGINT, harness.at_step(run, 12))
-    # Two at once would be one to the kernel; where this comes too late, the save was quick.
-    time.sleep(0.03)
-    process.process.send_signal(signal.SIGINT)
+    assert process.hit(signal.SIGINT, moments.at_step(run, 12))
+    # A process that is busy takes two at once for one.
+    while process.process.poll() is None:
+        time.sleep(0.05)
+        process.process.send_signal(signal.SIGINT)
     outcome = process.wait()
-    note(f"exit status {outcome.code}, {harness.describe(run)}")
+    note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert "Traceback" not in outcome.err
-    assert outcome.code in (0, 130), outcome.err
+    assert outcome.code in (0, 130, -signal.SIGINT), outcome.err
     run.finish().assert_finished()
     harness.assert_same_end(run, undisturbed())
 
@@ -137,9 +138,9 @@ def test_ctrl_c_while_it_starts(undisturbed, tmp_path, note, attempt):
     chosen = random.Random(f"Ctrl-C {attempt}")
     run = harness.Run(tmp_path / "run")
     process = run.start()
-    process.hit(signal.SIGINT, harness.claimed(run), chosen.uniform(0, 2.0))
+    process.hit(signal.SIGINT, moments.claimed(run), chosen.uniform(0, 2.0))
     outcome = process.wait()
-    note(f"exit status {outcome.code}, {harness.describe(run)}")
+    note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert outcome.code in (0, 130), outcome.err
     assert "Traceback" not in outcome.err
     run.finish().assert_finished()

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from tests.conftest import ROOT
-from tests.faults import harness
+from tests.faults import harness, moments
 
 
 def patched(folder: pathlib.Path, code: str) -> dict[str, str]:
@@ -63,7 +63,7 @@ def test_clock(undisturbed, tmp_path):
     env = patched(tmp_path / "site", CLOCK)
     run = harness.Run(tmp_path / "run")
     process = run.start(env=env)
-    assert process.hit(signal.SIGTERM, harness.at_step(run, 17))
+    assert process.hit(signal.SIGTERM, moments.at_step(run, 17))
     assert process.wait().code == 0
     run.finish(env=env).assert_finished()
     harness.assert_same_end(run, undisturbed())
@@ -95,7 +95,7 @@ def test_changed_data(undisturbed, tmp_path):
     """One pixel of the data changes under a stopped run: refused; restored, it goes on"""
     run = harness.Run(tmp_path / "run")
     process = run.start()
-    assert process.hit(signal.SIGKILL, harness.at_step(run, 17))
+    assert process.hit(signal.SIGKILL, moments.at_step(run, 17))
     process.wait()
     outcome = run.finish(env=patched(tmp_path / "site", DATA))
     outcome.assert_refused("digits is not the one that the run in", "fingerprint")
@@ -166,11 +166,15 @@ tempfile._candidate_tempdir_list = lambda: ["/proc/none"]
 
 @pytest.mark.long
 def test_no_temporary_directory(undisturbed, tmp_path):
-    """No writable temporary directory and no home: the run is finished all the same"""
+    """No writable temporary directory and no home: finished all the same, but for curves.png"""
     env = patched(tmp_path / "site", NO_TEMPORARY) | {"HOME": "/proc/none"}
     run = harness.Run(tmp_path / "run")
-    run.finish(env=env).assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    outcome = run.finish(env=env)
+    outcome.assert_finished()
+    assert "curves.png could not be drawn: Matplotlib" in outcome.err
+    harness.assert_same_state(run, undisturbed())
+    # With a home again, nothing more is to be done.
+    assert "is finished" in run.finish().err
 
 
 @pytest.mark.long
@@ -180,7 +184,7 @@ def test_terminal(undisturbed, tmp_path):
     main, side = os.openpty()
     process = run.start(stderr=side, stdout=side, start_new_session=True)
     os.close(side)
-    assert process.hit(None, harness.at_step(run, 12))
+    assert process.hit(None, moments.at_step(run, 12))
     os.close(main)
     process.process.send_signal(signal.SIGHUP)
     process.go_on()
