@@ -56,6 +56,7 @@ def write_start(
     step: int,
     environment: dict[str, Any],
     init_weights: str | None,
+    checkpoint_dir: str,
 ) -> None:
     """Writes config, preprocessing and `run.json` at a run's start; a restart adds to the latter.
 
@@ -66,6 +67,7 @@ def write_start(
       step: where it begins or goes on.
       environment: see `environment`.
       init_weights: SHA-256 of the weights file it began with, if any.
+      checkpoint_dir: where its checkpoints lie.
     """
     path = directory / "run.json"
     old = workdir.read_json(path) or {}
@@ -77,7 +79,7 @@ def write_start(
     workdir.write_json(directory / "config.json", flatten(config))
     preprocess = directory / "preprocess.safetensors"
     weights.save_preprocessing(preprocess, run.mean, run.std)
-    dataset = run.dataset
+    dataset, usual = run.dataset, directory / "checkpoints"
     draw = dataset.validation_draw
     workdir.write_json(
         path,
@@ -86,6 +88,8 @@ def write_start(
             "shortcut": describe_model(run)["shortcut"],
             "devices": run.mesh.size,
             "init_weights": init_weights,
+            # Not where it is the usual place: directories are moved.
+            "checkpoint_dir": None if checkpoint_dir == str(usual) else checkpoint_dir,
             "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
             "parameters": count_parameters(run),

@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed"},
     {"evaluate", "identity", "inputs"},
-    {"experiment", "pretrained"},
+    {"experiment", "pretrained", "grid"},
     {"record"},
     {"loop", "scoring"},
     {"train"},
