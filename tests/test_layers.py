@@ -18,7 +18,7 @@ LEVELS = [
         "file_list",
     },
     {"data", "state", "metrics", "validation", "devices"},
-    {"steps", "checkpoint", "weights", "feed"},
+    {"steps", "checkpoint", "weights", "feed", "reporting"},
     {"evaluate", "identity", "inputs"},
     {"experiment", "grid"},
     {"record"},
