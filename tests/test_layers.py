@@ -19,11 +19,11 @@ LEVELS = [
     },
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed", "reporting"},
-    {"evaluate", "identity", "inputs"},
+    {"evaluate", "identity", "inputs", "outputs"},
     {"experiment", "grid"},
     {"record"},
     {"loop", "scoring"},
-    {"train"},
+    {"train", "trained"},
     {"main", "tools"},
 ]
 
