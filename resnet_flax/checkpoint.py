@@ -117,6 +117,20 @@ def _reading() -> ocp_v1.Context:
     return context
 
 
+def locate(place: str) -> epath.Path:
+    """A directory of checkpoints, local or in a bucket, once it is known that it can be reached.
+
+    Raises:
+      UserError: it cannot: no such bucket, no access, a library that is not installed.
+    """
+    path = epath.Path(place)
+    try:
+        path.exists()
+    except Exception as error:  # Whatever the library for that kind of place raises.
+        raise UserError(f"cannot reach {place}: {str(error).partition(chr(10))[0]}") from error
+    return path
+
+
 def steps_in(directory: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a directory, rising; [] where there is none."""
     directory = epath.Path(directory)

@@ -85,7 +85,8 @@ def base_config() -> ConfigDict:
     c.train = ConfigDict()
     c.train.total_steps = 64_000  # length of the run
     c.train.chunk_steps = 0  # steps per dispatch; 0: 100 on accelerators, 1 on a CPU
-    c.train.cpu_devices = 0  # devices a CPU is split into; 0: one per core where that divides
+    # devices that each process splits its CPU into; 0: one per core where that divides
+    c.train.cpu_devices = 0
 
     c.eval = ConfigDict()
     c.eval.every_steps = 500  # between evaluations; the last step is always evaluated

@@ -43,12 +43,6 @@ def choose_devices(
     return max((n for n in range(1, most + 1) if units % (n * processes) == 0), default=1)
 
 
-def usable_cores() -> int:
-    """Cores this process may use: a container or a job may own fewer than the machine has."""
-    # macOS cannot tell.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe_cores() -> dict[str, Any]:
     """This machine's identity, and the numbers of the cores this process may use."""
     try:
@@ -74,9 +68,9 @@ def cores_per_process(described: list[dict[str, Any]]) -> int:
     return max(1, min(shares))
 
 
-def choose_workers(requested: int) -> int:
-    """How many processes decode images; -1: one for each usable core, 16 at most."""
-    return min(usable_cores(), _MOST_WORKERS) if requested < 0 else requested
+def choose_workers(requested: int, cores: int) -> int:
+    """How many processes decode images; -1: one for each of this process's cores, 16 at most."""
+    return min(cores, _MOST_WORKERS) if requested < 0 else requested
 
 
 def keep_freed_memory() -> None:

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
     cpu,
+    distributed,
     evaluate,
     feed,
     inputs,
@@ -26,9 +27,6 @@ from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
-
-# Unrolled, more blocks a stage than this take minutes to compile.
-_MOST_BLOCKS_UNROLLED = 40
 
 
 def make_model(config: ConfigDict) -> ResNet:
@@ -49,8 +47,7 @@ def make_model(config: ConfigDict) -> ResNet:
         survival=config.model.survival,
         bn_momentum=config.model.bn_momentum,
         bn_group_size=config.model.bn_group_size or None,
-        scan=scan == "always"
-        or (scan == "auto" and max(architecture.stage_sizes) > _MOST_BLOCKS_UNROLLED),
+        scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
         remat=config.model.remat,
     )
 
@@ -101,6 +98,7 @@ class Experiment:
       mean: float32, see `augment.statistics`.
       std: likewise.
       warn: told of images that cannot be read.
+      workers: processes that decode images.
     """
 
     config: ConfigDict
@@ -110,6 +108,7 @@ class Experiment:
     mean: np.ndarray
     std: np.ndarray
     warn: Callable[[str], None] = print
+    workers: int = 0
 
     @functools.cached_property
     def train_feed(self) -> feed.Feed:
@@ -123,8 +122,15 @@ class Experiment:
         return {k: self._feed(split) for k, split in splits.items() if split is not None}
 
     def _feed(self, split) -> feed.Feed:
-        c, warn = self.config, self.warn
-        return inputs.make_feed(split, self.mean, self.std, config=c, mesh=self.mesh, warn=warn)
+        return inputs.make_feed(
+            split,
+            self.mean,
+            self.std,
+            config=self.config,
+            mesh=self.mesh,
+            workers=self.workers,
+            warn=self.warn,
+        )
 
     def close(self) -> None:
         """Ends what works in the background."""
@@ -252,4 +258,7 @@ def build(
             f"classes of {dataset.name}"
         )
     mean, std = preprocessing or inputs.statistics(dataset, config.data.normalize)
-    return Experiment(config, dataset, mesh, make_model(config), mean, std, warn)
+    # Of several processes all are here, and some may share a machine.
+    cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
+    workers = cpu.choose_workers(config.data.workers, cores)
+    return Experiment(config, dataset, mesh, make_model(config), mean, std, warn, workers)

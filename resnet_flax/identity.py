@@ -112,6 +112,59 @@ def check_same_beginning(directory: pathlib.Path, digest: str | None, *, resumin
     )
 
 
+def checkpoint_directory(directory: pathlib.Path, requested: str | None) -> str:
+    """Where the checkpoints of the run in `directory` lie: a path, or the URL of a bucket.
+
+    Args:
+      directory: the run's.
+      requested: where they are to lie; None: where they do, or else in the directory.
+
+    Raises:
+      UserError: they lie elsewhere.
+    """
+    own = str(directory / "checkpoints")
+    begun = _run_record(directory)
+    place = begun.get("checkpoint_dir") or own
+    if begun and requested not in (None, place):
+        raise UserError(
+            f"the run in {directory} has its checkpoints in {place}, not in {requested}: leave "
+            "--checkpoint_dir as it was, or choose another --workdir"
+        )
+    return place if begun else requested or own
+
+
+def describe(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, in case the run's directory is lost."""
+    return {"config": flatten(config), "fingerprint": dataset.fingerprint}
+
+
+def check_same_run(
+    directory: pathlib.Path, place: str, saved: dict[str, Any], now: dict[str, Any]
+) -> None:
+    """Refuses checkpoints of another run, where those of a lost directory were kept elsewhere.
+
+    Args:
+      directory: the run's; where it has a record already, that has been compared.
+      place: of the checkpoints.
+      saved: as from `describe`, from a checkpoint.
+      now: likewise, of the run that is to go on from it.
+
+    Raises:
+      UserError: names what differs.
+    """
+    if _run_record(directory):
+        return
+    old = flatten(base_config()) | saved["config"]
+    differing = workdir.differing_keys(old, now["config"], OPERATIONAL_KEYS)
+    if saved["fingerprint"] != now["fingerprint"]:
+        differing.append("the data set")
+    if differing:
+        raise UserError(
+            f"the checkpoints in {place} are those of another run; choose another "
+            f"--checkpoint_dir, or undo: {'; '.join(differing)}"
+        )
+
+
 def other_devices(directory: pathlib.Path, mesh: Mesh) -> str | None:
     """A note, where a run goes on with another number of devices than it began with."""
     old = _run_record(directory).get("devices")

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, cpu, data, feed, models
+from resnet_flax import augment, data, feed, models
 from resnet_flax.data import streamed
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.errors import UserError
@@ -80,6 +80,7 @@ def make_feed(
     *,
     config: ConfigDict,
     mesh: Mesh,
+    workers: int,
     warn: Callable[[str], None],
 ) -> feed.Feed:
     """What brings a split to the devices; durations must be resolved.
@@ -90,6 +91,7 @@ def make_feed(
       std: likewise.
       config: of the run.
       mesh: of all devices.
+      workers: processes that decode images.
       warn: told of images that cannot be read.
     """
     common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
@@ -101,7 +103,7 @@ def make_feed(
         std,
         **common,
         total_steps=config.train.total_steps,
-        workers=cpu.choose_workers(config.data.workers),
+        workers=workers,
         limit=config.data.max_unreadable,
         warn=warn,
     )

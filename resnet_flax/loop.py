@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from resnet_flax import checkpoint, distributed, record, sharding
 from resnet_flax.errors import UserError
@@ -46,6 +47,21 @@ class History:
         return cls(**{k: v for k, v in saved.items() if k in known})
 
 
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """Where a run's checkpoints lie, and what each says of the run.
+
+    Attributes:
+      directory: local, or anywhere that orbax can write to.
+      run: see `identity.describe`.
+      resumed: whether the run goes on from one of them.
+    """
+
+    directory: epath.Path
+    run: dict[str, Any]
+    resumed: bool
+
+
 class Loop:
     """Dispatches chunks of steps, reading each one's results while the next is computed.
 
@@ -61,13 +77,15 @@ class Loop:
         history: History,
         progress: Progress,
         environment: dict[str, Any],
-        saved: pathlib.Path | None,
+        checkpoints: Checkpoints,
     ):
-        """Prepares to go on from `state`; `saved` is the checkpoint it came from, if any."""
+        """Prepares to go on from `state`."""
         self.experiment, self.directory, self.state = run, directory, state
         self.config, self.history, self.progress = run.config, history, progress
-        self.environment, self.saved = environment, saved
+        self.environment, self.checkpoints = environment, checkpoints
         self.step = int(state.step)
+        # The newest checkpoint.
+        self.saved = checkpoints.directory / str(self.step) if checkpoints.resumed else None
         self.log, self.writer = self._open()
         self.train_chunk = run.make_train_chunk()
         self.evaluated = run.make_evaluated()
@@ -86,8 +104,7 @@ class Loop:
             return Records(distributed.share(list)), checkpoint.NoWriter()
         log = RunLog(self.directory, self.step, self.config.log.tensorboard)
         distributed.share(lambda: log.records)
-        directory = self.directory / "checkpoints"
-        return log, checkpoint.Writer(directory, self.config.checkpoint.keep)
+        return log, checkpoint.Writer(self.checkpoints.directory, self.config.checkpoint.keep)
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, or until a signal; returns the result, see `train.train`."""
@@ -250,10 +267,11 @@ class Loop:
         if self.saved and self.saved.name == str(self.step):
             return
         try:
-            self.writer.save(self.state, dataclasses.asdict(self.history))
+            history = dataclasses.asdict(self.history)
+            self.writer.save(self.state, {**history, "run": self.checkpoints.run})
         except checkpoint.NotFiniteError as error:
             raise self._diverged(str(error)) from error
-        self.saved = self.directory / "checkpoints" / str(self.step)
+        self.saved = self.checkpoints.directory / str(self.step)
 
     def _tick(self) -> None:
         now = time.monotonic()

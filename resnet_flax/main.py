@@ -27,6 +27,12 @@ _WEIGHTS = flags.DEFINE_string(
     "evaluate: a weights file, a run's directory, or one of its checkpoints (default: the newest "
     "of --workdir). train: a weights file to begin a new run from.",
 )
+_CHECKPOINT_DIR = flags.DEFINE_string(
+    "checkpoint_dir",
+    None,
+    "Where a new run's checkpoints lie, a directory or a URL (gs://BUCKET/RUN) of this run alone; "
+    "default: <workdir>/checkpoints. A run whose workdir was lost goes on from there.",
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, on one machine or many, that train together."
 )
@@ -123,8 +129,8 @@ def _path(text: str | None) -> str | None:
     if "://" in text:
         # pathlib would make a local directory of that name.
         raise UserError(
-            f"{text}: runs and weights are read and written in local directories only; "
-            "launch/README.md says how a run is kept in a bucket"
+            f"{text}: runs and weights are read and written in local directories only; only "
+            "--checkpoint_dir may be a URL"
         )
     try:
         return str(pathlib.Path(text).expanduser())
@@ -143,7 +149,10 @@ def _train(config: ConfigDict | None) -> None:
     if config is None:
         raise UserError("no configuration given; try --config=configs/quickstart.py")
     path = pathlib.Path(_directory(config))
-    result = train.train(config, path, _path(_WEIGHTS.value))
+    place = _CHECKPOINT_DIR.value
+    if place is not None and "://" not in place:
+        place = os.path.abspath(_path(place))
+    result = train.train(config, path, _path(_WEIGHTS.value), place)
     if not distributed.is_first():
         return
     if loop.STOPPED in result:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import models, weights, workdir
+from resnet_flax import distributed, models, weights, workdir
 from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
@@ -43,6 +43,11 @@ def describe_model(run: Experiment) -> dict[str, Any]:
     }
 
 
+def count_parameters(run: Experiment) -> int:
+    """Trainable parameters of the run's net."""
+    return sum(p.size for p in jax.tree.leaves(run.abstract_state().params))
+
+
 def write_start(
     directory: pathlib.Path,
     config: ConfigDict,
@@ -51,6 +56,7 @@ def write_start(
     step: int,
     environment: dict[str, Any],
     init_weights: str | None,
+    checkpoint_dir: str,
 ) -> None:
     """Writes config, preprocessing and `run.json` at a run's start; a restart adds to the latter.
 
@@ -61,6 +67,7 @@ def write_start(
       step: where it begins or goes on.
       environment: see `environment`.
       init_weights: SHA-256 of the weights file it began with, if any.
+      checkpoint_dir: where its checkpoints lie.
     """
     path = directory / "run.json"
     old = workdir.read_json(path) or {}
@@ -72,9 +79,8 @@ def write_start(
     workdir.write_json(directory / "config.json", flatten(config))
     preprocess = directory / "preprocess.safetensors"
     weights.save_preprocessing(preprocess, run.mean, run.std)
-    dataset = run.dataset
+    dataset, usual = run.dataset, directory / "checkpoints"
     draw = dataset.validation_draw
-    parameters = jax.tree.leaves(run.abstract_state().params)
     workdir.write_json(
         path,
         {
@@ -82,9 +88,11 @@ def write_start(
             "shortcut": describe_model(run)["shortcut"],
             "devices": run.mesh.size,
             "init_weights": init_weights,
+            # Not where it is the usual place: directories are moved.
+            "checkpoint_dir": None if checkpoint_dir == str(usual) else checkpoint_dir,
             "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
-            "parameters": sum(int(np.prod(p.shape)) for p in parameters),
+            "parameters": count_parameters(run),
             "weighted_layers": models.get_architecture(run.config.model.name).weighted_layers,
             "total_steps": run.config.train.total_steps,
             "data": {
@@ -110,6 +118,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {p: _version(p) for p in packages},
         "hardware": hardware(mesh),
+        "processes": distributed.count(),
     }
 
 

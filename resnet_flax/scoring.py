@@ -175,7 +175,8 @@ def _from_checkpoint(path: pathlib.Path, run: Experiment, warn) -> tuple[int, An
     if _is_checkpoint(path):
         step, (tree, _) = int(path.name), checkpoint.read(path)
     else:
-        found = checkpoint.read_newest(path / "checkpoints", warn, set_aside=False)
+        place = identity.checkpoint_directory(path, None)
+        found = checkpoint.read_newest(place, warn, set_aside=False)
         if found is None:
             raise UserError(f"{path} holds no checkpoints")
         step, tree, _ = found

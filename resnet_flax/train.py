@@ -35,7 +35,12 @@ from resnet_flax.state import TrainState
 from resnet_flax.validation import validate
 
 
-def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None = None) -> dict:
+def train(
+    config: ConfigDict,
+    directory: pathlib.Path,
+    init_weights: str | None = None,
+    checkpoint_dir: str | None = None,
+) -> dict:
     """Trains, or goes on training, as configured; leaves everything in `directory`.
 
     Where it begins: at the newest undamaged checkpoint of the directory; else from `init_weights`;
@@ -46,6 +51,8 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
       config: see `config.base_config`.
       directory: the run's own.
       init_weights: a weights file to initialise a new run from.
+      checkpoint_dir: where the checkpoints are to lie, a path or a URL that orbax can write to, of
+        this run alone; None: in `directory`. A run whose directory was lost goes on from there.
 
     Returns:
       What `result.json` holds, or `{"stopped": step}` when SIGTERM or SIGINT ended the run early.
@@ -71,14 +78,17 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
             lambda: _preprocessing(directory, dataset, initial, init_weights)
         )
         run = experiment.build(config, dataset, mesh, preprocessing, progress.warn)
-        begin = functools.partial(_begin, run, directory, digest, progress.say)
+        own = identity.describe(config, dataset)
+        place = distributed.share(lambda: identity.checkpoint_directory(directory, checkpoint_dir))
+        location = checkpoint.locate(place)
+        begin = functools.partial(_begin, run, directory, place, own, digest, progress.say)
         beginning = distributed.share(begin)
         if beginning["result"] is not None:
             progress.say(f"the run in {directory} is finished")
             return json.loads(beginning["result"])
         state, history = _first_state(run, beginning, initial, init_weights)
         step = int(state.step)
-        saved = directory / "checkpoints" / str(step) if beginning["tree"] is not None else None
+        checkpoints = loop.Checkpoints(location, own, beginning["tree"] is not None)
         if distributed.is_first():
             if note := identity.other_devices(directory, mesh):
                 progress.say(note)
@@ -89,8 +99,18 @@ def train(config: ConfigDict, directory: pathlib.Path, init_weights: str | None 
                 step=step,
                 environment=environment,
                 init_weights=digest,
+                checkpoint_dir=place,
             )
-        return loop.Loop(run, directory, state, history, progress, environment, saved).run()
+            progress.say(_describe(run, environment))
+        return loop.Loop(run, directory, state, history, progress, environment, checkpoints).run()
+
+
+def _describe(run: Experiment, environment: dict[str, Any]) -> str:
+    """What is about to be trained, on what, where: a line."""
+    return (
+        f"{run.config.model.name}, {record.count_parameters(run):,} parameters, on "
+        f"{len(run.dataset.train):,} images of {run.dataset.name}; {environment['hardware']}"
+    )
 
 
 def _load_initial(path: str | None) -> tuple[weights.Weights | None, str | None]:
@@ -136,14 +156,20 @@ def _preprocessing(
 
 
 def _begin(
-    run: Experiment, directory: pathlib.Path, digest: str | None, warn: Callable[[str], None]
+    run: Experiment,
+    directory: pathlib.Path,
+    place: str,
+    own: dict[str, Any],
+    digest: str | None,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Where the run goes on: a checkpoint's `tree` and `history`; its `result` if it has ended."""
-    found = checkpoint.read_newest(directory / "checkpoints", warn, set_aside=True)
+    found = checkpoint.read_newest(place, warn, set_aside=True)
     identity.check_same_beginning(directory, digest, resuming=found is not None)
     if found is None:
         return {"tree": None, "history": None, "result": None}
     step, tree, history = found
+    identity.check_same_run(directory, place, history.get("run", own), own)
     total = run.config.train.total_steps
     result = record.finished(directory, total) if step == total else None
     return {"tree": tree, "history": history, "result": result and json.dumps(result)}

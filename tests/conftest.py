@@ -2,6 +2,7 @@ import atexit
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 # Before jax counts its devices: some tests compare eight devices with one.
@@ -52,3 +53,19 @@ def make_small_config():
 @pytest.fixture
 def small_config():
     return make_small_config()
+
+
+def stop_at_step(config, directory, step, **options):
+    """Trains until `step`, where a SIGTERM ends it."""
+    from resnet_flax import loop, train
+
+    original = loop.Loop._train
+
+    def stopping(self):
+        original(self)
+        if self.step >= step:
+            self.stop_signal = signal.SIGTERM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_train", stopping)
+        return train.train(config, directory, **options)

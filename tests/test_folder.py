@@ -12,6 +12,7 @@ from PIL import Image
 from resnet_flax import data, feed, metrics, scoring, sharding, train, weights
 from resnet_flax.data import Split, batches, stream, streamed
 from resnet_flax.errors import UserError
+from tests.conftest import stop_at_step
 from tests.test_train import assert_same_end
 
 SIDE = 16
@@ -251,7 +252,7 @@ def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(small_config, damag
     assert (whole["test_examples"], whole["test_unreadable_last"]) == (5, 1)
     record = metrics.read_records(tmp_path / "whole" / "metrics.jsonl")[-1]
     assert (record["examples"], record["unreadable"]) == (5, 1)
-    halted = load_and_stop(config, tmp_path / "parts", 6)
+    halted = stop_at_step(config, tmp_path / "parts", 6)
     assert halted["stopped"] == 6
     train.train(config, tmp_path / "parts")
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
@@ -262,26 +263,10 @@ def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(small_config, damag
     assert sum(bad[2] in line for line in said) == 1
 
 
-def load_and_stop(config, directory, step):
-    """Trains until `step`, as SIGTERM would end it there."""
-    from resnet_flax import loop
-
-    original = loop.Loop._train
-
-    def stopping(self):
-        original(self)
-        if self.step >= step:
-            self.stop_signal = 15
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.Loop, "_train", stopping)
-        return train.train(config, directory)
-
-
 def test_a_changed_folder_is_refused(small_config, photos, tmp_path):
     root = copy(photos, tmp_path / "photos")
     config = configure(small_config, root)
-    load_and_stop(config, tmp_path / "run", 4)
+    stop_at_step(config, tmp_path / "run", 4)
     (root / "ant" / "00.png").unlink()
     with pytest.raises(UserError, match="the data set folder is not the one"):
         train.train(config, tmp_path / "run")

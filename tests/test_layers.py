@@ -20,7 +20,7 @@ LEVELS = [
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed", "reporting"},
     {"evaluate", "identity", "inputs", "outputs"},
-    {"experiment", "grid"},
+    {"experiment", "pretrained", "grid"},
     {"record"},
     {"loop", "scoring"},
     {"train", "trained"},

@@ -435,3 +435,32 @@ def test_statistics_can_be_estimated_again_before_an_evaluation(small_config, tm
     assert wrong in scoring.score(None, None, file)
     # Early on, running statistics lag far behind: the estimates must make a difference.
     assert result["test_loss_last"] != train.train(small_config, plain)["test_loss_last"]
+
+
+def test_checkpoints_may_lie_elsewhere_and_outlive_the_directory(small_config, tmp_path):
+    """As on a machine whose disk goes with it, while a bucket stays."""
+    config, bucket = small_config, str(tmp_path / "bucket" / "run")
+    whole = train.train(config, tmp_path / "whole")
+    halted = conftest.stop_at_step(config, tmp_path / "a", 6, checkpoint_dir=bucket)
+    assert halted["stopped"] == 6
+    assert checkpoint.steps_in(bucket)[-1] == 6
+    assert not (tmp_path / "a" / "checkpoints").exists()
+    # Known to the run from then on.
+    with pytest.raises(UserError, match="has its checkpoints in .*bucket/run, not in"):
+        train.train(config, tmp_path / "a", checkpoint_dir=str(tmp_path / "other"))
+    assert "step 6" in scoring.score(None, str(tmp_path / "a"), None)
+    # Another machine, which knows nothing of the first but where the checkpoints are.
+    other = small_config.copy_and_resolve_references()
+    other.optim.learning_rate = 0.05
+    with pytest.raises(UserError, match="those of another run.*learning_rate: 0.1 -> 0.05"):
+        train.train(other, tmp_path / "b", checkpoint_dir=bucket)
+    result = train.train(config, tmp_path / "c", checkpoint_dir=bucket)
+    assert result["test_wrong_last"] == whole["test_wrong_last"]
+    trees = [checkpoint.read(f"{d}/12")[0] for d in (tmp_path / "whole" / "checkpoints", bucket)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_a_bucket_that_cannot_be_reached_is_named(small_config, tmp_path):
+    with pytest.raises(UserError, match="cannot reach gs://bucket/run: "):
+        train.train(small_config, tmp_path / "run", checkpoint_dir="gs://bucket/run")
+    assert not (tmp_path / "run").exists()

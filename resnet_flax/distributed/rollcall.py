@@ -144,6 +144,7 @@ def _refuse(links: dict[int, Link], reason: str) -> None:
     for link in links.values():
         with contextlib.suppress(OSError):
             link.send(refused=reason)
+        link.close()
     raise UserError(reason)
 
 
@@ -166,23 +167,22 @@ def _listen(place: Place, deadline: float) -> socket.socket:
 
 
 def _report(place: Place, timeout: float, deadline: float) -> Link:
-    reason = ""
+    reason = "timed out"
     while (left := deadline - time.monotonic()) > 0:
+        link = None
         try:
-            connection = socket.create_connection((place.host, place.port), timeout=left)
-            if connection.getsockname() == connection.getpeername():
-                # Linux connects a port of its own choice to itself, where nobody listens there.
-                connection.close()
-                raise ConnectionError("Connection refused")
-            link = Link(connection)
+            link = Link(_connect(place, left))
             link.send(**{_PROGRAM: place.index}, count=place.count, name=_own_name())
             # Process 0 will say who is missing: wait for its word a little longer than it does.
             answer = link.receive(timeout=left + 10)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
+            if link:
+                link.close()
             time.sleep(0.2)
             continue
         if "refused" in answer:
+            link.close()
             raise UserError(answer["refused"])
         link.name = answer["welcome"]
         return link
@@ -190,6 +190,15 @@ def _report(place: Place, timeout: float, deadline: float) -> Link:
         f"process {place.index} could not reach process 0 at {place.address} within {timeout:g} s "
         f"(--connect_timeout): {reason}"
     )
+
+
+def _connect(place: Place, timeout: float) -> socket.socket:
+    connection = socket.create_connection((place.host, place.port), timeout=timeout)
+    if connection.getsockname() == connection.getpeername():
+        # Linux connects a port of its own choice to itself, where nobody listens there.
+        connection.close()
+        raise ConnectionError("Connection refused")
+    return connection
 
 
 def _own_name() -> str:
