@@ -16,6 +16,7 @@ from resnet_flax import (
     identity,
     inputs,
     models,
+    pretrained,
     record,
     scoring,
     sharding,
@@ -32,7 +33,7 @@ class Trained:
     """A trained net.
 
     Attributes:
-      source: what was asked for: a run's directory or a weights file.
+      source: what was asked for: a run's directory, a weights file, or a published name.
       file: the weights file.
       weights: its content.
       run: the experiment.
@@ -45,10 +46,7 @@ class Trained:
 
     def test_feed(self) -> feed.Feed:
         """The test examples."""
-        run = self.run
-        return inputs.make_feed(
-            run.dataset.test, run.mean, run.std, config=run.config, mesh=run.mesh, warn=run.warn
-        )
+        return self.run.eval_feeds["test"]
 
     def variables(self) -> Any:
         """`{"params": …, "batch_stats": …}` on all devices, in the canonical layout."""
@@ -75,13 +73,15 @@ class Loader:
         """Loads a net.
 
         Args:
-          source: the directory of a finished run, or a weights file.
+          source: the directory of a finished run, a weights file, or the name of published weights.
 
         Raises:
           UserError: it is neither, or damaged, or its data are not there or not the same.
         """
-        is_run = source.is_dir()
-        file = source / "weights.safetensors" if is_run else source
+        entry = pretrained.read_index().get(str(source))
+        is_run = not entry and source.is_dir()
+        file = pretrained.FOLDER / entry["file"] if entry else source
+        file = source / "weights.safetensors" if is_run else file
         if is_run and not file.exists():
             raise UserError(f"{source} holds no weights.safetensors: finish the run first")
         loaded = weights.load(file)

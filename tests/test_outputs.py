@@ -34,7 +34,10 @@ def make_run(directory, seed, name="resnet8", **changes):
     params = jax.device_get(state.params)
     params["head"]["bias"] = -np.mean(scores, axis=0)
     environment = record.environment(run.mesh)
-    record.write_start(directory, config, run, step=0, environment=environment, init_weights=None)
+    record.write_start(
+        directory, config, run, step=0, environment=environment, init_weights=None,
+        checkpoint_dir=str(directory / "checkpoints"),
+    )  # fmt: skip
     content = weights.Weights(
         record.describe_model(run),
         {"params": params, **jax.device_get(stats)},
@@ -159,7 +162,7 @@ def test_responses_are_the_deviations_after_batch_normalisation(runs, digits, ca
     assert "7 layers" in capsys.readouterr().out
 
 
-def test_bottlenecks_have_one_response_a_block_and_preactivation_none(tmp_path):
+def test_bottlenecks_have_one_response_a_block_and_preactivation_none():
     def layers(name):
         return outputs.response_layers(models.create_model(name), name)
 
@@ -173,5 +176,11 @@ def test_bottlenecks_have_one_response_a_block_and_preactivation_none(tmp_path):
     for name in ("resnet20_preact", "resnet110_bn_after_addition", "resnet56_keras_v2"):
         with pytest.raises(UserError, match=f"{name} has its layers in another order"):
             layers(name)
-    with pytest.raises(UserError, match="is no directory of a run"):
-        responses.main([str(tmp_path / "absent")])
+
+
+def test_a_run_that_cannot_be_measured_does_not_stop_the_others(runs, tmp_path, capsys):
+    folder, _, _ = runs
+    with pytest.raises(UserError, match="1 of 2 runs could not be measured"):
+        responses.main([str(tmp_path / "absent"), str(folder / "b")])
+    assert "absent is no directory of a run" in capsys.readouterr().err
+    assert (folder / "b" / "responses.json").exists()

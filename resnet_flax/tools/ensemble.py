@@ -2,8 +2,8 @@
 
     python -m resnet_flax.tools.ensemble runs/paper/resnet110/seed* --out=ensemble.json
 
-Each net is the directory of a finished run, or a weights file; all must be of the same classes and
-data. Says the error of each, their mean, and that of the ensemble.
+Each net is the directory of a finished run, a weights file, or the name of published weights; all
+must be of the same classes and data. Says the error of each, their mean, and that of the ensemble.
 """
 
 import hashlib
@@ -120,7 +120,7 @@ def _text(result: dict[str, Any]) -> str:
 def main(argv: list[str]) -> None:
     """Scores the nets that are named."""
     parser = entry.parser(__doc__)
-    parser.add_argument("nets", nargs="+", help="directories of finished runs, or weights files")
+    parser.add_argument("nets", nargs="+", help="directories of runs, weights files, names")
     parser.add_argument("--data_dir", help="where the data are, if not where the runs found them")
     parser.add_argument("--out", help="a JSON file to write")
     parser.add_argument("--json", action="store_true", help="print JSON")

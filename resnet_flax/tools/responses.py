@@ -10,6 +10,7 @@ no batch normalisation stands at that place.
 
 import hashlib
 import pathlib
+import sys
 
 from resnet_flax import outputs, sharding, workdir
 from resnet_flax.errors import UserError
@@ -57,16 +58,23 @@ def main(argv: list[str]) -> None:
     parser.add_argument("runs", nargs="+", help="directories of finished runs")
     parser.add_argument("--data_dir", help="where the data are, if not where the run found them")
     args = parser.parse_args(argv)
-    loader = Loader(args.data_dir)
+    loader, failed = Loader(args.data_dir), 0
     for path in args.runs:
         directory = pathlib.Path(path).expanduser()
-        content = measure(directory, loader)
+        try:
+            content = measure(directory, loader)
+        except UserError as error:
+            failed += 1
+            print(f"passed over: {error}", file=sys.stderr)
+            continue
         values = [layer["std"] for layer in content["layers"]]
         print(
             f"{directory}: {content['model']}, {len(values)} layers, standard deviations from "
             f"{min(values):.3f} to {max(values):.3f}, mean {sum(values) / len(values):.3f}, on "
             f"{content['images']} images"
         )
+    if failed:
+        raise UserError(f"{failed} of {len(args.runs)} runs could not be measured")
 
 
 if __name__ == "__main__":
