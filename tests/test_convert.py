@@ -13,7 +13,6 @@ from resnet_flax import (
     augment,
     create_model,
     evaluate,
-    experiment,
     sharding,
     steps,
     torch_names,
@@ -21,6 +20,7 @@ from resnet_flax import (
 )
 from resnet_flax.data import dataset
 from resnet_flax.errors import UserError
+from resnet_flax.feed import ResidentFeed
 from resnet_flax.tools import convert
 from tests import test_data_helpers
 from tests.conftest import ROOT
@@ -249,12 +249,9 @@ def test_real_images_go_the_way_they_go_in_pytorch(tmp_path):
 
     mesh = sharding.make_mesh(jax.devices()[:1], 50)
     split = dataset.Split(images, labels)
-    resident = experiment.put_resident(split, ours.mean, ours.std, 0, mesh)
-    by_batch = sharding.split(mesh)
-    chunk = steps.make_eval_chunk(model, sharding=by_batch)
-    score = evaluate.evaluate(
-        chunk, ours.variables, resident, batch_size=50, split=sharding.split(mesh, 1)
-    )
+    fed = ResidentFeed(split, ours.mean, ours.std, seed=0, mesh=mesh, batch_size=50)
+    chunk = steps.make_eval_chunk(model, sharding=sharding.split(mesh))
+    score = evaluate.evaluate(chunk, ours.variables, fed, batch_size=50)
     # No two classes are so close that rounding decides between them.
     top = np.sort(want)[:, -2:]
     assert (top[:, 1] - top[:, 0]).min() > 1e-4
