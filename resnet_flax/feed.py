@@ -39,7 +39,7 @@ def _statistics(mean: np.ndarray, std: np.ndarray, seed: int, mesh: Mesh) -> dic
     }
 
 
-def _rows(count: int, batch_size: int, devices: int) -> np.ndarray:
+def padded_rows(count: int, batch_size: int, devices: int) -> np.ndarray:
     """Positions 0 to count - 1 in rows: int32 [k, B], -1 after the last; devices divide B."""
     batch_size = -(-min(batch_size, count) // devices) * devices
     rows = -(-count // batch_size)
@@ -95,7 +95,7 @@ class ResidentFeed:
 
     def batches(self, batch_size: int) -> Iterator[jax.Array]:
         """Positions of all examples: int32 [k, B], -1 for none."""
-        index = _rows(self.size, batch_size, self._mesh.size)
+        index = padded_rows(self.size, batch_size, self._mesh.size)
         # One dispatch for all on accelerators; on a CPU loops are slow (see steps).
         for chunk in index[:, None] if jax.default_backend() == "cpu" else index[None]:
             yield sharding.put(chunk, sharding.split(self._mesh, 1))
@@ -174,7 +174,7 @@ class StreamedFeed:
 
     def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """All examples, in order."""
-        yield from self._ordered(_rows(self.size, batch_size, self._mesh.size))
+        yield from self._ordered(padded_rows(self.size, batch_size, self._mesh.size))
 
     def spread(self, examples: int, batch_size: int) -> Iterator[dict[str, jax.Array]]:
         """Evenly spaced examples, as they are trained on but for mirroring."""
@@ -239,3 +239,8 @@ class StreamedFeed:
 
 
 Feed = ResidentFeed | StreamedFeed
+
+
+def chunk_steps(examples: Feed, requested: int) -> int:
+    """Steps to dispatch at once: `requested`, or where that is 0 as many as pay on this backend."""
+    return requested or (1 if jax.default_backend() == "cpu" else examples.default_chunk)

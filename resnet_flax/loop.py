@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from resnet_flax import checkpoint, distributed, record, sharding
+from resnet_flax import checkpoint, distributed, feed, record, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import Records, RunLog
@@ -155,15 +155,15 @@ class Loop:
         Two lengths, not many: each is a program to compile.
         """
         c = self.config
-        worth = 1 if jax.default_backend() == "cpu" else self.experiment.train_feed.default_chunk
-        chunk = c.train.chunk_steps or worth
+        chunk = feed.chunk_steps(self.experiment.train_feed, c.train.chunk_steps)
         periods = c.log.every_steps, c.eval.every_steps, c.checkpoint.every_steps
         stops = [(self.step // p + 1) * p for p in periods]
         return chunk if self.step + chunk <= min(c.train.total_steps, *stops) else 1
 
     def _train(self) -> None:
-        length, feed = self._chunk_length(), self.experiment.train_feed
-        arguments = self.state, feed.resident, feed.chunk(self.step, length), self._wishes()
+        length, examples = self._chunk_length(), self.experiment.train_feed
+        batches = examples.chunk(self.step, length)
+        arguments = self.state, examples.resident, batches, self._wishes()
         if length not in self.compiled:
             self._drain()
             self.compiled[length] = self.train_chunk.lower(*arguments).compile()

@@ -11,13 +11,14 @@ import tomllib
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 import resnet_flax
-from resnet_flax import create_model, pretrained, weights
+from resnet_flax import create_model, pretrained, torch_names, weights
 from resnet_flax.errors import UserError
 from resnet_flax.state import abstract_variables
-from resnet_flax.tools import publish
+from resnet_flax.tools import convert, publish
 from tests.conftest import ROOT
 from tests.test_convert import random_variables
 
@@ -64,6 +65,7 @@ def test_what_is_published_is_what_was_recorded(name):
     for key in ("model", "seed", "steps", "commit", "test_loss_last"):
         assert net.training[key] == result[key]
     assert net.name == name
+    assert len(repr(net)) < 500  # No arrays in it.
     assert (net.size, net.short_side) == (32, 32)
     sizes = [x.size for x in jax.tree.leaves(net.variables["params"])]
     assert sum(sizes) == entry["parameters"]
@@ -171,6 +173,27 @@ def test_sizes_are_those_of_the_net_s_training():
     cifar = {"data.name": "cifar10", "data.image_size": 0}
     assert sizes(**of_channels, **imagenet, training={"config": cifar}) == (32, 32)
     assert sizes(training={"config": {"data.image_size": "big", "data.name": ["x"]}}) == (8, 8)
+
+
+def test_converted_weights_and_a_run_s_directory(tmp_path):
+    variables = random_variables(create_model("resnet8", 3))
+    safetensors.numpy.save_file(torch_names.to_torch(variables), tmp_path / "theirs.safetensors")
+    convert.main(
+        [
+            f"--from_torch={tmp_path}/theirs.safetensors",
+            "--model=resnet8",
+            "--preprocess=imagenet",
+            f"--out={tmp_path}/run/weights.safetensors",
+        ]
+    )
+    net = resnet_flax.load_pretrained(tmp_path / "run")
+    assert (net.size, net.class_names) == (32, ("0", "1", "2"))
+    image = np.random.RandomState(2).randint(0, 256, (32, 32, 3), np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    logits = jax.jit(net.model.apply)(variables, ((image / 255 - mean) / std)[None])[0]
+    want = np.exp(logits) / np.exp(logits).sum()
+    for name, probability in net.predict(image)[0]:
+        np.testing.assert_allclose(probability, want[int(name)], atol=1e-5)
 
 
 def test_files_that_contradict_themselves():

@@ -39,7 +39,7 @@ Picture = str | os.PathLike | bytes | np.ndarray
 """An image: a file's path, a file's content, or uint8 [H, W, 3]."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
     """A trained net with all that is needed to use it.
 
@@ -59,12 +59,12 @@ class Pretrained:
     """
 
     name: str
-    model: ResNet
-    variables: dict[str, Any]
-    mean: np.ndarray
-    std: np.ndarray
+    model: ResNet = dataclasses.field(repr=False)
+    variables: dict[str, Any] = dataclasses.field(repr=False)
+    mean: np.ndarray = dataclasses.field(repr=False)
+    std: np.ndarray = dataclasses.field(repr=False)
     class_names: tuple[str, ...]
-    training: dict[str, Any]
+    training: dict[str, Any] = dataclasses.field(repr=False)
     size: int
     short_side: int
     sha256: str

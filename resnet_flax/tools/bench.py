@@ -1,0 +1,230 @@
+r"""Measures the speed of training and evaluation, and how far it is from what the devices can do.
+
+python -m resnet_flax.tools.bench
+python -m resnet_flax.tools.bench --models=resnet20,resnet110 --batch_sizes=128,1024 \
+    --dtypes=float32,bfloat16 --devices=1,2 --out=bench.json
+
+Every combination runs in a process of its own, on random images of the size of the net's data set,
+and executes what a training run does: the same compiled function, steps a dispatch and feed. With
+--out, what a file of that name holds already is not measured again.
+
+The ceilings are measured in the same process: the product of two large matrices of the same dtype,
+and adding to a large array in place. "of matmul" is the multiply-adds of the net's convolutions and
+dense layer, three times for forwards and backwards, as a share of the first. "of bandwidth" is what
+XLA counts as read and written by the program's instructions as a share of the second; it knows no
+caches. "x limit" is the time of a step over the larger of the two shares' times.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from resnet_flax import models, workdir
+from resnet_flax.config import base_config, flatten, nearest_key
+from resnet_flax.errors import UserError
+from resnet_flax.tools import bench_report, entry
+
+_DTYPES = "auto", "float32", "bfloat16"
+_PARTS = "train", "eval", "ceilings", "first_step"
+
+
+def run_worker(
+    case: dict[str, Any], *, timeout: float | None = None, cache: str | None = None
+) -> dict[str, Any]:
+    """What `tools.bench_worker` prints for a case, in a process of its own.
+
+    Args:
+      case: see `bench_worker.Case`.
+      timeout: seconds after which it is ended.
+      cache: directory of its compilation cache; None: as the environment has it.
+
+    Raises:
+      UserError: it failed, with the last line that it said.
+    """
+    environment = dict(os.environ)
+    if cache:
+        environment["JAX_COMPILATION_CACHE_DIR"] = cache
+    command = [sys.executable, "-m", "resnet_flax.tools.bench_worker"]
+    case = {**case, "started": time.time()}
+    try:
+        done = subprocess.run(
+            [*command, json.dumps(case)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"took more than --timeout={timeout:g} seconds") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(lines[-1].removeprefix("error: ")[:500])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_case(
+    case: dict[str, Any], *, timeout: float | None = None, want_first_step: bool = True
+) -> dict[str, Any]:
+    """A row: `case`, `measured`, `summary`, and `first_step`, or `case` and `error`.
+
+    Args:
+      case: see `bench_worker.Case`.
+      timeout: seconds for each process.
+      want_first_step: start two more processes: one with an empty compilation cache, and one that
+        finds there what the first has compiled.
+    """
+    row: dict[str, Any] = {"case": case}
+    try:
+        if case["parts"]:
+            row["measured"] = run_worker(case, timeout=timeout)
+            row["summary"] = bench_report.summarize(row["measured"], case["batch_size"])
+        if want_first_step:
+            alone = {**case, "parts": ["first_step"]}
+            with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as cache:
+                row["first_step"] = {
+                    name: run_worker(alone, timeout=timeout, cache=cache)
+                    for name in ("cold", "cached")
+                }
+    except UserError as error:
+        return {"case": case, "error": str(error)}
+    return row
+
+
+def _numbers(flag: str, text: str, least: int) -> list[int]:
+    try:
+        values = [int(x) for x in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{flag}={text} must be whole numbers, separated by commas") from error
+    if min(values) < least:
+        raise UserError(f"{flag}={text}: {min(values)} is less than {least}")
+    return values
+
+
+def _words(flag: str, text: str, known: tuple[str, ...]) -> list[str]:
+    values = text.split(",")
+    for value in values:
+        if value not in known:
+            raise UserError(f"{flag}={text}: {value!r} must be one of {', '.join(known)}")
+    return values
+
+
+def _overrides(given: list[str]) -> dict[str, str]:
+    known, found = flatten(base_config()), {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"--set={text} must be KEY=VALUE, for example model.remat=True")
+        if key not in known:
+            near = nearest_key(key)
+            raise UserError(
+                f"--set={text}: {key!r} is no config key" + (f"; {near!r}?" if near else "")
+            )
+        found[key] = value
+    return found
+
+
+def make_cases(args) -> list[dict[str, Any]]:
+    """Every combination that the flags ask for.
+
+    Raises:
+      UserError: a flag makes no sense.
+    """
+    names = args.models.split(",")
+    for name in names:
+        models.get_architecture(name)
+    batches = _numbers("--batch_sizes", args.batch_sizes, 1)
+    counts = _numbers("--devices", args.devices, 0)
+    dtypes = _words("--dtypes", args.dtypes, _DTYPES)
+    for batch, count in itertools.product(batches, counts):
+        if count and batch % count:
+            raise UserError(f"--devices: {count} devices do not divide a batch of {batch}")
+    for flag, least in (("repeats", 1), ("steps", 0), ("examples", 0), ("eval_examples", 0)):
+        if getattr(args, flag) < least:
+            raise UserError(f"--{flag}={getattr(args, flag)} is less than {least}")
+    if args.seconds <= 0 or args.timeout < 0:
+        raise UserError(f"--seconds={args.seconds:g} and --timeout={args.timeout:g}: above 0")
+    if args.examples and args.examples < max(batches):
+        raise UserError(f"--examples={args.examples} is less than a batch of {max(batches)}")
+    common = {
+        "repeats": args.repeats,
+        "seconds": args.seconds,
+        "steps": args.steps,
+        "examples": args.examples,
+        "eval_examples": args.eval_examples,
+        "parts": [p for p in _words("--parts", args.parts, _PARTS) if p != "first_step"],
+        "overrides": _overrides(args.set),
+    }
+    return [
+        {"model": name, "batch_size": batch, "dtype": dtype, "devices": count, **common}
+        for name, batch, dtype, count in itertools.product(names, batches, dtypes, counts)
+    ]
+
+
+def _parser():
+    parser = entry.parser(__doc__)
+    add = parser.add_argument
+    add("--models", default="resnet20", help="nets, separated by commas")
+    add("--batch_sizes", default="128", help="examples a step, over all devices")
+    add("--dtypes", default="auto", help="float32, bfloat16; auto: bfloat16 off the CPU")
+    add("--devices", default="0", help="how many; 0: as many as a run would use")
+    add("--parts", default=",".join(_PARTS), help="what to measure, of %(default)s")
+    add("--repeats", type=int, default=5, help="timings of each thing")
+    add("--seconds", type=float, default=2.0, help="least length of one")
+    add("--steps", type=int, default=0, help="instead, its least number of training steps")
+    add("--examples", type=int, default=0, help="training images; default: 50,000")
+    add("--eval_examples", type=int, default=0, help="test images; default: 10,000; CPU: 2,000")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="change of the config")
+    add("--timeout", type=float, default=0.0, help="seconds for each process; 0: no limit")
+    add("--out", help="JSON file, kept up to date row by row")
+    add("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def read_rows(path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """The rows that an earlier command left; failed ones are left out."""
+    content = workdir.read_json(path) if path else None
+    return [row for row in (content or {}).get("rows", []) if "error" not in row]
+
+
+def main(argv: list[str]) -> None:
+    """Measures what the flags ask for, and prints it."""
+    args = _parser().parse_args(argv)
+    cases = make_cases(args)
+    path = pathlib.Path(args.out) if args.out else None
+    if path and not path.parent.is_dir():
+        raise UserError(f"--out={path}: there is no directory {path.parent}")
+    old = read_rows(path)
+    content: dict[str, Any] = {
+        "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
+        "rows": [],
+    }
+    for number, case in enumerate(cases, 1):
+        row = next((r for r in old if r["case"] == case), None)
+        if row is None:
+            what = ", ".join(str(case[k]) for k in ("model", "batch_size", "dtype", "devices"))
+            print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
+            row = run_case(
+                case,
+                timeout=args.timeout or None,
+                want_first_step="first_step" in args.parts.split(","),
+            )
+        content["rows"].append(row)
+        if path:
+            kept = [r for r in old if r["case"] not in [x["case"] for x in content["rows"]]]
+            workdir.write_json(path, {**content, "rows": content["rows"] + kept})
+    print(json.dumps(content) if args.json else bench_report.describe(content["rows"]))
+    failed = sum("error" in row for row in content["rows"])
+    if failed:
+        raise UserError(f"{failed} of {len(cases)} combinations could not be measured")
+
+
+if __name__ == "__main__":
+    entry.run(main)
