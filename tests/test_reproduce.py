@@ -256,6 +256,28 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
     assert said.count("a/seed0: another process is at it") == 1
 
 
+def test_what_others_have_finished_is_noticed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("resnet_flax.grid.runner._LOOK_AT_OTHERS", 0.1)
+    jobs = make_fakes(tmp_path, {"a": "", "b": "wait"})
+    jobs[0].directory.mkdir(parents=True)
+    with workdir.claim(jobs[0].directory):
+        runner = Runner(jobs, tmp_path, parallel=1, say=str)
+        thread = threading.Thread(target=runner.run)
+        thread.start()
+        wait_for(jobs[1].directory / "ready")
+        (jobs[0].directory / "weights.safetensors").touch()
+        result = {"steps": 12, "test_error_last": 0.5}
+        workdir.write_json(jobs[0].directory / "result.json", result)
+        end = time.monotonic() + 60
+        while "a/seed0" not in runner.done and time.monotonic() < end:
+            time.sleep(0.02)
+        # While the other is still at work.
+        assert list(runner.done) == ["a/seed0"]
+        (jobs[1].directory / "go").touch()
+        thread.join(60)
+    assert [starts(job) for job in jobs] == [0, 1]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_handed_on_and_all_stops(tmp_path, number):
     jobs = make_fakes(tmp_path, {"a": "wait", "b": "wait", "c": "wait"})
@@ -396,6 +418,7 @@ def test_command_line(tmp_path):
         (["plain", "--jobs=0"], "--jobs=0 must be at least 1"),
         (["plain", "--part=5/4"], "--part=5/4 must be like 1/4"),
         (["plain", "--config.optim.momentum", "0.8"], "unrecognized argument --config.optim.mom"),
+        (["plain", "--workdir=gs://a/b"], "--workdir=gs://a/b must be a local directory"),
         (["plain", "--config.KEY=1"], "stands for a key"),
     ],
 )

@@ -111,23 +111,31 @@ class Runner:
         """Starts what there is room for; returns whether some jobs have not been tried yet."""
         while self._waiting and len(self._active) < self._parallel and not self.stop_signal:
             self._take(self._waiting.popleft())
-        idle = len(self._active) < self._parallel and not self.stop_signal
-        if idle and self._held and time.monotonic() >= self._next_look:
+        if self._held and not self.stop_signal and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + _LOOK_AT_OTHERS
             for _ in range(len(self._held)):
+                job = self._held.popleft()
                 if len(self._active) < self._parallel:
-                    self._take(self._held.popleft())
+                    self._take(job)
+                elif not self._is_done(job, state_of(job)):
+                    self._held.append(job)
         return bool(self._waiting) and not self.stop_signal
 
     def _take(self, job: Job) -> None:
+        if self._is_done(job, state_of(job)):
+            return
         lock = locks.hold(self._directory / ".locks" / job.name.replace("/", "-"))
         if lock is None or locks.is_held(job.directory / ".lock"):
             if lock:
                 lock.close()
             self._leave(job)
             return
-        if self._settle(job, state_of(job)):
+        # Nobody else changes it any more.
+        state = state_of(job)
+        if self._is_done(job, state) or state.refusal:
             lock.close()
+            if state.refusal:
+                self._fail(job, state.refusal)
             return
         self._told.discard(job.name)
         step = last_step(job.directory)
@@ -170,13 +178,10 @@ class Runner:
             self._told.add(job.name)
             self._say(f"{job.name}: another process is at it")
 
-    def _settle(self, job: Job, state: State) -> bool:
-        """Notes a job that is done or cannot be; returns whether it was one."""
+    def _is_done(self, job: Job, state: State) -> bool:
         if state.result:
             self.done[job.name] = state.result
-        elif state.refusal:
-            self._fail(job, state.refusal)
-        return bool(state.result or state.refusal)
+        return bool(state.result)
 
     def _fail(self, job: Job, reason: str) -> None:
         self.failed[job.name] = reason
@@ -188,10 +193,9 @@ class Runner:
             self._active.remove(active)
             job, status, state = active.job, active.process.returncode, state_of(active.job)
             active.lock.close()
-            if self._settle(job, state):
-                if state.result:
-                    error = 100 * state.result["test_error_last"]
-                    self._say(f"{job.name}: done, test error {error:.2f} %")
+            if self._is_done(job, state):
+                error = 100 * state.result["test_error_last"]
+                self._say(f"{job.name}: done, test error {error:.2f} %")
             elif locks.is_held(job.directory / ".lock"):
                 self._leave(job)
             elif self.stop_signal:

@@ -147,6 +147,7 @@ def responses(groups: list[Group]) -> list[Picture]:
             draw_grid(axes, colors)
         panels[0].legend(fontsize=8)
         panels[1].set_xlabel("3x3 layer")
+        panels[1].xaxis.get_major_locator().set_params(integer=True)
 
     caption = (
         "Standard deviation, on the test images, of the output of each 3x3 layer's batch "

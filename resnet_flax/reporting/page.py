@@ -78,7 +78,8 @@ def to_html(report: Report, images: dict[tuple[str, str], bytes]) -> str:
 def _html_table(table: Table) -> str:
     def cell(text: str) -> str:
         kind = ' class="missing"' if text == MISSING else ""
-        return f"<td{kind}>{html.escape(text)}</td>"
+        escaped = html.escape(text).replace(" ± ", "&nbsp;±&nbsp;")
+        return f"<td{kind}>{escaped}</td>"
 
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in table.columns)
     rows = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.rows)

@@ -168,6 +168,8 @@ def main(argv: list[str]) -> None:
     """Makes, or lists, what the flags ask for."""
     args, overrides = _parse(argv)
     runs = runs_of(args.experiment, on_request=args.with_1202)
+    if "://" in args.workdir:
+        raise UserError(f"--workdir={args.workdir} must be a local directory")
     directory = pathlib.Path(args.workdir).expanduser()
     jobs = make_jobs(runs, directory, seeds=args.seeds, scale=args.scale, overrides=overrides)
     jobs = _part(jobs, args.part)
