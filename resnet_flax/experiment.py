@@ -28,9 +28,6 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
 
-# Unrolled, more blocks a stage than this take minutes to compile.
-_MOST_BLOCKS_UNROLLED = 40
-
 
 def make_model(config: ConfigDict) -> ResNet:
     """The configured net; `num_classes` must be resolved."""
@@ -50,8 +47,7 @@ def make_model(config: ConfigDict) -> ResNet:
         survival=config.model.survival,
         bn_momentum=config.model.bn_momentum,
         bn_group_size=config.model.bn_group_size or None,
-        scan=scan == "always"
-        or (scan == "auto" and max(architecture.stage_sizes) > _MOST_BLOCKS_UNROLLED),
+        scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
         remat=config.model.remat,
     )
 

@@ -56,7 +56,7 @@ def score(
     """
     begin = functools.partial(_begin, config, directory, source, overrides or {})
     beginning = distributed.share(begin)
-    config = _fill(base_config(), json.loads(beginning["config"]))
+    config = fill(base_config(), json.loads(beginning["config"]))
     path = pathlib.Path(source or directory)
     mesh = devices.choose_mesh(config)
     dataset = inputs.load_data(config)
@@ -100,7 +100,7 @@ def _begin(
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     loaded = weights.load(path) if path.is_file() else None
     if config is None:
-        config = _own_config(path, loaded)
+        config = own_config(path, loaded)
         config_lib.override(config, overrides)
     if not loaded:
         # What it was trained for, and on, is not the evaluation's to change.
@@ -138,7 +138,12 @@ def _run_of(path: pathlib.Path) -> pathlib.Path:
     return path.resolve().parent.parent if _is_checkpoint(path) else path
 
 
-def _own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDict:
+def own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDict:
+    """The configuration that a run's directory, or the weights `loaded` from a file, tells of.
+
+    Raises:
+      UserError: the directory holds none.
+    """
     config = base_config()
     elsewhere: tuple[str, ...] = ()
     if loaded:
@@ -151,10 +156,10 @@ def _own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDic
         stored = workdir.read_json(_run_of(path) / "config.json")
         if stored is None:
             raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
-    return _fill(config, {k: v for k, v in stored.items() if k not in elsewhere})
+    return fill(config, {k: v for k, v in stored.items() if k not in elsewhere})
 
 
-def _fill(config: ConfigDict, flat: dict[str, Any]) -> ConfigDict:
+def fill(config: ConfigDict, flat: dict[str, Any]) -> ConfigDict:
     """`config` with the values of a flat one, as JSON gives them; unknown keys are left out."""
     for key in flatten(config):
         if key in flat:

@@ -51,6 +51,17 @@ def initial_variables(model: ResNet, key: jax.Array, image_shape: tuple[int, ...
     return variables if model.scan else layout.to_canonical(variables)
 
 
+def abstract_variables(model: ResNet) -> Any:
+    """Shapes and dtypes of a net's variables in the canonical layout."""
+    scanned = model.clone(scan=True)
+
+    def initialise(key):
+        # The side is of no account: nothing in the nets depends on it.
+        return initial_variables(scanned, key, (32, 32, 3))
+
+    return layout.to_canonical(jax.eval_shape(initialise, jax.random.key(0)))
+
+
 def create_state(
     model: ResNet,
     optimizer: optax.GradientTransformation,

@@ -35,7 +35,7 @@ _DROP_KEY, _COLOR_KEY = 2, 3
 _GUESSES = 5
 
 
-def _examples(resident, batch, sharding):
+def examples(resident, batch, sharding):
     """uint8 images [B, H, W, C], and labels int32 [B]: negative where there is no example."""
     if "images" not in resident:
         return batch["images"], batch["labels"]
@@ -96,7 +96,7 @@ def make_train_chunk(
     """
 
     def train_step(state: TrainState, batch: Any, resident: dict):
-        images, labels = _examples(resident, batch, sharding)
+        images, labels = examples(resident, batch, sharding)
         key = jax.random.fold_in(resident["key"], state.step)
         if color:
             shift = augment.color_shift(jax.random.fold_in(key, _COLOR_KEY), len(images))
@@ -148,6 +148,27 @@ def make_train_chunk(
     )
 
 
+def make_predict(model: ResNet, ten_crops: int = 0) -> Callable[[Any, jax.Array, dict], jax.Array]:
+    """Makes `predict(variables, images, resident)`: logits [B, K] of uint8 images [B, H, W, C].
+
+    Args:
+      model: the net.
+      ten_crops: see `make_eval_chunk`; then they are logarithms of the averaged probabilities.
+    """
+
+    def predict(variables, images, resident):
+        if ten_crops:
+            images = augment.ten_crops(images, ten_crops)
+        images = augment.normalize(images, resident["mean"], resident["std"])
+        if not ten_crops:
+            return model.apply(variables, images, train=False)
+        logits = model.apply(variables, images.reshape(-1, *images.shape[2:]), train=False)
+        each = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
+        return jax.nn.logsumexp(each, axis=1) - np.log(each.shape[1])
+
+    return predict
+
+
 def make_eval_chunk(
     model: ResNet, *, sharding: NamedSharding, ten_crops: int = 0
 ) -> Callable[[Any, dict, Any], dict[str, jax.Array]]:
@@ -166,19 +187,10 @@ def make_eval_chunk(
       scalar, examples whose label is none of the five likeliest; `unreadable`: int32 scalar,
       examples that are missing from these because their images cannot be read.
     """
-
-    def predict(variables, images, resident):
-        if ten_crops:
-            images = augment.ten_crops(images, ten_crops)
-        images = augment.normalize(images, resident["mean"], resident["std"])
-        if not ten_crops:
-            return model.apply(variables, images, train=False)
-        logits = model.apply(variables, images.reshape(-1, *images.shape[2:]), train=False)
-        each = jax.nn.log_softmax(logits).reshape(*images.shape[:2], -1)
-        return jax.nn.logsumexp(each, axis=1) - np.log(each.shape[1])
+    predict = make_predict(model, ten_crops)
 
     def eval_step(variables, batch, resident):
-        images, labels = _examples(resident, batch, sharding)
+        images, labels = examples(resident, batch, sharding)
         logits = predict(variables, images, resident)
         real = labels >= 0
         known = jnp.maximum(labels, 0)
@@ -225,7 +237,7 @@ def make_batch_statistics(
     fresh = model.clone(bn_momentum=0.0)
 
     def batch_statistics(variables, resident, batch, draw):
-        images, _ = _examples(resident, batch, sharding)
+        images, _ = examples(resident, batch, sharding)
         images = augment.normalize(images, resident["mean"], resident["std"])
         key = jax.random.fold_in(resident["key"], _STATISTICS_KEYS + draw.astype(jnp.uint32))
         images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)

@@ -17,6 +17,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
+# A job in the background is started with these ignored, and would hand that on to the processes
+# that some tests start and then send signals to.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(
+            number,
+            signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL,
+        )
+
 import jax
 import pytest
 

@@ -18,12 +18,12 @@ LEVELS = [
         "file_list",
     },
     {"data", "state", "metrics", "validation", "devices"},
-    {"steps", "checkpoint", "weights", "feed"},
-    {"evaluate", "identity", "inputs"},
-    {"experiment"},
+    {"steps", "checkpoint", "weights", "feed", "reporting"},
+    {"evaluate", "identity", "inputs", "outputs"},
+    {"experiment", "pretrained", "grid"},
     {"record"},
     {"loop", "scoring"},
-    {"train"},
+    {"train", "trained"},
     {"main", "tools"},
 ]
 

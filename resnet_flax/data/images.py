@@ -101,7 +101,7 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
     if content[:4] in _POSTSCRIPT:
         raise ImageError("it is PostScript, which is not read")
     try:
-        with _QUIET, Image.open(io.BytesIO(content), formats=_formats()) as image:
+        with _QUIET, Image.open(io.BytesIO(content), formats=formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
@@ -230,8 +230,8 @@ _QUIET = _Quiet()
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
-    """Returns the formats to try, the most likely first."""
+def formats() -> tuple[str, ...]:
+    """Returns Pillow's names of the formats to try, the most likely first."""
     Image.init()
     return ("JPEG", "PNG", *(f for f in Image.ID if f not in {"JPEG", "PNG", *_REFUSED}))
 

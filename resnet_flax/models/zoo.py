@@ -42,6 +42,11 @@ class Architecture:
         """Layers on the longest path that have weights: projections do not count [R Fig. 3]."""
         return 2 + sum(self.stage_sizes) * self.block.weighted_layers
 
+    @property
+    def scan_pays(self) -> bool:
+        """Whether the net is so deep that, unrolled, it would take minutes to compile."""
+        return max(self.stage_sizes) > 40
+
 
 def cifar_architecture(depth: int, block: type[blocks.Block], shortcut: str) -> Architecture:
     """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks.

@@ -16,15 +16,14 @@ import io
 import pathlib
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
 from resnet_flax import models, torch_names, weights
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks, layout
+from resnet_flax.models import blocks
 from resnet_flax.models.resnet import without_survival
-from resnet_flax.state import initial_variables
+from resnet_flax.state import abstract_variables
 from resnet_flax.tools import entry
 from resnet_flax.workdir import write_atomically
 
@@ -152,14 +151,6 @@ def from_torch(
         class_names=class_names or tuple(map(str, range(num_classes))),
         training={"source": source} if source else {},
     )
-
-
-def abstract_variables(model) -> dict[str, Any]:
-    """Shapes of a net's variables in the canonical layout."""
-    shape = (32, 32, 3)
-    scanned = model.clone(scan=True)
-    abstract = jax.eval_shape(lambda key: initial_variables(scanned, key, shape), jax.random.key(0))
-    return layout.to_canonical(abstract)
 
 
 def _numbers(text: str, flag: str, *, positive: bool = False) -> np.ndarray:

@@ -25,6 +25,9 @@ def parser(description: str) -> argparse.ArgumentParser:
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(arguments)`; a `UserError` becomes a line on stderr and exit status 1."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if sys.stdout is not None:
+        # Names of files may be of characters that the terminal's encoding lacks, or of none.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
         sys.stdout.flush()

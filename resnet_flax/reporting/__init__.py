@@ -1,0 +1,1 @@
+"""From the records of runs to tables and pictures beside the published numbers."""

@@ -1,0 +1,183 @@
+r"""Says what is on images: the five likeliest classes of each, with their probabilities.
+
+    python -m resnet_flax.tools.predict --weights=resnet20_cifar10_short photo.jpg holiday/
+    python -m resnet_flax.tools.predict --weights=runs/quickstart/seed0/weights.safetensors \
+        --json --strip=strip.png digits/
+
+Images may be of any size, mode and format that Pillow decodes; the net sees the central square. Of
+folders, every file is taken whose name ends like that of an image, in sub-folders too. A file that
+cannot be read is named and passed over; the exit status is then 1, and 0 where all could be read.
+"""
+
+import io
+import json
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from resnet_flax import pretrained
+from resnet_flax.data import images
+from resnet_flax.errors import UserError
+from resnet_flax.tools import entry
+from resnet_flax.workdir import write_atomically
+
+# The picture of predictions: most images on it, images in a row, side of an image in pixels.
+_STRIP, _COLUMNS, _SIDE = 64, 8, 112
+
+
+def find_images(paths: Iterable[str]) -> Iterator[str]:
+    """The files among `paths` as they are, and the image files of the folders, in order of name.
+
+    Links are followed, into each folder once; hidden files and folders are left alone. A folder
+    that cannot be listed comes out itself, to fail as a file would.
+    """
+    known = {
+        extension
+        for extension, kind in Image.registered_extensions().items()
+        if kind in images.formats()
+    }
+    for path in paths:
+        if not os.path.isdir(path):
+            yield path
+            continue
+        seen, failed = set(), []
+        for place, folders, files in os.walk(path, onerror=failed.append, followlinks=True):
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(f for f in folders if not f.startswith("."))
+            for file in sorted(files):
+                if not file.startswith(".") and os.path.splitext(file)[1].lower() in known:
+                    yield os.path.join(place, file)
+        yield from (error.filename for error in failed)
+
+
+def predict(
+    net: pretrained.Pretrained, files: Iterable[str], *, thumbnails: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Predicts image files, a bounded number of them at a time.
+
+    Args:
+      net: see `pretrained.load_pretrained`.
+      files: paths.
+      thumbnails: of so many readable images a small picture is kept.
+
+    Yields:
+      For each file, in order, `image`, its path, and either `predictions`, a list of `class` and
+      `probability`, the likeliest first, and perhaps `thumbnail`, uint8 [H, W, 3]; or `error`.
+    """
+    pending, crops = [], []
+
+    def finish():
+        rows = iter(net.probabilities(np.stack(crops))) if crops else iter(())
+        for found in pending:
+            if "error" not in found:
+                found["predictions"] = [
+                    {"class": name, "probability": round(p, 6)} for name, p in net.rank(next(rows))
+                ]
+            yield found
+        pending.clear()
+        crops.clear()
+
+    for file in files:
+        found = {"image": file}
+        try:
+            crops.append(net.crop(file))
+            if thumbnails:
+                thumbnails -= 1
+                found["thumbnail"] = net.crop(file, _SIDE)
+        except UserError as error:
+            found["error"] = str(error)
+        pending.append(found)
+        if len(pending) == pretrained.BATCH:
+            yield from finish()
+    yield from finish()
+
+
+def draw_strip(found: list[dict[str, Any]]) -> bytes:
+    """A PNG of images, each with its likeliest class and that one's probability.
+
+    Args:
+      found: of `predict`; those without a `thumbnail` are left out.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [f for f in found if "thumbnail" in f]
+    columns = min(len(shown), _COLUMNS)
+    rows = -(-len(shown) // columns)
+    figure = Figure(figsize=(1.4 * columns, 1.7 * rows), dpi=100, layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, item in zip(figure.axes, shown, strict=False):
+        axes.imshow(item["thumbnail"])
+        best = item["predictions"][0]
+        name = best["class"] if len(best["class"]) <= 16 else best["class"][:15] + "…"
+        # A class may be called "$5": that is no formula.
+        title = f"{name}\n{100 * best['probability']:.1f} %"
+        axes.set_title(title, fontsize=8, parse_math=False)
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # A script that the font lacks.
+        FigureCanvasAgg(figure).print_png(content)
+    return content.getvalue()
+
+
+def _line(found: dict[str, Any]) -> str:
+    each = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
+    return f"{found['image']}: {', '.join(each)}"
+
+
+def _printable(text: str) -> str:
+    """`text` on one line, whatever characters the name of a file has in it."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def main(argv: list[str]) -> None:
+    """Predicts the images that the arguments name."""
+    parser = entry.parser(__doc__)
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="image files, or folders of them"
+    )
+    parser.add_argument("--weights", required=True, help="a published name, a file, or a run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--strip", type=pathlib.Path, help=f"a PNG of the first {_STRIP} to write")
+    args = parser.parse_args(argv)
+    strip = args.strip
+    if strip and (strip.suffix.lower() != ".png" or not strip.parent.is_dir()):
+        raise UserError(f"--strip={strip} must be a name ending in .png in a folder that exists")
+    net = pretrained.load_pretrained(args.weights)
+    done, unreadable, total = [], 0, 0
+    for found in predict(net, find_images(args.images), thumbnails=_STRIP if strip else 0):
+        total += 1
+        if "error" in found:
+            unreadable += 1
+            print(_printable(found["error"]), file=sys.stderr)
+        elif not args.json:
+            print(_printable(_line(found)))
+        if args.json or "thumbnail" in found:
+            done.append(found)
+    if strip and any("thumbnail" in f for f in done):
+        try:
+            write_atomically(strip, draw_strip(done))
+        except OSError as error:
+            raise UserError(f"cannot write {strip}: {error.strerror}") from error
+    if args.json:
+        listed = [{k: v for k, v in f.items() if k != "thumbnail"} for f in done]
+        print(json.dumps(listed, indent=2))
+    if not total:
+        raise UserError(f"there are no images in {', '.join(args.images)}")
+    if unreadable:
+        raise UserError(f"{unreadable} of {total} images could not be read")
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,161 @@
+"""`tools.export`: programs that compute what the net does, without the package."""
+
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax import export as jax_export
+
+from resnet_flax import pretrained, weights
+from resnet_flax.errors import UserError
+from resnet_flax.tools import export
+from tests.test_pretrained import small_weights
+
+pytest.importorskip("flatbuffers")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "net.safetensors"
+    weights.save(path, small_weights())
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "new/exported"
+    export.main([f"--weights={file}", f"--out={folder}", "--batch_size=2"])
+    return folder
+
+
+def test_any_number_of_images_runs_without_the_package(file, exported, tmp_path):
+    images = np.random.RandomState(3).randint(0, 256, (5, 8, 8, 3), np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    code = (
+        "import sys, numpy as np; from jax import export\n"
+        f"net = export.deserialize(open({str(exported / 'model.jaxexport')!r}, 'rb').read())\n"
+        f"images = np.load({str(tmp_path / 'images.npy')!r})\n"
+        "got = [net.call(images), net.call(images[:1])]\n"
+        f"np.save({str(tmp_path / 'got.npy')!r}, np.concatenate(got))\n"
+        "assert net.platforms == ('cpu', 'cuda', 'tpu')\n"
+        "assert 'resnet_flax' not in sys.modules and 'flax' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    want = pretrained.load_pretrained(file).probabilities(images)
+    got = np.load(tmp_path / "got.npy")
+    np.testing.assert_allclose(got, np.concatenate([want, want[:1]]), atol=1e-5)
+
+
+def test_the_portable_program_has_one_argument_and_no_calls_of_jax_s_own(exported):
+    stablehlo = pytest.importorskip("jaxlib.mlir.dialects.stablehlo")
+    from jaxlib.mlir import ir
+
+    content = (exported / "model.stablehlo").read_bytes()
+    with ir.Context() as context:
+        stablehlo.register_dialect(context)
+        text = str(stablehlo.deserialize_portable_artifact(context, content))
+    (main,) = [line for line in text.splitlines() if "func.func public @main" in line]
+    assert "(%arg0: tensor<2x8x8x3xui8>) -> (tensor<2x3xf32>" in main
+    assert "custom_call" not in text
+
+
+def test_the_description(file, exported, capsys):
+    description = json.loads((exported / "model.json").read_text())
+    assert description["weights"] == "net.safetensors"  # Not where it lay.
+    assert description["weights_sha256"] == pretrained.load_pretrained(file).sha256
+    assert description["class_names"] == ["ant", "bee", "cat"]
+    shapes = {
+        n: (f["input"]["shape"], f["output"]["shape"]) for n, f in description["files"].items()
+    }
+    assert shapes == {
+        "model.jaxexport": (["b", 8, 8, 3], ["b", 3]),
+        "model.stablehlo": ([2, 8, 8, 3], [2, 3]),
+    }
+    export.main([f"--check={exported}"])
+    assert "net.safetensors, written by jax" in capsys.readouterr().out
+
+
+def test_logits(file, tmp_path):
+    export.main([f"--weights={file}", f"--out={tmp_path}", "--output=logits"])
+    net = pretrained.load_pretrained(file)
+    images = np.random.RandomState(4).randint(0, 256, (2, 8, 8, 3), np.uint8)
+    program = jax_export.deserialize((tmp_path / "model.jaxexport").read_bytes())
+    np.testing.assert_allclose(
+        program.call(images), jax.jit(net.logits)(images), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_program_that_differs_is_not_left_behind(file, tmp_path, monkeypatch):
+    serialized = export._serialized
+    other = jax_export.symbolic_shape("b")[0]
+
+    def wrong(exported):
+        def compute(images):
+            return jax.numpy.full((images.shape[0], 3), 1 / 3)
+
+        spec = jax.ShapeDtypeStruct((other, 8, 8, 3), np.uint8)
+        return serialized(jax_export.export(jax.jit(compute), platforms=["cpu"])(spec))
+
+    (tmp_path / "model.json").write_text("{}")
+    monkeypatch.setattr(export, "_serialized", wrong)
+    with pytest.raises(
+        UserError, match=r"differs from .*net\.safetensors by 0\.\d+: it was removed"
+    ):
+        export.main([f"--weights={file}", f"--out={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_damaged_or_cannot_be_read(exported, tmp_path):
+    folder = tmp_path / "copy"
+
+    def refused(message, **contents):
+        folder.mkdir(exist_ok=True)
+        for path in exported.iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        for name, content in contents.items():
+            (folder / f"model.{name}").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            export.main([f"--check={folder}"])
+
+    refused("model.stablehlo is damaged: its SHA-256 is another", stablehlo=b"x")
+    refused("model.json is damaged", json=b"{")
+    refused("model.json is damaged: 'files'", json=b"{}")
+    refused("model.json is damaged", json=b'{"files": [1]}')
+    program = jax_export.deserialize((exported / "model.jaxexport").read_bytes())
+    newer = dataclasses.replace(program, mlir_module_serialized=b"not yet")
+    for content in (b"made by a jax of the future", bytes(newer.serialize())):
+        description = json.loads((exported / "model.json").read_text())
+        digest = hashlib.sha256(content).hexdigest()
+        description["files"]["model.jaxexport"]["sha256"] = digest
+        description["versions"]["jax"] = "99.0"
+        refused(
+            r"does not run with jax .*; it was written by jax 99\.0: take that one or a later one",
+            jaxexport=content,
+            json=json.dumps(description).encode(),
+        )
+    (folder / "model.stablehlo").unlink()
+    with pytest.raises(UserError, match=r"model\.stablehlo cannot be read: No such file"):
+        export.check(folder)
+    with pytest.raises(UserError, match=r"holds no model\.json"):
+        export.check(tmp_path)
+
+
+def test_wrong_arguments(file, tmp_path):
+    (tmp_path / "taken").touch()
+    for args, message in (
+        ([], "give --weights=NAME|FILE and --out=FOLDER, or --check=FOLDER"),
+        ([f"--weights={file}"], "give --weights"),
+        ([f"--check={tmp_path}", f"--weights={file}"], "--check goes without"),
+        (["--weights=resnet20", f"--out={tmp_path}"], "no weights are published yet"),
+        ([f"--weights={file}", f"--out={tmp_path}", "--batch_size=0"], "must be at least 1"),
+        ([f"--weights={file}", f"--out={tmp_path}", "--output=x"], "invalid choice: 'x'"),
+        ([f"--weights={file}", f"--out={tmp_path}/taken"], "cannot write in .*taken: File exists"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export.main(args)
+    assert [p.name for p in tmp_path.iterdir()] == ["taken"]

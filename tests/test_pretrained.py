@@ -1,0 +1,295 @@
+"""Published weights: those of recorded runs, checked when they are loaded, and what they do."""
+
+import fnmatch
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+import resnet_flax
+from resnet_flax import create_model, pretrained, torch_names, weights
+from resnet_flax.errors import UserError
+from resnet_flax.state import abstract_variables
+from resnet_flax.tools import convert, publish
+from tests.conftest import ROOT
+from tests.test_convert import random_variables
+
+INDEX = pretrained.read_index()
+
+
+def small_weights(**changes):
+    """Random weights of an 8-layer net for 8x8 images of three classes."""
+    values = {
+        "model": {"name": "resnet8", "shortcut": "A", "num_classes": 3, "stride_in_3x3": False},
+        "variables": random_variables(create_model("resnet8", 3)),
+        "mean": np.full((8, 8, 3), 120, np.float32),
+        "std": np.full(1, 64, np.float32),
+        "class_names": ("ant", "bee", "cat"),
+        "training": {},
+    }
+    return weights.Weights(**values | changes)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "net.safetensors"
+    weights.save(path, small_weights())
+    return path
+
+
+def test_importing_the_package_reads_no_images():
+    code = (
+        "import sys, resnet_flax; assert 'PIL' not in sys.modules; resnet_flax.load_pretrained; "
+        "assert 'PIL' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    with pytest.raises(AttributeError, match="load_pretrain'"):
+        resnet_flax.load_pretrain  # noqa: B018
+
+
+@pytest.mark.parametrize("name", INDEX)
+def test_what_is_published_is_what_was_recorded(name):
+    entry = INDEX[name]
+    result = json.loads((ROOT / entry["results"] / "result.json").read_text())
+    net = resnet_flax.load_pretrained(name)
+    assert entry["test_error"] == result["test_error_last"]
+    assert list(net.class_names) == result["class_names"]
+    for key in ("model", "seed", "steps", "commit", "test_loss_last"):
+        assert net.training[key] == result[key]
+    assert net.name == name
+    assert len(repr(net)) < 500  # No arrays in it.
+    assert (net.size, net.short_side) == (32, 32)
+    sizes = [x.size for x in jax.tree.leaves(net.variables["params"])]
+    assert sum(sizes) == entry["parameters"]
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(net.variables))
+
+
+def test_readme_lists_what_is_published():
+    inside = (ROOT / "README.md").read_text().split("published -->")[1]
+    rows = []
+    for name, entry in INDEX.items():
+        run = f"[{entry['results'].split('/', 1)[1]}]({entry['results']})"
+        rows.append(f"| `{name}` | {100 * entry['test_error']:.2f} % | {run} |")
+    assert [line for line in inside.splitlines() if line.startswith("| `")] == rows
+
+
+def test_published_files_are_installed_and_small():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = settings["tool"]["setuptools"]["package-data"]["resnet_flax.pretrained"]
+    files = [entry["file"] for entry in INDEX.values()]
+    for file in ("index.json", *files):
+        assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns), file
+    assert sorted(files) == sorted(p.name for p in pretrained.FOLDER.glob("*.safetensors"))
+    assert sum((pretrained.FOLDER / f).stat().st_size for f in files) <= publish.MOST_BYTES
+
+
+def test_names_that_are_not_published():
+    for source, message in (
+        ("resnet20", r"no weights are published yet for resnet20; there are: .*\(13\.34 % on cif"),
+        ("resnet20_cifar10_shrt", r"did you mean 'resnet20_cifar10_short'\?"),
+        ("nothing", "no published weights are called 'nothing'; there are: plain20_"),
+        ("no/such.safetensors", "weights file no/such.safetensors does not exist; of published"),
+        (ROOT, "weights file .* does not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resnet_flax.load_pretrained(source)
+
+
+def test_a_changed_file_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "FOLDER", tmp_path)
+    shutil.copy(ROOT / "resnet_flax/pretrained/index.json", tmp_path)
+    monkeypatch.setattr(pretrained, "read_index", lambda: INDEX)
+    with pytest.raises(UserError, match="is missing: install the package again"):
+        resnet_flax.load_pretrained("resnet20_cifar10_short")
+    source = ROOT / "resnet_flax/pretrained/resnet20_cifar10_short.safetensors"
+    content = bytearray(source.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / source.name).write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: its SHA-256 is .*, not 32e891312b44"):
+        resnet_flax.load_pretrained("resnet20_cifar10_short")
+
+
+def test_probabilities_are_those_of_the_net(file):
+    net = resnet_flax.load_pretrained(file)
+    assert net.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    # More than a batch, and not a multiple of one.
+    crops = np.random.RandomState(0).randint(0, 256, (41, 8, 8, 3), np.uint8)
+    got = net.probabilities(crops)
+    model = create_model("resnet8", 3)
+    variables, normalized = small_weights().variables, (crops.astype(np.float32) - 120) / 64
+    logits = jax.jit(model.apply)(variables, normalized)
+    want = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(net.logits)(crops), logits, atol=1e-4)
+    assert net.probabilities(crops[:0]).shape == (0, 3)
+    for wrong in (crops[:, :4], crops[0], crops.astype(np.float32)):
+        with pytest.raises(ValueError, match=r"must be uint8 \[N"):
+            net.probabilities(wrong)
+
+
+def test_predict_takes_one_image_or_many_of_any_size(file, tmp_path):
+    net = resnet_flax.load_pretrained(str(file))
+    big = np.random.RandomState(1).randint(0, 256, (8, 16, 3), np.uint8)
+    Image.fromarray(big).save(tmp_path / "big.png")
+    row = net.probabilities(big[None, :, 4:12])[0]  # The central square.
+    order = sorted(range(3), key=lambda k: -row[k])
+    want = [(("ant", "bee", "cat")[k], pytest.approx(row[k], abs=1e-6)) for k in order]
+    content = (tmp_path / "big.png").read_bytes()
+    for one in (big, content, tmp_path / "big.png", str(tmp_path / "big.png")):
+        assert net.predict(one) == [want]
+    assert net.predict([big, content], top=2) == [want[:2], want[:2]]
+    assert net.predict([]) == []
+    for wrong in (tmp_path / "no.png", file, tmp_path, b"", big[0], big / 2):
+        with pytest.raises(UserError, match="cannot be read: "):
+            net.predict([wrong])
+
+
+def test_sizes_are_those_of_the_net_s_training():
+    def sizes(**changes):
+        net = pretrained.assemble("x", small_weights(**changes), "")
+        return net.size, net.short_side
+
+    of_channels = {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)}
+    imagenet = {
+        "model": {"name": "resnet18", "num_classes": 3},
+        "variables": jax.tree.map(
+            lambda x: np.zeros(x.shape, np.float32), abstract_variables(create_model("resnet18", 3))
+        ),
+    }
+    assert sizes() == (8, 8)
+    assert sizes(**of_channels) == (32, 32)
+    assert sizes(**of_channels, training={"config": {"data.image_size": 48}}) == (48, 48)
+    assert sizes(**of_channels, **imagenet) == (224, 256)
+    folder = {"data.name": "folder", "data.image_size": 64, "data.eval_short_side": 80}
+    assert sizes(**of_channels, **imagenet, training={"config": folder}) == (64, 80)
+    cifar = {"data.name": "cifar10", "data.image_size": 0}
+    assert sizes(**of_channels, **imagenet, training={"config": cifar}) == (32, 32)
+    assert sizes(training={"config": {"data.image_size": "big", "data.name": ["x"]}}) == (8, 8)
+
+
+def test_converted_weights_and_a_run_s_directory(tmp_path):
+    variables = random_variables(create_model("resnet8", 3))
+    safetensors.numpy.save_file(torch_names.to_torch(variables), tmp_path / "theirs.safetensors")
+    convert.main(
+        [
+            f"--from_torch={tmp_path}/theirs.safetensors",
+            "--model=resnet8",
+            "--preprocess=imagenet",
+            f"--out={tmp_path}/run/weights.safetensors",
+        ]
+    )
+    net = resnet_flax.load_pretrained(tmp_path / "run")
+    assert (net.size, net.class_names) == (32, ("0", "1", "2"))
+    image = np.random.RandomState(2).randint(0, 256, (32, 32, 3), np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    logits = jax.jit(net.model.apply)(variables, ((image / 255 - mean) / std)[None])[0]
+    want = np.exp(logits) / np.exp(logits).sum()
+    for name, probability in net.predict(image)[0]:
+        np.testing.assert_allclose(probability, want[int(name)], atol=1e-5)
+
+
+def test_files_that_contradict_themselves():
+    for changes, message in (
+        ({"class_names": ("ant", "bee")}, "has 2 class names, but its net 3 outputs"),
+        ({"class_names": ("ant", "bee", 3)}, "has 3 class names, but"),
+        ({"model": {"name": "resnet9"}}, "unknown model 'resnet9'"),
+        ({"model": {"name": "resnet8", "dropout": 1}}, "describes no net of this version"),
+        ({"model": {"name": "resnet8", "num_classes": "3"}}, "describes no net of this version"),
+        ({"model": {"name": "resnet20", "num_classes": 3}}, "it lacks .*stage1_block2"),
+        ({"mean": np.zeros((8, 9, 3), np.float32)}, "expects images of another shape"),
+        ({"std": np.zeros(1, np.float32)}, "expects images of another shape"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrained.assemble("x", small_weights(**changes), "")
+    assert pretrained.assemble("x", small_weights(class_names=()), "").class_names[2] == "2"
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A recorded run, and its weights."""
+    results = tmp_path / "results/made_up"
+    results.mkdir(parents=True)
+    result = {
+        "model": "resnet8", "shortcut": "A", "data": "digits", "seed": 0, "steps": 5,
+        "test_error_last": 0.25, "commit": "abc", "class_names": ["ant", "bee", "cat"],
+        "test_confusion_last": [[1]],
+    }  # fmt: skip
+    training = {k: v for k, v in result.items() if k[-5:] not in ("names", "_last")}
+    training["test_error_last"] = 0.25
+    training["config"] = {"optim.learning_rate": 0.1}
+    file = small_weights(training=training)
+    parameters = sum(x.size for x in jax.tree.leaves(file.variables["params"]))
+    for name, content in (
+        ("result", result),
+        ("run", {"parameters": parameters}),
+        ("config", {"optim.learning_rate": 0.1}),
+    ):
+        (results / f"{name}.json").write_text(json.dumps(content))
+    record = {"split": "test", "step": 5, "error": 0.25, "examples": 4}
+    (results / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    weights.save(tmp_path / "w.safetensors", file)
+    (tmp_path / "published").mkdir()
+    return results, tmp_path / "w.safetensors", tmp_path / "published"
+
+
+def test_publish_writes_a_file_and_a_line_of_the_index(recorded, monkeypatch, capsys):
+    results, file, folder = recorded
+    publish.main(
+        [str(results), f"--weights={file}", "--name=resnet8_made_up", f"--folder={folder}"]
+    )
+    assert "published resnet8_made_up: 25.00 % test error" in capsys.readouterr().out
+    entry = pretrained.read_index(folder)["resnet8_made_up"]
+    assert entry["results"] == "results/made_up"
+    path = folder / "resnet8_made_up.safetensors"
+    assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    got, want = weights.load(path), weights.load(file)
+    jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
+    with pytest.raises(UserError, match="published already, from results/made_up"):
+        publish.publish(results, file, "resnet8_made_up", folder=folder)
+    publish.publish(results, file, "resnet8_made_up", folder=folder, replace=True)
+    monkeypatch.setattr(publish, "MOST_BYTES", 2 * path.stat().st_size - 1)
+    with pytest.raises(UserError, match="would have more than"):
+        publish.publish(results, file, "resnet8_more", folder=folder)
+    assert sorted(p.name for p in folder.iterdir()) == ["index.json", path.name]
+    assert list(pretrained.read_index(folder)) == ["resnet8_made_up"]
+
+
+def test_weights_of_another_run_are_not_published(recorded):
+    results, file, folder = recorded
+
+    def refused(message, name="resnet8_made_up", where=results):
+        with pytest.raises(UserError, match=message):
+            publish.publish(where, file, name, folder=folder)
+        assert not list(folder.iterdir())
+
+    refused("must be of small letters", "resnet8-made-up")
+    refused("must be of small letters", "resnet20_made_up")
+    refused("must be of small letters", "resnet8/../../x")
+    outside = results.parent.parent / "elsewhere"
+    shutil.copytree(results, outside)
+    refused("does not lie in results/", where=outside)
+    refused("holds no result.json", where=folder)
+    for name, key, value, message in (
+        ("result", "commit", "def", "its commit is 'abc', the run's 'def'"),
+        ("result", "test_error_last", 0.2500001, "its test_error_last is 0.25,"),
+        ("result", "class_names", ["a", "b", "c"], "its class names is"),
+        ("run", "parameters", 1, "its parameter count is"),
+        ("config", "optim.learning_rate", 0.2, "its learning rate is 0.1, the run's 0.2"),
+    ):
+        path = results / f"{name}.json"
+        old = path.read_text()
+        path.write_text(json.dumps(json.loads(old) | {key: value}))
+        refused(message)
+        path.write_text(old)
+    (results / "metrics.jsonl").write_text("")
+    refused("its last test error is 0.25, the run's None")
+    (results / "result.json").write_text('{"model": "resnet8"}')
+    refused("lacks data")
