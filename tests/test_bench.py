@@ -1,6 +1,7 @@
 """`tools.bench`: the arithmetic of its report, its complaints, and one small real run."""
 
 import json
+import time
 
 import jax
 import numpy as np
@@ -102,11 +103,15 @@ def test_a_program_of_known_cost_is_counted_so():
 
 
 def test_tables_have_dashes_where_nothing_was_measured():
-    measured = MEASURED | {"dtype": "float32", "program": {}, "train_memory": {"bytes": 3e6}}
+    measured = MEASURED | {
+        "dtype": "float32",
+        "program": {},
+        "train_memory": {"bytes": 3e6, "of": "device"},
+    }
     row = {"case": {"model": "resnet8", "batch_size": 10}, "measured": measured, "summary": {}}
     lines = bench_report.table([row], bench_report.COST).splitlines()
     assert len(lines) == 2
-    assert lines[1].split() == ["resnet8", "10", "float32", "2", "5", *"-------", "3"]
+    assert lines[1].split() == ["resnet8", "10", "float32", "2", "5", *"-------", "3", "device"]
     assert {len(line) for line in lines} == {len(lines[0])}
 
 
@@ -167,6 +172,7 @@ def test_a_small_real_run(tmp_path, capsys):
     out = tmp_path / "bench.json"
     flags = "--models=resnet8 --batch_sizes=16 --dtypes=float32 --devices=2 --repeats=2 --steps=2"
     flags = [*flags.split(), "--seconds=0.05", "--examples=64", "--eval_examples=40"]
+    flags.append("--parts=train,eval,ceilings")
     bench.main([*flags, f"--out={out}"])
     printed = capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
@@ -182,10 +188,6 @@ def test_a_small_real_run(tmp_path, capsys):
     assert min(shares) > 0
     assert max(shares) * summary["above_limit"] == pytest.approx(1)
     assert measured["train_memory"]["bytes"] > measured["program"]["temp_bytes"] > 0
-    for name in ("cold", "cached"):
-        moments = row["first_step"][name]
-        assert 0 < moments["imported"] < moments["data"] < moments["compiled"]
-        assert moments["compiled"] < moments["first_chunk"]
     assert "resnet8" in printed
     assert "TFLOP/s" in printed
     # What is there is not measured again, what is asked for besides is; failures are told.
@@ -196,3 +198,23 @@ def test_a_small_real_run(tmp_path, capsys):
         bench.main([*flags, "--set=optim.learning_rate=-1", "--json"])
     (failed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert "optim.learning_rate=-1" in failed["error"]
+
+
+def test_first_step_is_measured_with_an_empty_cache_and_a_full_one(monkeypatch):
+    caches = []
+
+    def run_worker(case, *, timeout, cache):
+        caches.append((cache, case["parts"]))
+        return {"first_chunk": 1.0}
+
+    monkeypatch.setattr(bench, "run_worker", run_worker)
+    row = bench.run_case({"model": "resnet8", "parts": ["first_step"]})
+    assert row["first_step"] == {"cold": {"first_chunk": 1.0}, "cached": {"first_chunk": 1.0}}
+    assert caches[0] == caches[1]
+    assert caches[0][1] == ["first_step"]
+    case = bench_worker.Case(
+        "resnet8", 16, "float32", 2, examples=64, eval_examples=1, started=time.time()
+    )
+    moments = bench_worker.first_step(case)
+    assert 0 < moments["imported"] < moments["data"] < moments["compiled"] < moments["first_chunk"]
+    assert moments["trace"] + moments["compile"] <= moments["compiled"] - moments["data"]

@@ -70,23 +70,21 @@ def run_worker(
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_case(
-    case: dict[str, Any], *, timeout: float | None = None, want_first_step: bool = True
-) -> dict[str, Any]:
-    """A row: `case`, `measured`, `summary`, and `first_step`, or `case` and `error`.
+def run_case(case: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
+    """A row: `case`, and `measured`, `summary` and `first_step`, or else `error`.
 
     Args:
-      case: see `bench_worker.Case`.
+      case: see `bench_worker.Case`; its part "first_step" starts two more processes: one with an
+        empty compilation cache, and one that finds there what the first has compiled.
       timeout: seconds for each process.
-      want_first_step: start two more processes: one with an empty compilation cache, and one that
-        finds there what the first has compiled.
     """
     row: dict[str, Any] = {"case": case}
+    parts = [part for part in case["parts"] if part != "first_step"]
     try:
-        if case["parts"]:
-            row["measured"] = run_worker(case, timeout=timeout)
+        if parts:
+            row["measured"] = run_worker({**case, "parts": parts}, timeout=timeout)
             row["summary"] = bench_report.summarize(row["measured"], case["batch_size"])
-        if want_first_step:
+        if "first_step" in case["parts"]:
             alone = {**case, "parts": ["first_step"]}
             with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as cache:
                 row["first_step"] = {
@@ -159,7 +157,7 @@ def make_cases(args) -> list[dict[str, Any]]:
         "steps": args.steps,
         "examples": args.examples,
         "eval_examples": args.eval_examples,
-        "parts": [p for p in _words("--parts", args.parts, _PARTS) if p != "first_step"],
+        "parts": _words("--parts", args.parts, _PARTS),
         "overrides": _overrides(args.set),
     }
     return [
@@ -188,10 +186,39 @@ def _parser():
     return parser
 
 
-def read_rows(path: pathlib.Path | None) -> list[dict[str, Any]]:
-    """The rows that an earlier command left; failed ones are left out."""
-    content = workdir.read_json(path) if path else None
-    return [row for row in (content or {}).get("rows", []) if "error" not in row]
+def run_cases(
+    cases: list[dict[str, Any]],
+    path: pathlib.Path | None,
+    *,
+    timeout: float | None = None,
+) -> dict[str, Any]:
+    """Measures all cases; tells of each on stderr as it begins.
+
+    Args:
+      cases: see `bench_worker.Case`.
+      path: a JSON file kept up to date row by row; what it holds already, but for failures, is not
+        measured again. Its other content stays.
+      timeout: see `run_case`.
+
+    Returns:
+      `command`, and `rows`, see `run_case`.
+    """
+    content = (workdir.read_json(path) if path else None) or {}
+    old = content.get("rows", [])
+    rows: list[dict[str, Any]] = []
+    command = shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]])
+    for number, case in enumerate(cases, 1):
+        row = next((r for r in old if r["case"] == case and "error" not in r), None)
+        if row is None:
+            what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
+            print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
+            row = run_case(case, timeout=timeout)
+        rows.append(row)
+        if path:
+            others = [r for r in old if r["case"] not in [x["case"] for x in rows]]
+            content |= {"command": command, "rows": rows + others}
+            workdir.write_json(path, content)
+    return {"command": command, "rows": rows}
 
 
 def main(argv: list[str]) -> None:
@@ -201,25 +228,11 @@ def main(argv: list[str]) -> None:
     path = pathlib.Path(args.out) if args.out else None
     if path and not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no directory {path.parent}")
-    old = read_rows(path)
-    content: dict[str, Any] = {
-        "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
-        "rows": [],
-    }
-    for number, case in enumerate(cases, 1):
-        row = next((r for r in old if r["case"] == case), None)
-        if row is None:
-            what = ", ".join(str(case[k]) for k in ("model", "batch_size", "dtype", "devices"))
-            print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
-            row = run_case(
-                case,
-                timeout=args.timeout or None,
-                want_first_step="first_step" in args.parts.split(","),
-            )
-        content["rows"].append(row)
-        if path:
-            kept = [r for r in old if r["case"] not in [x["case"] for x in content["rows"]]]
-            workdir.write_json(path, {**content, "rows": content["rows"] + kept})
+    content = run_cases(
+        cases,
+        path,
+        timeout=args.timeout or None,
+    )
     print(json.dumps(content) if args.json else bench_report.describe(content["rows"]))
     failed = sum("error" in row for row in content["rows"])
     if failed:

@@ -90,11 +90,15 @@ def _megabytes(value: float | None) -> str:
     return f"{value / 1e6:,.0f}"
 
 
+def _peak(memory: dict[str, Any]) -> str:
+    return f"{_megabytes(memory['bytes'])} {memory['of']}"
+
+
 _HEAD: list[Column] = [
     ("net", lambda r: r["case"]["model"]),
     ("batch", lambda r: str(r["case"]["batch_size"])),
-    ("dtype", lambda r: r["measured"]["dtype"]),
-    ("devices", lambda r: str(r["measured"]["devices"])),
+    ("dtype", lambda r: r.get("measured", r["case"])["dtype"]),
+    ("devices", lambda r: str(r.get("measured", r["case"])["devices"])),
 ]
 SPEED: list[Column] = [
     *_HEAD,
@@ -115,7 +119,7 @@ COST: list[Column] = [
     ("GFLOP/step", lambda r: f"{r['summary']['step_operations'] / 1e9:.2f}"),
     ("by XLA", lambda r: f"{r['summary']['step_operations_xla'] / 1e9:.2f}"),
     ("temporary MB", lambda r: _megabytes(r["measured"]["program"]["temp_bytes"])),
-    ("peak MB", lambda r: _megabytes(r["measured"]["train_memory"]["bytes"])),
+    ("peak MB of", lambda r: _peak(r["measured"]["train_memory"])),
 ]
 
 
@@ -143,26 +147,24 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[Column]) -> str:
 def describe(rows: Sequence[dict[str, Any]]) -> str:
     """Both tables, the ceilings, and what failed; rows as `tools.bench` writes them."""
     good = [r for r in rows if "error" not in r]
-    lines = []
-    if good:
-        environment = good[0]["measured"]["environment"]
+    lines: list[str] = []
+    for environment in [r["measured"]["environment"] for r in good if "measured" in r]:
         versions = environment["versions"]
-        lines += [
+        line = (
             f"{environment['hardware']}; Python {environment['python']}, jax {versions['jax']}, "
-            f"flax {versions['flax']}; commit {environment['commit']}",
-            "medians of repeats (least to most)",
-            "",
-            table(good, SPEED),
-            "",
-            table(good, COST),
-        ]
-        for row in good:
-            if ceilings := row["measured"].get("ceilings"):
-                lines.append(
-                    f"ceilings measured with {row['case']['model']}, {row['measured']['dtype']}, "
-                    f"{row['measured']['devices']} device(s): {ceilings['operations'] / 1e12:.3g} "
-                    f"TFLOP/s, {ceilings['bytes'] / 1e9:.4g} GB/s"
-                )
+            f"flax {versions['flax']}; commit {environment['commit']}"
+        )
+        lines += [line] if line not in lines else []
+    if good:
+        lines += ["medians of repeats (least to most)", "", table(good, SPEED), ""]
+        lines += [table(good, COST)]
+    for row in good:
+        if ceilings := row.get("measured", {}).get("ceilings"):
+            lines.append(
+                f"ceilings measured with {row['case']['model']}, {row['measured']['dtype']}, "
+                f"{row['measured']['devices']} device(s): {ceilings['operations'] / 1e12:.3g} "
+                f"TFLOP/s, {ceilings['bytes'] / 1e9:.4g} GB/s"
+            )
     for row in rows:
         if "error" in row:
             case = row["case"]

@@ -44,35 +44,27 @@ def watch(most: int) -> None:
 
 def measure(name: str, batch: int, remat: bool, scan: str) -> dict:
     """Compiles and runs one step."""
-    import jax
-    import numpy as np
-
-    from resnet_flax import cpu, experiment, sharding
-    from resnet_flax.config import base_config
-    from resnet_flax.data import stream
-    from resnet_flax.data.dataset import Dataset, Split
+    from resnet_flax import cpu
+    from resnet_flax.tools import bench_worker
 
     cpu.keep_freed_memory()
-    config = base_config()
-    config.model.name, config.model.remat, config.model.scan = name, remat, scan
-    config.data.batch_size, config.train.cpu_devices = batch, 1
-    rng = np.random.RandomState(0)
-    labels = rng.randint(0, 10, 512).astype(np.int32)
-    split = Split(rng.randint(0, 256, (512, 32, 32, 3)).astype(np.uint8), labels)
-    data = Dataset("noise", split, None, split, tuple("0123456789"), "", None)
-    run = experiment.build(config, data, experiment.choose_mesh(config))
-    state, chunk = run.create_state(), run.make_train_chunk()
-    index = stream.indices(0, 0, 1, batch, 512)
-    index = sharding.put(index, sharding.split(run.mesh, 1))
-    compiled = chunk.lower(state, run.train_resident, index).compile()
-    analysis = compiled.memory_analysis()
-    state, sums = compiled(state, run.train_resident, index)
-    jax.block_until_ready(state)
+    case = bench_worker.Case(
+        name,
+        batch,
+        "float32",
+        devices=1,
+        examples=max(512, batch),
+        eval_examples=1,
+        overrides={"model.remat": str(remat), "model.scan": scan},
+    )
+    trainer = bench_worker.Trainer(bench_worker.make_experiment(case))
+    analysis = trainer.compiled.memory_analysis()
+    trainer.run(1)
     return {
         "temporary": analysis.temp_size_in_bytes,
         "arguments": analysis.argument_size_in_bytes,
         "peak": resident_bytes("VmHWM"),
-        "loss": float(sums["loss"][0]),
+        "loss": trainer.loss,
     }
 
 

@@ -1,0 +1,70 @@
+#!/bin/bash
+# The speed tables of a GPU, most important first, in parts: what is done already in OUT is not done
+# again, and what there is no time for is left to the next call.
+#
+#     tests/benchmarks/gpu_session.sh OUT [SECONDS]
+#
+# Needs a Python (default python3, else $PYTHON) with jax for the GPU and what the package imports;
+# PyTorch where it is to be compared with. Leaves JSON files and log.txt in OUT. Exit status 75:
+# something is left to do.
+set -u
+out=$(mkdir -p "${1:?usage: $0 OUT [SECONDS]}" && cd "$1" && pwd) || exit 1
+limit=${2:-460}
+root=$(cd "$(dirname "$0")/../.." && pwd)
+cd "$root" || exit 1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+log=$out/log.txt left=0
+
+part() {  # NAME MODULE FLAGS...
+    local name=$1 rest=$((limit - SECONDS))
+    shift
+    if ((rest < 30)); then
+        echo "left: $name"
+        left=1
+        return
+    fi
+    echo "== $name: python -m $*" | tee -a "$log"
+    # Ends the processes that a part has started, too.
+    timeout -k 5 "$rest" "${PYTHON:-python3}" -m "$@" 2>&1 | tee -a "$log"
+    local status=${PIPESTATUS[0]}
+    ((status == 0)) || left=1
+    echo "== $name: status $status, $SECONDS s since the beginning" | tee -a "$log"
+}
+
+bench() {  # NAME FLAGS...
+    local name=$1
+    shift
+    part "$name" resnet_flax.tools.bench --seconds=1 --timeout=400 --out="$out/bench.json" "$@"
+}
+
+side() {  # NAME FLAGS...
+    [[ -e $out/side_$1.json ]] && return
+    local name=$1
+    shift
+    part "side $name" tests.benchmarks.side_by_side --platform=gpu --seconds=0.5 --timeout=240 \
+        --out="$out/side_$name.json" "$@"
+}
+
+growth() {  # NAME FLAGS...
+    local name=$1
+    shift
+    part "growth $name" tests.benchmarks.growth --parts="$name" --seconds=1 --timeout=400 \
+        --out="$out/growth.json" "$@"
+}
+
+{ nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
+  nproc; git -C "$root" log -1 --format=%H; } >>"$log" 2>&1
+speed=--parts=train,eval,ceilings
+bench resnet20 --models=resnet20 --dtypes=bfloat16 $speed
+side resnet20_bfloat16 --variants='*bfloat16*'
+bench resnet110 --models=resnet110 --dtypes=bfloat16 $speed
+bench start --models=resnet20 --dtypes=bfloat16 --parts=first_step
+bench float32 --models=resnet20 --dtypes=float32 $speed
+side resnet20_float32 --variants='*float32*'
+bench batch1024 --models=resnet20,resnet110 --dtypes=bfloat16 --batch_sizes=1024 $speed
+bench imagenet --models=resnet50 --dtypes=bfloat16 --batch_sizes=256 $speed
+growth batch
+side resnet110_bfloat16 --model=resnet110 --variants='*bfloat16,*compiled,*graph' --rounds=5
+growth start --repeats=1
+growth depth --depth_batch=128
+exit $((left ? 75 : 0))

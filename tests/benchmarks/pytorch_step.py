@@ -1,0 +1,138 @@
+"""The step of `variants` in plain PyTorch."""
+
+import contextlib
+from collections.abc import Callable
+
+BATCHES, RATE, MOMENTUM, DECAY = 8, 1e-3, 0.9, 1e-4
+
+
+def make_net(depth: int):
+    """The net in plain PyTorch."""
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    class Block(nn.Module):
+        def __init__(self, width_in, width, stride):
+            super().__init__()
+            self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+            self.bn2 = nn.BatchNorm2d(width)
+            self.stride, self.new = stride, width - width_in
+
+        def forward(self, x):
+            y = functional.relu(self.bn1(self.conv1(x)))
+            y = self.bn2(self.conv2(y))
+            if self.stride > 1:
+                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
+            return functional.relu(x + y)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+            blocks, width_in = [], 16
+            for stage in range(3):
+                for block in range((depth - 2) // 6):
+                    stride = 2 if stage and not block else 1
+                    blocks.append(Block(width_in, 16 * 2**stage, stride))
+                    width_in = 16 * 2**stage
+            self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
+
+        def forward(self, x):
+            x = self.blocks(functional.relu(self.bn(self.conv(x))))
+            return self.head(x.mean(dim=(2, 3)))
+
+    torch.manual_seed(0)
+    return Net()
+
+
+def make(
+    depth: int, batch: int, dtype: str, options: tuple[str, ...], device_name: str
+) -> tuple[Callable[[int], float], int, dict]:
+    """The step, with TF32, cuDNN's search for kernels, and a fused optimizer.
+
+    Args:
+      depth: of the net, 6n+2.
+      batch: examples a step.
+      dtype: "float32", or "bfloat16" by autocast.
+      options: "channels-last"; "compiled", "CUDA graphs" (torch.compile's "reduce-overhead") or
+        "whole-step graph": of a compiled net's forwards, backwards and update.
+      device_name: "cpu" or "cuda".
+
+    Returns:
+      A function from a number of steps to the last loss, which waits for it; the number of trained
+      parameters; versions and hardware.
+    """
+    import torch
+    from torch.nn import functional
+
+    device = torch.device(device_name)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    layout = torch.channels_last if "channels-last" in options else torch.contiguous_format
+    net = make_net(depth).to(device, memory_format=layout).train()
+    parameters = sum(p.numel() for p in net.parameters())
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, fused=True
+    )
+    images = [
+        torch.randn(batch, 3, 32, 32).to(device, memory_format=layout) for _ in range(BATCHES)
+    ]
+    labels = [torch.randint(0, 10, (batch,)).to(device) for _ in range(BATCHES)]
+    is_graph = "whole-step graph" in options
+    forward = net
+    if "CUDA graphs" in options:
+        forward = torch.compile(net, mode="reduce-overhead")
+    elif "compiled" in options or is_graph:
+        forward = torch.compile(net)
+
+    def cast():
+        if dtype == "float32":
+            return contextlib.nullcontext()
+        # A graph must not hold the casts of weights that it then changes.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=not is_graph)
+
+    def step(x, y):
+        optimizer.zero_grad(set_to_none=True)
+        with cast():
+            loss = functional.cross_entropy(forward(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    if is_graph:
+        step = _as_graph(torch, step, images[0], labels[0])
+
+    def run(steps):
+        for i in range(steps):
+            loss = step(images[i % BATCHES], labels[i % BATCHES])
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.item()
+
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return run, parameters, {"torch": torch.__version__, "device": where}
+
+
+def _as_graph(torch, step, x, y):
+    """`step` captured once, to be replayed with other images and labels copied into its own."""
+    x, y = x.clone(), y.clone()
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(5):
+            step(x, y)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(x, y).detach()
+
+    def replay(images, labels):
+        x.copy_(images)
+        y.copy_(labels)
+        graph.replay()
+        return loss
+
+    return replay
