@@ -192,6 +192,8 @@ def main(argv: list[str]) -> None:
         validate(config)
     # Libraries tell of their every step at the default level.
     logging.set_verbosity(logging.WARNING)
+    # What goes wrong in orbax's threads reaches the one that waits for them, and is said there.
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     if _DISTRIBUTED.value:
         _join()
     modes[_MODE.value](config)

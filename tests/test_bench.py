@@ -168,6 +168,7 @@ def test_images_from_the_hosts_memory():
     assert feed.chunk_steps(examples, 7) == 7
 
 
+@pytest.mark.slow
 def test_a_small_real_run(tmp_path, capsys):
     out = tmp_path / "bench.json"
     flags = "--models=resnet8 --batch_sizes=16 --dtypes=float32 --devices=2 --repeats=2 --steps=2"

@@ -143,6 +143,7 @@ def test_forward(env, do, number, status):
     assert out == ("" if do == "fail" else "ends\n")
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     flags = [

@@ -70,7 +70,7 @@ class World:
             capture_output=True,
             text=True,
             cwd=self.path,
-            timeout=60,
+            timeout=180,
             **kwargs,
         )
 
@@ -146,7 +146,7 @@ def test_a_preempted_run_goes_on_from_the_bucket(world):
     world.set_state("PREEMPTED")
     until(lambda: len(world.starts()) == 4, "the second start")
     (world.path / "finish").write_text("0")
-    _, errors = watch.communicate(timeout=60)
+    _, errors = watch.communicate(timeout=180)
     assert watch.returncode == 0, errors
     assert "vm is PREEMPTED" in errors
     assert world.verbs() == ["create", "delete", "create"]
