@@ -1,5 +1,6 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
+import _thread
 import os
 import pathlib
 import signal
@@ -242,6 +243,25 @@ def _catch(function, *args):
         _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
 
 
+def _answer_libraries() -> None:
+    """Deals with exceptions that libraries cannot pass on, and Python therefore prints."""
+
+    def uncaught(kind, value, trace):
+        # A save that broke off, on a full disk say, is reported by whoever waits for it; callbacks
+        # of tensorstore that come later, in threads of its own, find nobody.
+        if kind is not RuntimeError or str(value) != "Event loop is closed":
+            sys.__excepthook__(kind, value, trace)
+
+    def unraisable(what):
+        if what.exc_type is KeyboardInterrupt:
+            # It hit jax's callback of the garbage collector, which drops it: once more, elsewhere.
+            _thread.interrupt_main()
+        else:
+            sys.__unraisablehook__(what)
+
+    sys.excepthook, sys.unraisablehook = uncaught, unraisable
+
+
 def _let_interrupts_kill() -> None:
     """One more Ctrl-C is final: it would fill the screen with tracebacks of Python's own end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -257,6 +277,7 @@ def _end(message: str, status: int) -> None:
 def run() -> None:
     """Entry point of `python -m resnet_flax.main`."""
     progress.outlive_readers()
+    _answer_libraries()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()
