@@ -144,8 +144,9 @@ install() {
   [ ! -d "$root/.git" ] || parts+=(.git) # Runs record the commit.
   [ $dry_run = 1 ] || folder=$(mktemp -d)
   printf -v unpack 'mkdir -p resnet_flax && tar -xzf %q -C resnet_flax && bash resnet_flax/launch/worker.sh install' "$archive"
-  do_it tar -C "$root" --exclude=__pycache__ -czf "$folder/$archive" "${parts[@]}" &&
-    tpus tpu-vm scp "$folder/$archive" "$name:$archive" --worker=all --strict-host-key-checking=no &&
+  # 1: a file changed while it was read, as git's index does when anybody asks for the status.
+  do_it tar -C "$root" --exclude=__pycache__ -czf "$folder/$archive" "${parts[@]}" || [ $? = 1 ] || return 1
+  tpus tpu-vm scp "$folder/$archive" "$name:$archive" --worker=all --strict-host-key-checking=no &&
     tpus tpu-vm ssh "$name" --worker=all --strict-host-key-checking=no --command="$unpack" || return 1
   [ $dry_run = 1 ] || rm -r "$folder"
 }

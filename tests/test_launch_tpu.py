@@ -126,7 +126,7 @@ def world(tmp_path):
 
 
 def until(condition, what):
-    for _ in range(600):
+    for _ in range(2400):
         if condition():
             return
         time.sleep(0.05)
