@@ -244,22 +244,16 @@ def _catch(function, *args):
 
 
 def _answer_libraries() -> None:
-    """Deals with exceptions that libraries cannot pass on, and Python therefore prints."""
-
-    def uncaught(kind, value, trace):
-        # A save that broke off, on a full disk say, is reported by whoever waits for it; callbacks
-        # of tensorstore that come later, in threads of its own, find nobody.
-        if kind is not RuntimeError or str(value) != "Event loop is closed":
-            sys.__excepthook__(kind, value, trace)
+    """Keeps a Ctrl-C that hits a callback of a library from being dropped."""
 
     def unraisable(what):
         if what.exc_type is KeyboardInterrupt:
-            # It hit jax's callback of the garbage collector, which drops it: once more, elsewhere.
+            # Of jax's callback of the garbage collector, say: once more, elsewhere.
             _thread.interrupt_main()
         else:
             sys.__unraisablehook__(what)
 
-    sys.excepthook, sys.unraisablehook = uncaught, unraisable
+    sys.unraisablehook = unraisable
 
 
 def _let_interrupts_kill() -> None:
