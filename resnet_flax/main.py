@@ -1,6 +1,7 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
 import _thread
+import itertools
 import os
 import pathlib
 import signal
@@ -79,7 +80,7 @@ def _parse(argv: list[str]) -> list[str]:
     sections = {key.split(".")[0] for key in known}
     named = any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv[1:])
     rest = argv[:1]
-    for arg, after in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for arg, after in itertools.pairwise([*argv[1:], ""]):
         flag, equals, value = arg.lstrip("-").partition("=")
         if arg.startswith("-") and flag == "config":
             _check_config_file((value if equals else after).partition(":")[0])

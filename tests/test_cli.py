@@ -154,3 +154,9 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     assert done.returncode == 1
     assert "cannot write in workdir" in done.stderr
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_no_argument_at_all_is_answered_with_what_to_try():
+    done = run()
+    assert done.returncode == 1
+    assert done.stderr == "error: no configuration given; try --config=configs/quickstart.py\n"
