@@ -318,7 +318,8 @@ def check_scanned_and_unrolled_agree(unrolled):
 
 def test_bfloat16_computes_in_it_and_answers_in_float32():
     model = create_model("resnet8", dtype="bfloat16")
-    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    # Whole images: only for these does jaxlib 0.11.2 merge the last layers, wrongly.
+    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     variables = jax.jit(model.init)(jax.random.key(0), x)
     assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
     logits = jax.jit(model.apply)(variables, x)
