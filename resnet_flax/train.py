@@ -107,9 +107,10 @@ def train(
 
 def _describe(run: Experiment, environment: dict[str, Any]) -> str:
     """What is about to be trained, on what, where: a line."""
+    pairs = "; narrow convolutions on pairs of pixels" if run.model.pair_pixels else ""
     return (
         f"{run.config.model.name}, {record.count_parameters(run):,} parameters, on "
-        f"{len(run.dataset.train):,} images of {run.dataset.name}; {environment['hardware']}"
+        f"{len(run.dataset.train):,} images of {run.dataset.name}; {environment['hardware']}{pairs}"
     )
 
 
