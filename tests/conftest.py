@@ -1,4 +1,8 @@
 import atexit
+import dataclasses
+import fcntl
+import functools
+import json
 import os
 import pathlib
 import shutil
@@ -78,3 +82,32 @@ def stop_at_step(config, directory, step, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop.Loop, "_train", stopping)
         return train.train(config, directory, **options)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A function from a number of devices to a finished run that nothing has happened to.
+
+    One for all tests and workers: nobody may change it. Its directory was given as a relative path.
+    """
+    from tests.faults import harness
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # That of all workers.
+
+    @functools.cache
+    def get(devices=2):
+        run = harness.Run(folder / "undisturbed" / f"devices{devices}", devices)
+        run.directory.parent.mkdir(exist_ok=True)
+        said = run.directory.with_suffix(".json")
+        with open(run.directory.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not said.exists():
+                outcome = run.finish(f"--workdir={os.path.relpath(run.directory, ROOT)}")
+                outcome.assert_finished()
+                said.write_text(json.dumps(dataclasses.asdict(outcome)))
+        run.outcome = harness.Outcome(**json.loads(said.read_text()))
+        return run
+
+    return get

@@ -2,60 +2,46 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from tests import commands
 from tests.conftest import ROOT
+from tests.faults import harness
 
-SMALL = [
-    "--config=configs/quickstart.py",
-    "--config.model.name=resnet8",
-    "--config.data.batch_size=32",
-    "--config.train.total_steps=40",
-    "--config.train.cpu_devices=2",
-    "--config.eval.every_steps=10",
-    "--config.checkpoint.every_steps=5",
-    "--config.log.every_steps=1",
-    "--config.log.tensorboard=False",
-]
+SMALL = [*harness.FLAGS, "--config.train.cpu_devices=2"]
 
 
-def command(*args):
-    return [sys.executable, "-m", "resnet_flax.main", *args]
-
-
-def run(*args, timeout=120):
-    return subprocess.run(
-        command(*args), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
-    )
+def run(*args):
+    return commands.run("resnet_flax.main", *args)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("cli") / "run"
-    done = run(*SMALL, f"--workdir={directory}")
-    assert done.returncode == 0, done.stderr
-    return directory, done
+def uninterrupted(undisturbed):
+    """A finished run that nobody may change, and how its process ended."""
+    return undisturbed().directory, undisturbed().outcome
 
 
 def test_a_run_says_what_was_learned_and_what_to_run_next(uninterrupted):
     directory, done = uninterrupted
-    assert "resnet8 on digits:" in done.stdout
-    assert "% test error" in done.stdout
-    assert "--config=configs/cifar10_short.py" in done.stdout
-    assert "step 40/40" in done.stderr
-    assert "images/s" in done.stderr
-    assert "left" in done.stderr
+    assert "resnet8 on digits:" in done.out
+    assert "% test error" in done.out
+    assert "--config=configs/cifar10_short.py" in done.out
+    assert "step 40/40" in done.err
+    assert "images/s" in done.err
+    assert "left" in done.err
     result = json.loads((directory / "result.json").read_text())
-    assert f"{100 * result['test_error_last']:.2f} %" in done.stdout
+    assert f"{100 * result['test_error_last']:.2f} %" in done.out
     starts = json.loads((directory / "run.json").read_text())["starts"]
     assert "-m resnet_flax.main --config=configs/quickstart.py" in starts[0]["command"]
 
 
-def test_evaluate_mode_gives_the_same_numbers(uninterrupted):
-    directory, _ = uninterrupted
+def test_evaluate_mode_gives_the_same_numbers(uninterrupted, tmp_path):
+    directory = tmp_path / "run"  # Evaluation writes in it.
+    shutil.copytree(uninterrupted[0], directory)
     done = run("--mode=evaluate", f"--workdir={directory}")
     assert done.returncode == 0, done.stderr
     result = json.loads((directory / "result.json").read_text())
@@ -72,10 +58,11 @@ def test_evaluate_mode_gives_the_same_numbers(uninterrupted):
     assert "belongs to a run of another config" in done.stderr
 
 
-def test_a_relative_workdir_works_too(tmp_path):
-    done = run(*SMALL, "--config.train.total_steps=5", f"--workdir={os.path.relpath(tmp_path)}/r")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "r" / "result.json").exists()
+def test_a_relative_workdir_works_too(uninterrupted):
+    directory, _ = uninterrupted
+    (start,) = json.loads((directory / "run.json").read_text())["starts"]
+    assert start["command"].endswith(f" --workdir={os.path.relpath(directory, ROOT)}")
+    assert (directory / "result.json").exists()
 
 
 QUICK = "--config=configs/quickstart.py"
@@ -157,6 +144,7 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
 
 
 def test_no_argument_at_all_is_answered_with_what_to_try():
-    done = run()
+    command = [sys.executable, "-m", "resnet_flax.main"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: no configuration given; try --config=configs/quickstart.py\n"

@@ -2,8 +2,6 @@
 
 import pytest
 
-from tests.faults import harness
-
 
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.has_plugin("faults"):
@@ -17,21 +15,6 @@ def pytest_generate_tests(metafunc):
     if "attempt" in metafunc.fixturenames:
         plugin = metafunc.config.pluginmanager.get_plugin("faults")
         metafunc.parametrize("attempt", range(plugin.tries if plugin else 1))
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """A function from a number of devices to a run that nothing has happened to."""
-    runs = {}
-
-    def get(devices=2):
-        if devices not in runs:
-            directory = tmp_path_factory.mktemp("undisturbed") / f"devices{devices}"
-            runs[devices] = harness.Run(directory, devices)
-            runs[devices].finish().assert_finished()
-        return runs[devices]
-
-    return get
 
 
 @pytest.fixture

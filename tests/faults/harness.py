@@ -66,7 +66,10 @@ class Run:
     Attributes:
       directory: the run's.
       starts: processes started so far.
+      outcome: how the one process ended of a run that was not disturbed.
     """
+
+    outcome: Outcome
 
     def __init__(self, directory: pathlib.Path, devices: int = 2, *flags: str, logs=None):
         """Names it; `logs` is a folder for what the processes print (default: beside it)."""
