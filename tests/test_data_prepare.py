@@ -194,7 +194,8 @@ PROCESS = """
     def slow(*arguments, staging, **keywords):
         (staging / "left").write_text("over")
         print("preparing", flush=True)
-        time.sleep({pause})
+        while {wait} and not path.with_name("go").exists():
+            time.sleep(0.02)
         return original(*arguments, staging=staging, **keywords)
     prepare.prepare = slow
     cifar.make("cifar10", data_dir=pathlib.Path({root!r}), archive_path=path, mirror=None,
@@ -202,8 +203,8 @@ PROCESS = """
 """
 
 
-def start(path, root, *, pause):
-    code = PROCESS.format(path=str(path), root=str(root), pause=pause)
+def start(path, root, *, wait):
+    code = PROCESS.format(path=str(path), root=str(root), wait=wait)
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         stdout=subprocess.PIPE,
@@ -215,20 +216,30 @@ def start(path, root, *, pause):
 
 def test_a_second_process_waits_for_the_first(tmp_path):
     path, _ = helpers.small_archive(tmp_path)
-    with start(path, tmp_path / "data", pause=2) as first:
+    with start(path, tmp_path / "data", wait=True) as first:
         assert first.stdout.readline() == "preparing\n"
-        with start(path, tmp_path / "data", pause=0) as second:
-            out, err = second.communicate(timeout=60)
-        assert first.wait(60) == second.returncode == 0, err
+        with start(path, tmp_path / "data", wait=False) as second:
+            said = second.stderr.readline()
+            path.with_name("go").touch()
+            out, err = second.communicate(timeout=120)
+        assert first.wait(120) == second.returncode == 0, err
     assert out == ""  # It found what the first had prepared.
-    assert "Another process prepares cifar10" in err
+    assert "Another process prepares cifar10" in said
     helpers.read(tmp_path / "data" / "cifar10" / "3.0.2")
+
+
+def test_what_another_process_has_just_finished_is_taken(tmp_path):
+    path, layout = helpers.small_archive(tmp_path)
+    # Both have looked, and found nothing; then each prepares it.
+    made = [helpers.make(tmp_path / "data", archive_path=path, layout=layout) for _ in range(2)]
+    assert made[0] == made[1]
+    helpers.read(made[1])
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path):
     path, layout = helpers.small_archive(tmp_path)
     root = tmp_path / "data"
-    with start(path, root, pause=60) as process:
+    with start(path, root, wait=True) as process:
         assert process.stdout.readline() == "preparing\n"
         process.send_signal(signal.SIGKILL)
     assert (root / ".cifar10.preparing" / "left").is_file()

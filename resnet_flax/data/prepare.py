@@ -92,6 +92,8 @@ def exclusive(data_dir: pathlib.Path, *, name: str, show_progress: bool) -> Iter
 def refuse_occupied(name: str, *, data_dir: pathlib.Path, version: str) -> None:
     """Raises a UserError where something else is in the place of a data set to be prepared."""
     final = data_dir / name / version
+    if (final / prepared.INFO_FILE).is_file():
+        return  # Since somebody looked, another process has finished it.
     if final.is_dir() and any(final.iterdir()):
         raise UserError(
             f"{final} is there but has no {prepared.INFO_FILE}, so it is not a prepared data set; "
