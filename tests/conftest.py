@@ -33,11 +33,35 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 import jax
 import pytest
 
+from resnet_flax import cpu
 from resnet_flax.config import base_config
 
 jax.config.update("jax_num_cpu_devices", 8)
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+# The files that take longest, longest first: pytest-xdist gives a file at a time to a worker, and
+# one that begins last would be waited for by all the others.
+LONG = """
+    launch_slurm distributed train faults/test_kill faults/test_disk faults/test_stop steps models
+    ablations folder reproduce config stochastic_depth keras_nets benchmarks cli
+    faults/test_damage faults/test_surroundings readme summary paired convert checkpoint notebook
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order = {f"tests/test_{name}.py": i for i, name in enumerate(LONG)}
+        order |= {f"tests/{name}.py": i for i, name in enumerate(LONG)}
+        items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests of several processes wait now and then."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None
+    return len(cpu.describe_cores()["cores"]) + 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, ablations, blocks
 from resnet_flax.models.norm import BatchNorm
 from resnet_flax.tools import summary
-from tests.test_models import check_scanned_and_unrolled_agree
+from tests.test_models import ONCE, check_scanned_and_unrolled_agree
 
 ORIGINAL = 1_727_962
 # A 1x1 convolution at each of 54 shortcuts.
@@ -89,7 +89,8 @@ def test_gate_bias_is_an_option():
     def biases(**options):
         model = create_model("resnet110_exclusive_gating", **options)
         model = model.clone(stage_sizes=(1, 1), widths=(4, 8))
-        params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+        init = jax.jit(model.init, compiler_options=ONCE)
+        params = init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
         return {float(b) for b in params["stage2_block1"]["gate_conv"]["bias"]}
 
     assert biases() == {-6.0}
@@ -170,9 +171,11 @@ def test_nets_end_in_something_not_negative(name):
     """As behind a ReLU: ReLU-only pre-activation has one more at its end."""
     model = create_model(f"resnet110_{name}").clone(stage_sizes=(1, 1), widths=(4, 8))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init, compiler_options=ONCE)(jax.random.key(0), x)
     assert ("final_bn" in variables["params"], "stem_bn" in variables["params"]) == (False, True)
-    outputs = model.apply(variables, x, features=True)
+    outputs = jax.jit(model.apply, static_argnames="features", compiler_options=ONCE)(
+        variables, x, features=True
+    )
     assert outputs[-1].min() >= 0
 
 

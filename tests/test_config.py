@@ -132,7 +132,9 @@ def test_every_config_validates_and_traces(name):
         config.model.name, config.data.pad = "resnet50", 0  # As the run would resolve them.
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
-    run = experiment.Experiment(config, None, mesh, experiment.make_model(config), None, None)
+    # Equal blocks as one: in another form a thousand layers take as long as all other nets.
+    model = experiment.make_model(config).clone(scan=True)
+    run = experiment.Experiment(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
     chunk = 3, config.data.batch_size

@@ -1,5 +1,7 @@
 """The compiled functions: chunks, devices, evaluation."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from resnet_flax import create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
 from resnet_flax.feed import ResidentFeed
+from resnet_flax.models import layout
 
 SHAPE = (8, 8, 3)
 
@@ -22,10 +25,20 @@ def make_data(count=64, classes=10, seed=0):
     return (means[labels] + noise).astype(np.uint8), labels
 
 
+# Where the net is of no account: one that compiles quickly.
+SMALL = create_model("resnet8").clone(stage_sizes=(1, 1), widths=(8, 16))
+
+
+@functools.cache
+def shared(*args, **options):
+    """A `Setup` whose compiled functions several tests use."""
+    return Setup(*args, **options)
+
+
 class Setup:
-    def __init__(self, devices=1, ema_decay=0.0, model=None, pad=2, batch=16, **rate):
+    def __init__(self, devices=1, ema_decay=0.0, model=SMALL, pad=2, batch=16, **rate):
         self.mesh = sharding.make_mesh(jax.devices()[:devices], batch)
-        self.model = model or create_model("resnet8")
+        self.model = model
         rate = optim.scale_by_rate(optax.constant_schedule(0.05), **rate)
         self.optimizer = optim.sgd(rate)
         self.everywhere = sharding.replicated(self.mesh)
@@ -44,7 +57,7 @@ class Setup:
         self.statistics = steps.make_batch_statistics(
             self.model, sharding=by_batch, pad=0, flip=False
         )
-        self.ema = ema_decay > 0
+        self.ema, self.states = ema_decay > 0, {}
         self.batch = batch
         self.feed = self.put(*make_data())
         self.resident = self.feed.resident
@@ -55,12 +68,14 @@ class Setup:
         return ResidentFeed(split, mean, std, seed=7, mesh=self.mesh, batch_size=self.batch)
 
     def state(self, seed=0):
-        return state.place(
-            lambda _: state.create_state(
-                self.model, self.optimizer, seed=seed, image_shape=SHAPE, ema=self.ema
-            ),
-            self.everywhere,
-        )
+        if seed not in self.states:
+            create = functools.partial(
+                state.create_state, self.model, self.optimizer, seed=seed, image_shape=SHAPE
+            )
+            made = state.place(lambda _: create(ema=self.ema), self.everywhere)
+            self.states[seed] = jax.device_get(made)
+        # Copies: a step donates its state.
+        return jax.device_put(jax.tree.map(np.copy, self.states[seed]), self.everywhere)
 
     def train(self, current, index):
         return self.chunk(current, self.resident, sharding.put(index, self.by_row))
@@ -76,7 +91,7 @@ def assert_close(a, b, **tolerance):
 
 
 def test_a_chunk_of_steps_equals_single_steps():
-    setup = Setup(ema_decay=0.9)
+    setup = shared(ema_decay=0.9)
     index = batches(3)
     chunked, sums = setup.train(setup.state(), index)
     single, parts = setup.state(), []
@@ -101,7 +116,7 @@ def test_eight_devices_equal_one_and_draw_the_same_crops():
     index = batches(1)
     results = []
     for devices in (1, 8):
-        setup = Setup(devices)
+        setup = shared(devices=devices)
         losses, current = [], setup.state()
         for _ in range(6):
             current, sums = setup.train(current, index)
@@ -116,18 +131,19 @@ def test_eight_devices_equal_one_and_draw_the_same_crops():
 
 def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
     losses = []
-    for devices in (1, 2, 4):
-        setup = Setup(devices, model=create_model("resnet8", bn_group_size=4))
+    # A group is two devices' examples, then half of one's.
+    for devices in (8, 2, 1):
+        setup = Setup(devices, model=SMALL.clone(bn_group_size=4))
         _, sums = setup.train(setup.state(), batches(1))
         losses.append(float(sums["loss"][0]))
     np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
-    ungrouped = Setup(1)
+    ungrouped = shared(devices=1)
     _, sums = ungrouped.train(ungrouped.state(), batches(1))
     assert abs(float(sums["loss"][0]) - losses[0]) > 1e-3
 
 
 def test_one_batch_can_be_learned_by_heart():
-    setup = Setup(pad=0)
+    setup = Setup(model=create_model("resnet8"), pad=0)
     current, index = setup.state(), batches(1)
     for _ in range(40):
         current, sums = setup.train(current, index)
@@ -137,7 +153,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 def test_first_step_is_golden():
     """Recorded once, from the code that the checks against numpy in this suite vouch for."""
-    setup = Setup()
+    setup = Setup(model=create_model("resnet8"))
     current, sums = setup.train(setup.state(), batches(1))
     got = [float(sums["loss"][0]), float(sums["error"][0])]
     norm = optax.tree.norm(current.params)
@@ -180,7 +196,7 @@ def test_first_loss_and_update_equal_a_plain_computation():
 
 
 def test_a_lost_net_is_noticed_even_where_its_loss_is_finite():
-    setup = Setup()
+    setup = shared(devices=1)
     current = setup.state()
     kernel = current.params["stem_conv"]["kernel"]
     current.params["stem_conv"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.nan)
@@ -189,7 +205,7 @@ def test_a_lost_net_is_noticed_even_where_its_loss_is_finite():
 
 
 def test_averaged_weights_follow_their_formula():
-    setup = Setup(ema_decay=0.75)
+    setup = shared(ema_decay=0.75)
     start = jax.device_get(setup.state())
     after, _ = setup.train(setup.state(), batches(1))
     want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, after.params)
@@ -200,7 +216,7 @@ def test_averaged_weights_follow_their_formula():
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("batch_size", [1, 10, 64, 1000])
 def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
-    setup = Setup(devices)
+    setup = shared(devices=devices)
     count = 43
     images, labels = make_data(count)
     feed = setup.put(images, labels)
@@ -224,7 +240,7 @@ def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
 
 
 def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
-    setup = Setup()
+    setup = shared(devices=1)
     variables = setup.state().evaluated()
     index = np.concatenate([np.arange(64), np.full(8, -1)]).astype(np.int32).reshape(3, 24)
     together = setup.eval_chunk(variables, setup.resident, index)
@@ -235,7 +251,7 @@ def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
 
 
 def test_reestimated_statistics_are_averages_over_training_batches():
-    setup = Setup()
+    setup = shared(devices=1)
     variables = setup.state().evaluated()
     got = evaluate.reestimate_statistics(
         setup.statistics, variables, setup.feed, examples=64, batch_size=16
@@ -254,10 +270,12 @@ def test_reestimated_statistics_are_averages_over_training_batches():
 
 
 def test_initial_state_does_not_depend_on_layout_or_devices():
-    one = Setup().state(seed=3)
-    other = Setup(8, model=create_model("resnet8", scan=True)).state(seed=3)
-    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
-    different = Setup().state(seed=4)
-    assert not np.array_equal(
-        one.params["stem_conv"]["kernel"], different.params["stem_conv"]["kernel"]
-    )
+    model = SMALL.clone(stage_sizes=(3, 1))
+    one = Setup(model=model)
+    other = Setup(8, model=model.clone(scan=True)).state(seed=3)
+    assert "stage1_rest" in other.params
+    stacked = {"params": other.params, "batch_stats": other.batch_stats}
+    params = one.state(seed=3).params
+    jax.tree.map(np.testing.assert_array_equal, params, layout.to_canonical(stacked)["params"])
+    different = one.state(seed=4).params
+    assert not np.array_equal(params["stem_conv"]["kernel"], different["stem_conv"]["kernel"])
