@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, distributed, progress
+from resnet_flax import cache, cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -198,6 +198,8 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     if _DISTRIBUTED.value:
         _join()
+    if distributed.count() == 1:
+        cache.keep_programs()
     modes[_MODE.value](config)
     _let_interrupts_kill()
     distributed.finish()
