@@ -27,8 +27,8 @@ _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
     "evaluate: a weights file, the name of published weights, a run's directory, or one of its "
-    "checkpoints (default: the newest of --workdir). train: a weights file, or such a name, to begin "
-    "a new run from.","
+    "checkpoints (default: the newest of --workdir). train: a weights file, or such a name, to "
+    "begin a new run from.",
 )
 _CHECKPOINT_DIR = flags.DEFINE_string(
     "checkpoint_dir",
