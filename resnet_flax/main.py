@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, distributed, progress
+from resnet_flax import cache, cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -26,8 +26,9 @@ _MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "evaluate: a weights file, a run's directory, or one of its checkpoints (default: the newest "
-    "of --workdir). train: a weights file to begin a new run from.",
+    "evaluate: a weights file, the name of published weights, a run's directory, or one of its "
+    "checkpoints (default: the newest of --workdir). train: a weights file, or such a name, to "
+    "begin a new run from.",
 )
 _CHECKPOINT_DIR = flags.DEFINE_string(
     "checkpoint_dir",
@@ -154,7 +155,7 @@ def _train(config: ConfigDict | None) -> None:
     place = _CHECKPOINT_DIR.value
     if place is not None and "://" not in place:
         place = os.path.abspath(_path(place))
-    result = train.train(config, path, _path(_WEIGHTS.value), place)
+    result = train.train(config, path, _weights(), place)
     if not distributed.is_first():
         return
     if loop.STOPPED in result:
@@ -166,10 +167,20 @@ def _train(config: ConfigDict | None) -> None:
         print(train.summary(result, path))
 
 
+def _weights() -> str | None:
+    """The path given as --weights, or that of the published weights of this name."""
+    from resnet_flax import pretrained
+
+    given = _path(_WEIGHTS.value)
+    if given and not os.path.exists(given) and given in pretrained.read_index():
+        return str(pretrained.locate(given)[0])
+    return given
+
+
 def _evaluate(config: ConfigDict | None) -> None:
     from resnet_flax import scoring
 
-    directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
+    directory, source = _path(_WORKDIR.value), _weights()
     if config is not None and not (directory or source):
         directory = _directory(config)
     text = scoring.score(config, directory, source, overrides=_OVERRIDES)
@@ -198,6 +209,8 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     if _DISTRIBUTED.value:
         _join()
+    if distributed.count() == 1:
+        cache.keep_programs()
     modes[_MODE.value](config)
     _let_interrupts_kill()
     distributed.finish()

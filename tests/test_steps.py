@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import create_model, evaluate, optim, sharding, state, steps
+from resnet_flax import cpu, create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
 from resnet_flax.feed import ResidentFeed
 from resnet_flax.models import layout
@@ -25,8 +25,9 @@ def make_data(count=64, classes=10, seed=0):
     return (means[labels] + noise).astype(np.uint8), labels
 
 
+NET = create_model("resnet8")
 # Where the net is of no account: one that compiles quickly.
-SMALL = create_model("resnet8").clone(stage_sizes=(1, 1), widths=(8, 16))
+SMALL = NET.clone(stage_sizes=(1, 1), widths=(8, 16))
 
 
 @functools.cache
@@ -36,7 +37,9 @@ def shared(*args, **options):
 
 
 class Setup:
-    def __init__(self, devices=1, ema_decay=0.0, model=SMALL, pad=2, batch=16, **rate):
+    def __init__(
+        self, devices=1, ema_decay=0.0, model=SMALL, pad=2, batch=16, compiler_options=None, **rate
+    ):
         self.mesh = sharding.make_mesh(jax.devices()[:devices], batch)
         self.model = model
         rate = optim.scale_by_rate(optax.constant_schedule(0.05), **rate)
@@ -52,6 +55,7 @@ class Setup:
             flip=True,
             label_smoothing=0.0,
             ema_decay=ema_decay,
+            compiler_options=compiler_options,
         )
         self.eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
         self.statistics = steps.make_batch_statistics(
@@ -129,6 +133,28 @@ def test_eight_devices_equal_one_and_draw_the_same_crops():
     np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("fast", ["kernels", "pairs", "all of it"])
+def test_what_is_fast_on_a_cpu_computes_the_same(fast):
+    everything = fast == "all of it"
+    options = {"model": NET}
+    if fast == "kernels" or everything:
+        options["compiler_options"] = cpu.compiler_options()
+        assert options["compiler_options"], "this XLA has lost the option; see cpu.py"
+    if fast == "pairs" or everything:
+        options["model"] = NET.clone(pair_pixels=True)
+    if everything:
+        options["devices"] = 2
+    results = []
+    for setup in (shared(model=NET), Setup(**options)):
+        losses, current = [], setup.state()
+        for _ in range(4):
+            current, sums = setup.train(current, batches(1))
+            losses.append(float(sums["loss"][0]))
+        results.append((losses, jax.device_get((current.params, current.batch_stats))))
+    assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
+    np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
+
+
 def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
     losses = []
     # A group is two devices' examples, then half of one's.
@@ -143,7 +169,7 @@ def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
 
 
 def test_one_batch_can_be_learned_by_heart():
-    setup = Setup(model=create_model("resnet8"), pad=0)
+    setup = Setup(model=NET, pad=0)
     current, index = setup.state(), batches(1)
     for _ in range(40):
         current, sums = setup.train(current, index)
@@ -153,7 +179,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 def test_first_step_is_golden():
     """Recorded once, from the code that the checks against numpy in this suite vouch for."""
-    setup = Setup(model=create_model("resnet8"))
+    setup = shared(model=NET)
     current, sums = setup.train(setup.state(), batches(1))
     got = [float(sums["loss"][0]), float(sums["error"][0])]
     norm = optax.tree.norm(current.params)
