@@ -10,7 +10,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.models.blocks import BasicBlock, PreactBasicBlock
 from tests.test_ablations import make_block
 from tests.test_models import check_scanned_and_unrolled_agree
-from tests.test_steps import SMALL, Setup, assert_close, batches
+from tests.test_steps import NET, Setup, assert_close, batches
 
 
 def test_survival_falls_linearly_over_all_blocks():
@@ -105,7 +105,7 @@ def test_scanned_and_unrolled_agree_where_nothing_is_drawn():
 
 def test_draws_are_a_function_of_seed_and_step_whatever_the_devices_and_chunks():
     index = np.concatenate([batches(1)] * 3)
-    model = SMALL.clone(survival=0.3)
+    model = NET.clone(survival=0.3)
     setups = {devices: Setup(devices, model=model) for devices in (1, 8)}
 
     def losses(devices, chunks):
@@ -125,6 +125,6 @@ def test_draws_are_a_function_of_seed_and_step_whatever_the_devices_and_chunks()
     np.testing.assert_allclose(chunked, one, rtol=1e-4)
     assert_close(params, other, rtol=2e-3, atol=2e-4)
     # And something is drawn: the same net without it has another loss.
-    whole = Setup(1)
+    whole = Setup(1, model=NET)
     _, sums = whole.train(whole.state(), index[:1])
     assert abs(float(sums["loss"][0]) - one[0]) > 1e-4
