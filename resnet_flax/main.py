@@ -20,7 +20,10 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; default: runs/<config>/seed<seed>."
+    "workdir",
+    None,
+    "Directory of the run; default: runs/<config>/seed<seed>. Of several seeds (train.num_seeds), "
+    "which have it in common: runs/<config>.",
 )
 _MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
 _WEIGHTS = flags.DEFINE_string(
@@ -141,7 +144,9 @@ def _path(text: str | None) -> str | None:
 
 
 def _directory(config: ConfigDict) -> str:
-    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}/seed{config.seed}"
+    default = f"runs/{_name_of(_config_file())}"
+    default += f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
+    return _path(_WORKDIR.value) or default
 
 
 def _train(config: ConfigDict | None) -> None:
@@ -162,13 +167,20 @@ def _train(config: ConfigDict | None) -> None:
             f"Stopped by {result['signal']} at step {result[loop.STOPPED]}; all is saved in "
             f"{path}. The same command goes on from there."
         )
+    elif train.SEEDS in result:
+        print(progress.summary_of_seeds(result[train.SEEDS], path))
     else:
-        print(train.summary(result, path))
+        print(progress.summary(result, path))
 
 
 def _evaluate(config: ConfigDict | None) -> None:
     from resnet_flax import scoring
 
+    if config is not None and config.train.num_seeds > 1:
+        raise UserError(
+            f"--mode=evaluate scores one net, config.train.num_seeds={config.train.num_seeds}: "
+            "leave that at 1, and choose the net with --config.seed or --workdir"
+        )
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
