@@ -35,7 +35,7 @@ def make_model(config: ConfigDict) -> ResNet:
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    scan = config.model.scan
+    scan, pairs = config.model.scan, config.model.pair_pixels
     return models.create_model(
         config.model.name,
         config.model.num_classes,
@@ -49,6 +49,7 @@ def make_model(config: ConfigDict) -> ResNet:
         bn_group_size=config.model.bn_group_size or None,
         scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
         remat=config.model.remat,
+        pair_pixels=pairs == "always" or (pairs == "auto" and jax.default_backend() == "cpu"),
     )
 
 
@@ -91,7 +92,8 @@ class Experiment:
     """What training and evaluation share.
 
     Attributes:
-      config: validated, every duration in steps, nothing left "auto" but dtype and scan.
+      config: validated, every duration in steps, nothing left "auto" but dtype, scan and
+        pair_pixels.
       dataset: on the host.
       mesh: of all devices.
       model: the net.

@@ -11,7 +11,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cpu, distributed, progress
+from resnet_flax import cache, cpu, distributed, progress
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -20,17 +20,15 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Directory of the run; default: runs/<config>/seed<seed>. Of several seeds (train.num_seeds), "
-    "which have it in common: runs/<config>.",
+    "workdir", None, "Directory of the run; default: runs/<config>/seed<seed>, of several <config>."
 )
 _MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
 _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
-    "evaluate: a weights file, a run's directory, or one of its checkpoints (default: the newest "
-    "of --workdir). train: a weights file to begin a new run from.",
+    "evaluate: a weights file, the name of published weights, a run's directory, or one of its "
+    "checkpoints (default: the newest of --workdir). train: a weights file, or such a name, to "
+    "begin a new run from.",
 )
 _CHECKPOINT_DIR = flags.DEFINE_string(
     "checkpoint_dir",
@@ -144,9 +142,8 @@ def _path(text: str | None) -> str | None:
 
 
 def _directory(config: ConfigDict) -> str:
-    default = f"runs/{_name_of(_config_file())}"
-    default += f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
-    return _path(_WORKDIR.value) or default
+    own = f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
+    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}{own}"
 
 
 def _train(config: ConfigDict | None) -> None:
@@ -159,7 +156,7 @@ def _train(config: ConfigDict | None) -> None:
     place = _CHECKPOINT_DIR.value
     if place is not None and "://" not in place:
         place = os.path.abspath(_path(place))
-    result = train.train(config, path, _path(_WEIGHTS.value), place)
+    result = train.train(config, path, _weights(), place)
     if not distributed.is_first():
         return
     if loop.STOPPED in result:
@@ -167,21 +164,24 @@ def _train(config: ConfigDict | None) -> None:
             f"Stopped by {result['signal']} at step {result[loop.STOPPED]}; all is saved in "
             f"{path}. The same command goes on from there."
         )
-    elif train.SEEDS in result:
-        print(progress.summary_of_seeds(result[train.SEEDS], path))
     else:
         print(progress.summary(result, path))
+
+
+def _weights() -> str | None:
+    """The path given as --weights, or that of the published weights of this name."""
+    from resnet_flax import pretrained
+
+    given = _path(_WEIGHTS.value)
+    if given and not os.path.exists(given) and given in pretrained.read_index():
+        return str(pretrained.locate(given)[0])
+    return given
 
 
 def _evaluate(config: ConfigDict | None) -> None:
     from resnet_flax import scoring
 
-    if config is not None and config.train.num_seeds > 1:
-        raise UserError(
-            f"--mode=evaluate scores one net, config.train.num_seeds={config.train.num_seeds}: "
-            "leave that at 1, and choose the net with --config.seed or --workdir"
-        )
-    directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
+    directory, source = _path(_WORKDIR.value), _weights()
     if config is not None and not (directory or source):
         directory = _directory(config)
     text = scoring.score(config, directory, source, overrides=_OVERRIDES)
@@ -210,6 +210,8 @@ def main(argv: list[str]) -> None:
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     if _DISTRIBUTED.value:
         _join()
+    if distributed.count() == 1:
+        cache.keep_programs()
     modes[_MODE.value](config)
     _let_interrupts_kill()
     distributed.finish()

@@ -112,8 +112,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> str:
-    """What finished runs of several seeds say last, see `summary`."""
+def _summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> str:
     lines = [summary(r, directory / f"seed{r['seed']}").partition("\n")[0] for r in results]
     return "\n".join(
         [f"seed {r['seed']}: {line}" for r, line in zip(results, lines, strict=True)]
@@ -127,9 +126,15 @@ def summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> 
 def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
     """What a finished run says last: what was learned, where it lies, what to run next.
 
+    Args:
+      result: see `train.train`.
+      directory: likewise.
+
     Raises:
       UserError: the result is not one of a finished run.
     """
+    if "seeds" in result:
+        return _summary_of_seeds(result["seeds"], directory)
     try:
         lines = [
             f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "

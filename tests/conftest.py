@@ -13,7 +13,8 @@ os.environ.pop("XLA_FLAGS", None)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     CACHE = tempfile.mkdtemp(prefix="resnet_flax_tests_")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(CACHE, "programs")
+    os.environ["RESNET_FLAX_CACHE"] = os.path.join(CACHE, "kept")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 

@@ -10,6 +10,7 @@ LEVELS = [
         "augment",
         "optim",
         "sharding",
+        "cache",
         "cpu",
         "torch_names",
         "workdir",

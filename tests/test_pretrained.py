@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import types
 
 import jax
 import numpy as np
@@ -43,6 +44,23 @@ def file(tmp_path):
     path = tmp_path / "net.safetensors"
     weights.save(path, small_weights())
     return path
+
+
+def test_main_takes_the_name_of_published_weights_for_their_file(tmp_path, monkeypatch):
+    from resnet_flax import main
+
+    def given(value):
+        monkeypatch.setattr(main, "_WEIGHTS", types.SimpleNamespace(value=value))
+        return main._weights()
+
+    monkeypatch.chdir(tmp_path)
+    name = next(iter(pretrained.read_index()))
+    assert given(name) == str(pretrained.locate(name)[0])
+    assert given("no/such/file") == "no/such/file"
+    assert given(None) is None
+    # A file of the user's own comes first.
+    (tmp_path / name).write_bytes(b"")
+    assert given(name) == name
 
 
 def test_importing_the_package_reads_no_images():

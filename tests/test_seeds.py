@@ -16,7 +16,6 @@ from resnet_flax import (
     handover,
     inputs,
     loop,
-    main,
     metrics,
     scoring,
     seeds,
@@ -307,7 +306,7 @@ def test_what_does_not_go_with_several_seeds(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="num_seeds=0 must lie in"):
         train.train(config, tmp_path / "runs")
     with pytest.raises(UserError, match="scores one net, config.train.num_seeds=2"):
-        main._evaluate(make_config())
+        scoring.score(make_config(), str(tmp_path), None)
     assert list(tmp_path.iterdir()) == []
 
 

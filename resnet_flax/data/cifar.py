@@ -6,7 +6,9 @@ import pathlib
 import sys
 from typing import Any
 
-from resnet_flax.data import archive, dataset, download, prepare, prepared
+import numpy as np
+
+from resnet_flax.data import archive, dataset, decoded, download, prepare, prepared
 from resnet_flax.errors import UserError
 
 VERSION = "3.0.2"  # of both data sets in TFDS
@@ -40,17 +42,30 @@ def load(
             mirror=mirror,
             show_progress=show_progress,
         )
-    arrays, class_names = prepared.read(
-        name, directory=directory, sizes=SIZES, shape=SHAPE, classes=CLASSES[name]
+    arrays = decoded.read(name, directory, lambda: _decode(name, directory))
+    train, test = (
+        dataset.Split(arrays.pop(f"{part}_images"), arrays.pop(f"{part}_labels"))
+        for part in ("train", "test")
     )
     return dataset.assemble(
         name,
-        train=dataset.canonical(*arrays.pop("train")),
-        test=dataset.canonical(*arrays.pop("test")),
-        class_names=class_names,
+        train=train,
+        test=test,
+        class_names=tuple(arrays["class_names"].tolist()),
         split=split,
         seed=seed,
     )
+
+
+def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
+    arrays, class_names = prepared.read(
+        name, directory=directory, sizes=SIZES, shape=SHAPE, classes=CLASSES[name]
+    )
+    found = {"class_names": np.array(class_names)}
+    for part in SIZES:
+        split = dataset.canonical(*arrays.pop(part))
+        found |= {f"{part}_images": split.images, f"{part}_labels": split.labels}
+    return found
 
 
 def make(

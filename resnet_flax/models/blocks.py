@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models import paired
+
 Shortcut = Callable[..., jax.Array]
 
 # A plain normal, as published (arXiv:1502.01852): jax's kaiming_normal is truncated.
@@ -31,6 +33,7 @@ class Conv(nn.Module):
       kernel_init: initialiser of the kernel.
       bias_init: initialiser of a bias; None: there is none, as in the papers' nets.
       same: pad as TensorFlow's and XLA's `SAME` does all the same, for the Keras nets.
+      pair_pixels: compute narrow 3x3 convolutions by `paired.convolve`.
     """
 
     features: int
@@ -40,6 +43,7 @@ class Conv(nn.Module):
     kernel_init: nn.initializers.Initializer = he_normal
     bias_init: nn.initializers.Initializer | None = None
     same: bool = False
+    pair_pixels: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -47,13 +51,17 @@ class Conv(nn.Module):
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         pad = (self.kernel - 1) // 2
-        y = jax.lax.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            window_strides=(self.strides, self.strides),
-            padding="SAME" if self.same else ((pad, pad), (pad, pad)),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        if self.pair_pixels and paired.applies(x.shape, kernel.shape, self.strides):
+            y = paired.convolve(x, kernel)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                window_strides=(self.strides, self.strides),
+                padding="SAME" if self.same else ((pad, pad), (pad, pad)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
         if self.bias_init is None:
             return y
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)

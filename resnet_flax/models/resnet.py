@@ -49,6 +49,8 @@ class ResNet(nn.Module):
       scan: run equal blocks as one scan.
       remat: keep only block inputs for the backward pass and compute the rest again. On a CPU it
         saves memory with `scan` only, see results/performance.md.
+      pair_pixels: another way to compute narrow 3x3 convolutions, faster on a CPU and without
+        forward-mode derivatives, see `paired`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -72,6 +74,7 @@ class ResNet(nn.Module):
     survival: float = 1.0
     scan: bool = False
     remat: bool = False
+    pair_pixels: bool = False
 
     @property
     def draws(self) -> bool:
@@ -110,7 +113,7 @@ class ResNet(nn.Module):
         Returns:
           Logits; without `num_classes` the pooled features, float32 [B, D].
         """
-        conv = functools.partial(self.conv, dtype=self.dtype)
+        conv = functools.partial(self.conv, dtype=self.dtype, pair_pixels=self.pair_pixels)
         norm = functools.partial(
             BatchNorm,
             train=train,

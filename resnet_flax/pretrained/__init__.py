@@ -187,6 +187,16 @@ def load_pretrained(source: str | os.PathLike) -> Pretrained:
     Raises:
       UserError: there is no such name or file (the message lists the names), or it is damaged.
     """
+    path, digest = locate(source)
+    return assemble(str(source), weights.load(path), digest)
+
+
+def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
+    """The weights file that a published name, a path or a run's directory stands for; its SHA-256.
+
+    Raises:
+      UserError: as `load_pretrained`.
+    """
     index = read_index()
     entry = index.get(str(source))
     path = FOLDER / entry["file"] if entry else pathlib.Path(source).expanduser()
@@ -207,7 +217,7 @@ def load_pretrained(source: str | os.PathLike) -> Pretrained:
             f"weights file {path} is damaged: its SHA-256 is {digest[:12]}…, not "
             f"{entry['sha256'][:12]}… as published; install the package again"
         )
-    return assemble(str(source), weights.load(path), digest)
+    return path, digest
 
 
 def _no_such(source: str, index: dict[str, dict[str, Any]]) -> str:

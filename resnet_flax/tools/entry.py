@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
+from resnet_flax import cache
 from resnet_flax.errors import UserError
 
 
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         # Names of files may be of characters that the terminal's encoding lacks, or of none.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        cache.keep_programs()
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
