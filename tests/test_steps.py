@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import create_model, evaluate, optim, sharding, state, steps
+from resnet_flax import cpu, create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
 from resnet_flax.feed import ResidentFeed
 
@@ -23,7 +23,9 @@ def make_data(count=64, classes=10, seed=0):
 
 
 class Setup:
-    def __init__(self, devices=1, ema_decay=0.0, model=None, pad=2, batch=16, **rate):
+    def __init__(
+        self, devices=1, ema_decay=0.0, model=None, pad=2, batch=16, compiler_options=None, **rate
+    ):
         self.mesh = sharding.make_mesh(jax.devices()[:devices], batch)
         self.model = model or create_model("resnet8")
         rate = optim.scale_by_rate(optax.constant_schedule(0.05), **rate)
@@ -39,6 +41,7 @@ class Setup:
             flip=True,
             label_smoothing=0.0,
             ema_decay=ema_decay,
+            compiler_options=compiler_options,
         )
         self.eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
         self.statistics = steps.make_batch_statistics(
@@ -111,6 +114,28 @@ def test_eight_devices_equal_one_and_draw_the_same_crops():
         )
     assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
     # The first step differs by rounding only: same examples, same crops, same global statistics.
+    np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fast", ["kernels", "pairs", "all of it"])
+def test_what_is_fast_on_a_cpu_computes_the_same(fast):
+    everything = fast == "all of it"
+    options = {}
+    if fast == "kernels" or everything:
+        options["compiler_options"] = cpu.compiler_options()
+        assert options["compiler_options"], "this XLA has lost the option; see cpu.py"
+    if fast == "pairs" or everything:
+        options["model"] = create_model("resnet8", pair_pixels=True)
+    if everything:
+        options["devices"] = 2
+    results = []
+    for setup in (Setup(), Setup(**options)):
+        losses, current = [], setup.state()
+        for _ in range(4):
+            current, sums = setup.train(current, batches(1))
+            losses.append(float(sums["loss"][0]))
+        results.append((losses, jax.device_get((current.params, current.batch_stats))))
+    assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
     np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
 
 
