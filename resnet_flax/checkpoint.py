@@ -185,8 +185,6 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
 class NoWriter:
     """Saves nothing: what a process has that is not the first."""
 
-    best_steps: set[int | None]
-
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Leaves it to the first process."""
 
