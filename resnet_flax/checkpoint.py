@@ -133,8 +133,7 @@ def locate(place: str) -> epath.Path:
 
 def steps_in(directory: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a directory, rising; [] where there is none."""
-    directory = epath.Path(directory)
-    if not directory.exists():
+    if not (directory := epath.Path(directory)).exists():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
@@ -153,8 +152,7 @@ def read_newest(
     Raises:
       UserError: there are checkpoints and all are damaged. A fresh start is the user's to decide.
     """
-    directory = epath.Path(directory)
-    steps = steps_in(directory)
+    steps = steps_in(directory := epath.Path(directory))
     for step in reversed(steps):
         try:
             tree, record = read(directory / str(step))
@@ -187,28 +185,25 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
 class NoWriter:
     """Saves nothing: what a process has that is not the first."""
 
-    best_step: int | None = None
-
     def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Leaves it to the first process."""
 
     def wait(self) -> None:
         """Returns."""
 
-    def close(self) -> None:
-        """Returns."""
+    close = wait
 
 
 class Writer:
     """Saves checkpoints in the background and deletes old ones.
 
-    Kept are the newest `keep` and the step last named as best.
+    Kept are the newest `keep` and the steps last named as best.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
         """Opens (or makes) `directory`; what an interrupted save or deletion left is removed."""
         self.directory = epath.Path(directory).resolve()  # Orbax takes no relative path.
-        self.best_step: int | None = None
+        self.best_steps: set[int | None] = set()
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -226,20 +221,21 @@ class Writer:
             if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".deleting"):
                 path.rmtree()
 
-    def save(self, state: TrainState, record: dict[str, Any]) -> epath.Path:
+    def save(self, state: TrainState | dict[str, Any], record: dict[str, Any]) -> epath.Path:
         """Begins to save; returns the checkpoint's path. An earlier save is waited for first.
 
         Args:
-          state: on the devices.
+          state: on the devices; or a tree of one, or of several at the same step, on the host.
           record: JSON-serialisable, returned by `read`.
 
         Raises:
           NotFiniteError: a value is not finite: nothing is saved.
           UserError: this save or an earlier one failed (disk full, say).
         """
-        tree = to_tree(state)
-        step = int(tree["step"])
-        for path, value in flax.traverse_util.flatten_dict(tree).items():
+        tree = state if isinstance(state, dict) else to_tree(state)
+        flat = flax.traverse_util.flatten_dict(tree)
+        step = int(next(value for path, value in flat.items() if path[-1] == "step"))
+        for path, value in flat.items():
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                 raise NotFiniteError(f"{'/'.join(path)} is not finite at step {step}")
         # What JSON makes of the record (floats, say) is what will be hashed on reading.
@@ -253,7 +249,7 @@ class Writer:
             self._orbax.save(path, args=content, custom_metadata=metadata)
         except Exception as error:
             raise self._failure(error) from error
-        self._pending = self._thread.submit(self._finish, path, self.best_step)
+        self._pending = self._thread.submit(self._finish, path, self.best_steps)
         return path
 
     def _check_room(self, tree: dict[str, Any]) -> None:
@@ -264,11 +260,11 @@ class Writer:
                 full = os.strerror(errno.ENOSPC)
                 raise self._failure(OSError(f"{full}: {need:,} bytes needed, {free:,} free"))
 
-    def _finish(self, path: epath.Path, best_step: int | None) -> None:
+    def _finish(self, path: epath.Path, best_steps: set[int | None]) -> None:
         self._orbax.wait_until_finished()
         file_list.write(path)
         for step in steps_in(self.directory)[: -self._keep]:
-            if step != best_step:
+            if step not in best_steps:
                 # Renamed first: half of a checkpoint must not pass for one.
                 doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleting")
                 doomed.rmtree()

@@ -85,6 +85,8 @@ def base_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.total_steps = 64_000  # length of the run
+    # nets that are trained at once, with the seeds from `seed` on, each as a run of its own
+    c.train.num_seeds = 1
     c.train.chunk_steps = 0  # steps per dispatch; 0: 100 on accelerators, 1 on a CPU
     # devices that each process splits its CPU into; 0: one per core where that divides
     c.train.cpu_devices = 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -101,6 +101,7 @@ class Experiment:
       std: likewise.
       warn: told of images that cannot be read.
       workers: processes that decode images.
+      put: places images that stay on the devices, see `feed.put_once`.
     """
 
     config: ConfigDict
@@ -111,6 +112,12 @@ class Experiment:
     std: np.ndarray
     warn: Callable[[str], None] = print
     workers: int = 0
+    put: Callable[..., jax.Array] = sharding.put
+
+    @property
+    def members(self) -> tuple["Experiment", ...]:
+        """The runs of this program, see `seeds.Group`: this one."""
+        return (self,)
 
     @functools.cached_property
     def train_feed(self) -> feed.Feed:
@@ -132,6 +139,7 @@ class Experiment:
             mesh=self.mesh,
             workers=self.workers,
             warn=self.warn,
+            put=self.put,
         )
 
     def close(self) -> None:
@@ -148,39 +156,49 @@ class Experiment:
         """The first state, from canonical `variables` or from the seed."""
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
-        create = self._creator(self.dataset.train.image_shape)
+        create = functools.partial(self.first_state, self.config.seed)
         return state.place(create, sharding.replicated(self.mesh), variables)
+
+    def first_state(self, seed: Any, variables: Any, image_shape=None) -> state.TrainState:
+        """The first state with a seed, which may be traced; see `state.create_state`."""
+        return state.create_state(
+            self.model,
+            self.optimizer,
+            seed=seed,
+            image_shape=image_shape or self.dataset.train.image_shape,
+            ema=self.config.optim.ema_decay > 0,
+            variables=variables,
+        )
 
     def abstract_state(self, image_shape=None) -> state.TrainState:
         """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
-        shape = image_shape or self.dataset.train.image_shape
-        return jax.eval_shape(self._creator(shape), None)
+        return jax.eval_shape(lambda: self.first_state(self.config.seed, None, image_shape))
 
-    def _creator(self, image_shape):
-        def create(variables):
-            return state.create_state(
-                self.model,
-                self.optimizer,
-                seed=self.config.seed,
-                image_shape=image_shape,
-                ema=self.config.optim.ema_decay > 0,
-                variables=variables,
-            )
+    def place(self, states: Sequence[state.TrainState]) -> state.TrainState:
+        """Puts the one of `states`, on the host, where training keeps it."""
+        return sharding.put_tree(states[0], sharding.replicated(self.mesh))
 
-        return create
+    def host_states(self, state: state.TrainState) -> list[state.TrainState]:
+        """The inverse of `place`."""
+        return [jax.device_get(state)]
+
+    def evaluated(self, state: state.TrainState, member: int) -> Any:
+        """The variables of the one net that are evaluated, on all devices."""
+        del member
+        return state.evaluated()
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and dtypes of the variables in the canonical layout."""
         abstract = layout.to_canonical(self.abstract_state())
         return {"params": abstract.params, "batch_stats": abstract.batch_stats}
 
-    def make_train_chunk(self):
-        """See `steps.make_train_chunk`."""
+    def make_train_chunk(self, **together):
+        """See `steps.make_train_chunk`; `together` are its arguments for several nets."""
         c = self.config
         return steps.make_train_chunk(
             self.model,
             self.optimizer,
-            sharding=sharding.split(self.mesh),
+            **{"sharding": sharding.split(self.mesh), **together},
             pad=c.data.pad,
             flip=c.data.flip,
             fill=c.data.fill,
@@ -193,11 +211,12 @@ class Experiment:
     def make_evaluated(self):
         """A function from a net's variables to those that are scored and saved.
 
-        They differ where `eval.bn_examples` asks for statistics estimated again.
+        They differ where `eval.bn_examples` asks for statistics estimated again, from the run's own
+        training examples, or those of another run given to it.
         """
         c, by_batch = self.config, sharding.split(self.mesh)
         if not c.eval.bn_examples:
-            return lambda variables: variables
+            return lambda variables, run=self: variables
         batch_statistics = steps.make_batch_statistics(
             self.model,
             sharding=by_batch,
@@ -205,27 +224,30 @@ class Experiment:
             flip=c.data.flip,
             fill=c.data.fill,
         )
-        return lambda variables: evaluate.reestimate_statistics(
+        return lambda variables, run=self: evaluate.reestimate_statistics(
             batch_statistics,
             variables,
-            self.train_feed,
+            run.train_feed,
             examples=c.eval.bn_examples,
             batch_size=c.data.batch_size,
         )
 
     def make_scorer(self):
-        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`."""
+        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`.
+
+        The examples are the run's own, or those of another run of the same shape given to it.
+        """
         ten = self.config.eval.crops == 10
         eval_chunk = steps.make_eval_chunk(
             self.model,
             sharding=sharding.split(self.mesh),
             ten_crops=self.dataset.train.image_shape[0] if ten else 0,
         )
-        return lambda variables: {
+        return lambda variables, run=self: {
             name: evaluate.evaluate(
                 eval_chunk, variables, examples, batch_size=self.config.eval.batch_size
             )
-            for name, examples in self.eval_feeds.items()
+            for name, examples in run.eval_feeds.items()
         }
 
 
@@ -235,6 +257,7 @@ def build(
     mesh: Mesh,
     preprocessing: tuple[np.ndarray, np.ndarray] | None = None,
     warn: Callable[[str], None] = print,
+    put: Callable[..., jax.Array] = sharding.put,
 ) -> Experiment:
     """Puts an experiment together.
 
@@ -244,6 +267,7 @@ def build(
       mesh: as from `devices.choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
       warn: told of images that cannot be read.
+      put: places images that stay on the devices, see `feed.put_once`.
 
     Raises:
       UserError: what only shows with the data at hand: durations of less than a step, more classes
@@ -263,4 +287,5 @@ def build(
     # Of several processes all are here, and some may share a machine.
     cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
     workers = cpu.choose_workers(config.data.workers, cores)
-    return Experiment(config, dataset, mesh, make_model(config), mean, std, warn, workers)
+    model = make_model(config)
+    return Experiment(config, dataset, mesh, model, mean, std, warn, workers, put)

@@ -19,12 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from resnet_flax import sharding
 from resnet_flax.data import batches as streaming
 from resnet_flax.data import stream
-from resnet_flax.data.dataset import Split
+from resnet_flax.data.dataset import Part, Split
 from resnet_flax.data.streamed import StreamedSplit, why_unreadable
 from resnet_flax.errors import UserError
 
@@ -56,6 +56,19 @@ def _spread(size: int, examples: int, batch_size: int) -> np.ndarray:
     return np.ascontiguousarray(index.reshape(batch_size, rows).T)
 
 
+def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
+    """A `sharding.put` that places each array once, however many feeds ask for it."""
+    placed: dict[int, tuple[np.ndarray, jax.Array]] = {}
+
+    def put(value: np.ndarray, where: NamedSharding) -> jax.Array:
+        if id(value) not in placed:
+            # Kept with its value: else another could come to have its id.
+            placed[id(value)] = value, sharding.put(value, where)
+        return placed[id(value)][1]
+
+    return put
+
+
 class ResidentFeed:
     """Feeds positions in a data set that lies on every device."""
 
@@ -63,13 +76,14 @@ class ResidentFeed:
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Part,
         mean: np.ndarray,
         std: np.ndarray,
         *,
         seed: int,
         mesh: Mesh,
         batch_size: int,
+        put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put,
     ):
         """Puts the data on the devices.
 
@@ -80,29 +94,42 @@ class ResidentFeed:
           seed: of their order and augmentation.
           mesh: of all devices.
           batch_size: examples a training step.
+          put: places images and labels, see `put_once`.
         """
         self.size, self._seed, self._mesh, self._batch = len(split), seed, mesh, batch_size
         everywhere = sharding.replicated(mesh)
+        # Of a part the whole lies there: other parts of it may be fed too.
+        self._part = split.positions if isinstance(split, Part) else None
+        whole = split.whole if isinstance(split, Part) else split
         self.resident = _statistics(mean, std, seed, mesh) | {
-            "images": sharding.put(split.images, everywhere),
-            "labels": sharding.put(split.labels, everywhere),
+            "images": put(whole.images, everywhere),
+            "labels": put(whole.labels, everywhere),
         }
 
-    def chunk(self, step: int, count: int) -> jax.Array:
+    def positions(self, step: int, count: int) -> np.ndarray:
         """Positions of the examples of `count` steps: int32 [count, B]."""
         index = stream.indices(self._seed, step, count, self._batch, self.size)
-        return sharding.put(index, sharding.split(self._mesh, 1))
+        return self._in_whole(index)
+
+    def _in_whole(self, index: np.ndarray) -> np.ndarray:
+        if self._part is None:
+            return index
+        return np.where(index < 0, index, self._part[index])
+
+    def chunk(self, step: int, count: int) -> jax.Array:
+        """The same on the devices."""
+        return sharding.put(self.positions(step, count), sharding.split(self._mesh, 1))
 
     def batches(self, batch_size: int) -> Iterator[jax.Array]:
         """Positions of all examples: int32 [k, B], -1 for none."""
-        index = padded_rows(self.size, batch_size, self._mesh.size)
+        index = self._in_whole(padded_rows(self.size, batch_size, self._mesh.size))
         # One dispatch for all on accelerators; on a CPU loops are slow (see steps).
         for chunk in index[:, None] if jax.default_backend() == "cpu" else index[None]:
             yield sharding.put(chunk, sharding.split(self._mesh, 1))
 
     def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
         """Positions of evenly spaced examples: int32 [B] each."""
-        for row in _spread(self.size, examples, batch_size):
+        for row in self._in_whole(_spread(self.size, examples, batch_size)):
             yield sharding.put(row, sharding.split(self._mesh))
 
     def close(self) -> None:

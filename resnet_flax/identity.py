@@ -112,6 +112,41 @@ def check_same_beginning(directory: pathlib.Path, digest: str | None, *, resumin
     )
 
 
+def has_checkpoints(directory: pathlib.Path) -> bool:
+    """Whether checkpoints lie in a run's own directory."""
+    return any(path.name.isdigit() for path in (directory / "checkpoints").glob("*"))
+
+
+def check_same_group(directory: pathlib.Path, group: str | None) -> None:
+    """Refuses to train a run alone that was begun with other seeds, or with others than those.
+
+    Args:
+      directory: the run's.
+      group: those that are to be trained together, see `handover.group_of`; None: it is alone. A
+        run that has got its own checkpoints may go on alone.
+
+    Raises:
+      UserError: says how the run was begun.
+    """
+    begun = _run_record(directory)
+    old = begun.get("group")
+    if not begun or old == group:
+        return
+    if group is not None:
+        raise UserError(
+            f"the run in {directory} was begun {f'with {old}' if old else 'alone'}, not with "
+            f"{group}: choose another --workdir, or other seeds (config.seed, "
+            "config.train.num_seeds)"
+        )
+    if not has_checkpoints(directory):
+        first, _, last = old.removeprefix("seeds").partition("-")
+        raise UserError(
+            f"the run in {directory} is trained together with others: go on with all of them, "
+            f"--config.seed={first} --config.train.num_seeds={int(last) - int(first) + 1} "
+            f"--workdir={directory.parent}, or choose another --workdir"
+        )
+
+
 def checkpoint_directory(directory: pathlib.Path, requested: str | None) -> str:
     """Where the checkpoints of the run in `directory` lie: a path, or the URL of a bucket.
 

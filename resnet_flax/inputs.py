@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import augment, data, feed, models
 from resnet_flax.data import streamed
-from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.data.dataset import Dataset, Part, Split
 from resnet_flax.errors import UserError
 
 # Training images from which the statistics of a streamed data set are estimated.
@@ -67,14 +68,14 @@ def load_data(config: ConfigDict) -> Dataset:
 
 def statistics(dataset: Dataset, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """See `augment.statistics`; of streamed images, from a sample of their central parts."""
-    if isinstance(dataset.train, Split):
+    if not isinstance(dataset.train, streamed.StreamedSplit):
         return augment.statistics(dataset.train.images, kind)
     needed = 1 if kind == "imagenet" else _SAMPLE
     return augment.statistics(streamed.central_sample(dataset.train, needed), kind)
 
 
 def make_feed(
-    split: Split | streamed.StreamedSplit,
+    split: Split | Part | streamed.StreamedSplit,
     mean: np.ndarray,
     std: np.ndarray,
     *,
@@ -82,6 +83,7 @@ def make_feed(
     mesh: Mesh,
     workers: int,
     warn: Callable[[str], None],
+    put: Callable[..., jax.Array],
 ) -> feed.Feed:
     """What brings a split to the devices; durations must be resolved.
 
@@ -93,10 +95,11 @@ def make_feed(
       mesh: of all devices.
       workers: processes that decode images.
       warn: told of images that cannot be read.
+      put: places images that stay on the devices, see `feed.put_once`.
     """
     common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
-    if isinstance(split, Split):
-        return feed.ResidentFeed(split, mean, std, **common)
+    if not isinstance(split, streamed.StreamedSplit):
+        return feed.ResidentFeed(split, mean, std, **common, put=put)
     return feed.StreamedFeed(
         split,
         mean,

@@ -2,68 +2,52 @@
 
 import contextlib
 import dataclasses
-import math
-import pathlib
 import signal
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from resnet_flax import checkpoint, distributed, feed, record, sharding
+from resnet_flax import checkpoint, distributed, feed, sharding
+from resnet_flax.account import Account
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import Records, RunLog
 from resnet_flax.progress import Progress
+from resnet_flax.seeds import Group
 from resnet_flax.state import TrainState
 
 # Key of what a stopped run returns, to tell it from a finished one.
 STOPPED = "stopped"
 
 
-@dataclasses.dataclass
-class History:
-    """What a checkpoint remembers beside the state.
-
-    Attributes:
-      seconds: wall-clock that led to this state: evaluations and compilation included, start-up
-        and work that a crash undid not.
-      train_seconds: the part spent on training steps, compilation not included.
-      train_examples: examples trained on in `train_seconds`.
-      window: sums since the last training record: steps, loss, error, seconds.
-    """
-
-    seconds: float = 0.0
-    train_seconds: float = 0.0
-    train_examples: int = 0
-    window: tuple[int, float, float, float] = (0, 0.0, 0.0, 0.0)
-
-    @classmethod
-    def from_record(cls, saved: dict[str, Any]) -> "History":
-        """A history from a checkpoint's record; what an older version did not keep begins anew."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: v for k, v in saved.items() if k in known})
-
-
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """Where a run's checkpoints lie, and what each says of the run.
+    """Where a run's checkpoints lie.
 
     Attributes:
       directory: local, or anywhere that orbax can write to.
-      run: see `identity.describe`.
       resumed: whether the run goes on from one of them.
+      hand_out: called with the accounts once the last one is there, before there are results.
     """
 
     directory: epath.Path
-    run: dict[str, Any]
     resumed: bool
+    hand_out: Callable[[Sequence[Account]], None] = lambda accounts: None
+
+
+def step_of(state: TrainState) -> int:
+    """Steps done, by all nets alike."""
+    return int(np.ravel(jax.device_get(state.step))[0])
 
 
 class Loop:
     """Dispatches chunks of steps, reading each one's results while the next is computed.
+
+    A step is one of a run, or of several that differ in the seed only, see `seeds.Group`.
 
     Several processes run the same loop in step. Whatever decides about a computation (what is due,
     when to stop) they know alike; only the first has a log and a writer of checkpoints.
@@ -71,54 +55,63 @@ class Loop:
 
     def __init__(
         self,
-        run: Experiment,
-        directory: pathlib.Path,
+        run: Experiment | Group,
+        accounts: Sequence[Account],
         state: TrainState,
-        history: History,
         progress: Progress,
         environment: dict[str, Any],
         checkpoints: Checkpoints,
     ):
-        """Prepares to go on from `state`."""
-        self.experiment, self.directory, self.state = run, directory, state
-        self.config, self.history, self.progress = run.config, history, progress
+        """Prepares to go on from `state`, with the account of each of `run.members`."""
+        self.experiment, self.accounts, self.state = run, accounts, state
+        self.config, self.progress = run.config, progress
         self.environment, self.checkpoints = environment, checkpoints
-        self.step = int(state.step)
+        self.step = step_of(state)
         # The newest checkpoint.
         self.saved = checkpoints.directory / str(self.step) if checkpoints.resumed else None
-        self.log, self.writer = self._open()
+        self.writer = self._open()
         self.train_chunk = run.make_train_chunk()
         self.evaluated = run.make_evaluated()
         self.score = run.make_scorer()
         self.compiled: dict[int, Any] = {}
         self.pending: tuple[int, dict] | None = None
-        self.scores: dict[str, Any] = {}
-        self.rate = math.nan
         # The signal this process has had, and the one for which all stop together.
         self.wish = self.stop_signal = 0
         self.clock = time.monotonic()
         self.train_clock = 0.0
 
     def _open(self):
+        for account in self.accounts:
+            if distributed.is_first():
+                log = RunLog(account.directory, self.step, self.config.log.tensorboard)
+                distributed.share(lambda log=log: log.records)
+            else:
+                log = Records(distributed.share(list))
+            account.log = log
         if not distributed.is_first():
-            return Records(distributed.share(list)), checkpoint.NoWriter()
-        log = RunLog(self.directory, self.step, self.config.log.tensorboard)
-        distributed.share(lambda: log.records)
-        return log, checkpoint.Writer(self.checkpoints.directory, self.config.checkpoint.keep)
+            return checkpoint.NoWriter()
+        return checkpoint.Writer(self.checkpoints.directory, self.config.checkpoint.keep)
 
-    def run(self) -> dict[str, Any]:
-        """Trains to the end, or until a signal; returns the result, see `train.train`."""
+    def run(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """Trains to the end, or until a signal.
+
+        Returns:
+          The result of each account, see `record.write_result`; none where this is not the first
+          process; or where it stopped, see `train.train`.
+        """
         total = self.config.train.total_steps
         if self.saved:
             self.progress.say(f"resumed from step {self.step} of {total}")
-            if lost := self.log.count_lost(self.config.log.every_steps, self.step):
-                self.progress.say(
-                    f"metrics.jsonl lacks {lost} training records up to step {self.step}: it has "
-                    "been damaged; training goes on, the curves will have a gap"
-                )
+            for account in self.accounts:
+                if lost := account.log.count_lost(self.config.log.every_steps, self.step):
+                    self.progress.say(
+                        f"{self._name(account)}metrics.jsonl lacks {lost} training records up to "
+                        f"step {self.step}: it has been damaged; training goes on, the curves will "
+                        "have a gap"
+                    )
         self.progress.start(total, self.step)
         with self._signals(), contextlib.ExitStack() as stack:
-            for thing in (self.log, self.writer, self.experiment):
+            for thing in (*(a.log for a in self.accounts), self.writer, self.experiment):
                 stack.enter_context(contextlib.closing(thing))
             # An evaluation that was due when the run was killed comes first.
             self._evaluate_if_due()
@@ -133,21 +126,26 @@ class Loop:
                 self.writer.wait()
                 return {STOPPED: self.step, "signal": signal.Signals(self.stop_signal).name}
             self.writer.wait()
-            variables = self.evaluated(self.state.evaluated())
-            self.scores = self.scores or self.score(variables)
-            self._tick()
-            if not distributed.is_first():
-                return {}
-            return record.write_result(
-                self.directory,
-                self.experiment,
-                variables,
-                self.scores,
-                self.log.records,
-                seconds=self.history.seconds,
-                images_per_second=self._images_per_second(),
-                environment=self.environment,
-            )
+            self.checkpoints.hand_out(self.accounts)
+            return [r for i in range(len(self.accounts)) if (r := self._finish(i)) is not None]
+
+    def _finish(self, member: int) -> dict[str, Any] | None:
+        account = self.accounts[member]
+        variables = self._variables(member)
+        account.scores = account.scores or self.score(variables, account.run)
+        self._tick()
+        if not distributed.is_first():
+            return None
+        return account.write_result(variables, self.environment)
+
+    def _variables(self, member: int) -> Any:
+        """Those of one net that are scored and saved."""
+        variables = self.experiment.evaluated(self.state, member)
+        return self.evaluated(variables, self.accounts[member].run)
+
+    def _name(self, account: Account) -> str:
+        """What a message begins with where there are several nets."""
+        return f"{account.directory.name}: " if len(self.accounts) > 1 else ""
 
     def _chunk_length(self) -> int:
         """Steps to dispatch next: a whole chunk where nothing is due inside it, else one.
@@ -194,88 +192,72 @@ class Loop:
 
     def _read(self, chunk: tuple[int, dict]) -> None:
         first, sums = chunk
-        sums = {name: values.tolist() for name, values in jax.device_get(sums).items()}
-        self.stop_signal = sums.pop("wish", self.stop_signal)
+        sums = jax.device_get(sums)
+        self.stop_signal = int(sums.pop("wish", self.stop_signal))
         now = time.monotonic()
         seconds, self.train_clock = now - self.train_clock, now
-        length = len(sums["loss"])
-        self.history.train_seconds += seconds
-        self.history.train_examples += length * self.config.data.batch_size
-        for i in range(length):
-            step, loss, self.rate = first + i + 1, sums["loss"][i], sums["rate"][i]
-            if not math.isfinite(loss):
-                raise self._diverged(f"the loss is {loss} at step {step}")
-            steps, loss_sum, error_sum, time_sum = self.history.window
-            self.history.window = (
-                steps + 1,
-                loss_sum + loss,
-                error_sum + sums["error"][i],
-                time_sum + seconds / length,
-            )
-            if step % self.config.log.every_steps == 0 or step == self.config.train.total_steps:
-                self._log_window(step)
-        self.progress.update(step, loss, sums["error"][-1], self.rate, self._images_per_second())
+        count, length = len(self.accounts), len(sums["loss"])
+        # Of several nets: [steps, nets].
+        by_net = {name: values.reshape(length, count).T.tolist() for name, values in sums.items()}
+        for i, account in enumerate(self.accounts):
+            own = {name: values[i] for name, values in by_net.items()}
+            if wrong := account.read(first, own, seconds):
+                raise self._diverged(f"{self._name(account)}{wrong}", account.rate)
+        loss, error = (sum(v[-1] for v in by_net[name]) / count for name in ("loss", "error"))
+        speed = sum(account.images_per_second() for account in self.accounts)
+        self.progress.update(first + length, loss, error, account.rate, speed)
 
-    def _log_window(self, step: int) -> None:
-        steps, loss, error, seconds = self.history.window
-        self.history.window = 0, 0.0, 0.0, 0.0
-        examples = steps * self.config.data.batch_size
-        values = {
-            "loss": loss / steps,
-            "error": error / steps,
-            "rate": self.rate,
-            "examples": examples,
-            "images_per_second": round(examples / max(seconds, 1e-9), 1),
-        }
-        self.log.write("train", step, values)
-
-    def _images_per_second(self) -> float:
-        return self.history.train_examples / max(self.history.train_seconds, 1e-9)
-
-    def _diverged(self, what: str) -> UserError:
+    def _diverged(self, what: str, rate: float) -> UserError:
         with contextlib.suppress(UserError):
             self.writer.wait()
         return UserError(
-            f"{what} (learning rate {self.rate:g}); last good checkpoint: {self.saved or 'none'}\n"
+            f"{what} (learning rate {rate:g}); last good checkpoint: {self.saved or 'none'}\n"
             "lower config.optim.learning_rate, or warm up with config.optim.warmup_steps"
         )
 
     def _evaluate_if_due(self) -> bool:
-        """Evaluates where it is time to; returns whether the result is the best so far."""
-        c = self.config
+        """Evaluates where it is time to; returns whether a result is the best so far of its net."""
+        c, improved = self.config, False
         due = self.step % c.eval.every_steps == 0 or self.step == c.train.total_steps
-        if not self.step or not due or self.log.has("test", self.step):
+        if not self.step or not due:
             return False
-        self._drain()
-        self.scores = self.score(self.evaluated(self.state.evaluated()))
-        for split, score in self.scores.items():
-            self.log.write(split, self.step, record.describe_score(score))
-        errors = ", ".join(f"{s} error {100 * v.error:.2f} %" for s, v in self.scores.items())
-        self.progress.say(f"step {self.step}: {errors}")
-        return self._best_step() == self.step
-
-    def _best_step(self) -> int | None:
-        split = record.selection_split(self.experiment.dataset)
-        best = record.best(self.log.records, split)
-        return best and best["step"]
+        for i, account in enumerate(self.accounts):
+            if account.log.has("test", self.step):
+                continue
+            self._drain()
+            scores = self.score(self._variables(i), account.run)
+            improved |= account.note_scores(self.step, scores)
+            errors = ", ".join(f"{s} error {100 * v.error:.2f} %" for s, v in scores.items())
+            self.progress.say(f"{self._name(account)}step {self.step}: {errors}")
+        return improved
 
     def _save(self) -> None:
         self._drain()
         self._tick()
-        self.log.sync()
-        self.writer.best_step = self._best_step()
+        for account in self.accounts:
+            account.log.sync()
+        self.writer.best_steps = {account.best_step() for account in self.accounts}
         if self.saved and self.saved.name == str(self.step):
             return
         try:
-            history = dataclasses.asdict(self.history)
-            self.writer.save(self.state, {**history, "run": self.checkpoints.run})
+            self.writer.save(*self._checkpoint())
         except checkpoint.NotFiniteError as error:
-            raise self._diverged(str(error)) from error
+            raise self._diverged(str(error), self.accounts[-1].rate) from error
         self.saved = self.checkpoints.directory / str(self.step)
+
+    def _checkpoint(self) -> tuple[Any, dict[str, Any]]:
+        """State and record; of several nets, a tree of those of each, by name."""
+        records = [{**dataclasses.asdict(a.history), "run": a.identity} for a in self.accounts]
+        if len(records) == 1:
+            return self.state, records[0]
+        names = [account.directory.name for account in self.accounts]
+        trees = map(checkpoint.to_tree, self.experiment.host_states(self.state))
+        return tuple(dict(zip(names, each, strict=True)) for each in (trees, records))
 
     def _tick(self) -> None:
         now = time.monotonic()
-        self.history.seconds += now - self.clock
+        for account in self.accounts:
+            account.history.seconds += now - self.clock
         self.clock = now
 
     @contextlib.contextmanager

@@ -20,7 +20,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; default: runs/<config>/seed<seed>."
+    "workdir", None, "Directory of the run; default: runs/<config>/seed<seed>, of several <config>."
 )
 _MODE = flags.DEFINE_string("mode", "train", "train or evaluate.")
 _WEIGHTS = flags.DEFINE_string(
@@ -142,7 +142,8 @@ def _path(text: str | None) -> str | None:
 
 
 def _directory(config: ConfigDict) -> str:
-    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}/seed{config.seed}"
+    own = f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
+    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}{own}"
 
 
 def _train(config: ConfigDict | None) -> None:
@@ -164,7 +165,7 @@ def _train(config: ConfigDict | None) -> None:
             f"{path}. The same command goes on from there."
         )
     else:
-        print(train.summary(result, path))
+        print(progress.summary(result, path))
 
 
 def _weights() -> str | None:

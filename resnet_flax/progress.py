@@ -1,11 +1,15 @@
-"""What a person sees while a run goes on."""
+"""What a person sees while a run goes on, and at its end."""
 
 import io
 import os
+import pathlib
 import sys
 import time
+from typing import Any
 
 from tqdm import tqdm
+
+from resnet_flax.errors import UserError
 
 
 class _Stream(io.FileIO):
@@ -106,3 +110,46 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> str:
+    lines = [summary(r, directory / f"seed{r['seed']}").partition("\n")[0] for r in results]
+    return "\n".join(
+        [f"seed {r['seed']}: {line}" for r, line in zip(results, lines, strict=True)]
+        + [
+            "Each is a run of its own. Together:\n"
+            f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
+        ]
+    )
+
+
+def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
+    """What a finished run says last: what was learned, where it lies, what to run next.
+
+    Args:
+      result: see `train.train`.
+      directory: likewise.
+
+    Raises:
+      UserError: the result is not one of a finished run.
+    """
+    if "seeds" in result:
+        return _summary_of_seeds(result["seeds"], directory)
+    try:
+        lines = [
+            f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "
+            f"error ({result['test_wrong_last']} of {result['test_examples']} wrong) after "
+            f"{result['steps']} steps in {result['seconds']:.0f} s.",
+            f"Curves: {directory / 'curves.png'}  results: {directory / 'result.json'}  weights: "
+            f"{directory / 'weights.safetensors'}",
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory / 'result.json'} lacks {error}; delete it to redo") from error
+    if result["data"] == "digits":
+        learned = result["test_error_last"] < 0.1
+        lines.append(
+            ("It has learned to read handwritten digits. " if learned else "")
+            + "Next, CIFAR-10 in ten epochs:\n"
+            "  python -m resnet_flax.main --config=configs/cifar10_short.py"
+        )
+    return "\n".join(lines)

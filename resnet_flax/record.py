@@ -57,6 +57,7 @@ def write_start(
     environment: dict[str, Any],
     init_weights: str | None,
     checkpoint_dir: str,
+    group: str | None = None,
 ) -> None:
     """Writes config, preprocessing and `run.json` at a run's start; a restart adds to the latter.
 
@@ -68,6 +69,7 @@ def write_start(
       environment: see `environment`.
       init_weights: SHA-256 of the weights file it began with, if any.
       checkpoint_dir: where its checkpoints lie.
+      group: those that it is trained with, see `handover.group_of`; None: it is alone.
     """
     path = directory / "run.json"
     old = workdir.read_json(path) or {}
@@ -90,6 +92,7 @@ def write_start(
             "init_weights": init_weights,
             # Not where it is the usual place: directories are moved.
             "checkpoint_dir": None if checkpoint_dir == str(usual) else checkpoint_dir,
+            **({"group": group} if group else {}),
             "preprocess_sha256": hashlib.sha256(preprocess.read_bytes()).hexdigest(),
             "dtype": str(np.dtype(run.model.dtype)),
             "parameters": count_parameters(run),

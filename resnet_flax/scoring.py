@@ -54,6 +54,11 @@ def score(
     Raises:
       UserError: anything the user can mend.
     """
+    if config is not None and config.train.num_seeds > 1:
+        raise UserError(
+            f"--mode=evaluate scores one net, config.train.num_seeds={config.train.num_seeds}: "
+            "leave that at 1, and choose the net with --config.seed or --workdir"
+        )
     begin = functools.partial(_begin, config, directory, source, overrides or {})
     beginning = distributed.share(begin)
     config = fill(base_config(), json.loads(beginning["config"]))

@@ -41,7 +41,9 @@ def examples(resident, batch, sharding):
         return batch["images"], batch["labels"]
     images = jnp.take(resident["images"], batch, axis=0, mode="clip")
     labels = jnp.take(resident["labels"], batch, axis=0, mode="clip")
-    return jax.lax.with_sharding_constraint(images, sharding), jnp.where(batch < 0, -1, labels)
+    if sharding is not None:
+        images = jax.lax.with_sharding_constraint(images, sharding)
+    return images, jnp.where(batch < 0, -1, labels)
 
 
 def _length(batches) -> int:
@@ -64,7 +66,7 @@ def make_train_chunk(
     model: ResNet,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
-    sharding: NamedSharding,
+    sharding: NamedSharding | None,
     pad: int,
     flip: bool,
     label_smoothing: float,
@@ -72,13 +74,15 @@ def make_train_chunk(
     fill: str = "zero",
     color: bool = False,
     compiler_options: dict[str, str] | None = None,
+    together: Callable[[Callable], Callable] = lambda train_step: train_step,
+    out_shardings: Any = None,
 ) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes `train_chunk(state, resident, batches)`: a training step for each of `batches`.
 
     Args:
       model: the net.
       optimizer: as from `optim.sgd`.
-      sharding: of a batch's first axis.
+      sharding: of a batch's first axis; None: a device has the whole of it.
       pad: pixels, see `augment.crop_and_mirror`.
       flip: likewise.
       fill: likewise.
@@ -86,6 +90,9 @@ def make_train_chunk(
       label_smoothing: see `cross_entropy`.
       ema_decay: share of the averaged weights kept at each step, 0: no average.
       compiler_options: of `jax.jit`.
+      together: makes of the step of one net, a function of (state, batch, resident), that of
+        several, whose results have a first axis of nets, see `seeds.Group`.
+      out_shardings: of the state and of the dict; None: replicated.
 
     Returns:
       A jitted function from (state, resident, batches of k steps) to the next state and a dict of
@@ -131,19 +138,21 @@ def make_train_chunk(
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         return state, {"loss": loss, "error": error, "rate": optim.last_rate(opt_state)}
 
+    step = together(train_step)
+
     def train_chunk(state, resident, batches, wishes=None):
         if _length(batches) == 1:
             batch = jax.tree.map(lambda x: x[0], batches)
-            state, sums = train_step(state, batch, resident)
+            state, sums = step(state, batch, resident)
             sums = jax.tree.map(lambda x: x[None], sums)
         else:
-            state, sums = jax.lax.scan(lambda s, b: train_step(s, b, resident), state, batches)
+            state, sums = jax.lax.scan(lambda s, b: step(s, b, resident), state, batches)
         return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
 
     return jax.jit(
         train_chunk,
         donate_argnums=0,
-        out_shardings=NamedSharding(sharding.mesh, PartitionSpec()),
+        out_shardings=out_shardings or NamedSharding(sharding.mesh, PartitionSpec()),
         compiler_options=compiler_options,
     )
 

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,15 +16,17 @@ from resnet_flax import (
     devices,
     distributed,
     experiment,
+    handover,
     identity,
     inputs,
     loop,
     models,
     record,
-    sharding,
+    seeds,
     weights,
     workdir,
 )
+from resnet_flax.account import Account, History
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
@@ -33,6 +34,9 @@ from resnet_flax.models import layout
 from resnet_flax.progress import Progress
 from resnet_flax.state import TrainState
 from resnet_flax.validation import validate
+
+# Key of what a finished program of several seeds returns.
+SEEDS = "seeds"
 
 
 def train(
@@ -43,20 +47,23 @@ def train(
 ) -> dict:
     """Trains, or goes on training, as configured; leaves everything in `directory`.
 
+    With `config.train.num_seeds` above 1: so many runs at once, in `directory/seed<k>`, see
+    `handover`.
+
     Where it begins: at the newest undamaged checkpoint of the directory; else from `init_weights`;
     else from the seed. Of several processes only the first reads and writes the directory and the
     weights file; each reads the data set.
 
     Args:
       config: see `config.base_config`.
-      directory: the run's own.
+      directory: the run's own, or that of the runs of several seeds.
       init_weights: a weights file to initialise a new run from.
       checkpoint_dir: where the checkpoints are to lie, a path or a URL that orbax can write to, of
         this run alone; None: in `directory`. A run whose directory was lost goes on from there.
 
     Returns:
       What `result.json` holds, or `{"stopped": step}` when SIGTERM or SIGINT ended the run early.
-      Of several processes only the first has a result.
+      Of several processes only the first has a result. Of several seeds `{"seeds": [result, …]}`.
 
     Raises:
       UserError: anything the user can mend.
@@ -64,53 +71,108 @@ def train(
     validate(config)
     initial, digest = _load_initial(init_weights) if distributed.is_first() else (None, None)
     config = config.copy_and_resolve_references()
-    config.model.update(distributed.share(lambda: _model_of(config, initial, directory)))
+    directories, group = _directories(config, directory, checkpoint_dir)
+    config.model.update(distributed.share(lambda: _model_of(config, initial, directories[0])))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
+    configs = seeds.member_configs(config)
     mesh = devices.choose_mesh(config)
-    environment = record.environment(mesh)
+    environment = record.environment(mesh) | ({"seeds_in_program": len(configs)} if group else {})
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
         if distributed.is_first():
-            stack.enter_context(workdir.claim(directory))
-            identity.check_same_config(directory, config)
-        dataset = _load_data(config)
-        preprocessing = distributed.share(
-            lambda: _preprocessing(directory, dataset, initial, init_weights)
-        )
-        run = experiment.build(config, dataset, mesh, preprocessing, progress.warn)
-        own = identity.describe(config, dataset)
-        place = distributed.share(lambda: identity.checkpoint_directory(directory, checkpoint_dir))
-        location = checkpoint.locate(place)
-        begin = functools.partial(_begin, run, directory, place, own, digest, progress.say)
-        beginning = distributed.share(begin)
-        if beginning["result"] is not None:
-            progress.say(f"the run in {directory} is finished")
-            return json.loads(beginning["result"])
-        state, history = _first_state(run, beginning, initial, init_weights)
-        step = int(state.step)
-        checkpoints = loop.Checkpoints(location, own, beginning["tree"] is not None)
-        if distributed.is_first():
-            if note := identity.other_devices(directory, mesh):
-                progress.say(note)
-            record.write_start(
-                directory,
-                config,
-                run,
-                step=step,
-                environment=environment,
-                init_weights=digest,
-                checkpoint_dir=place,
+            for own, one in zip(directories, configs, strict=True):
+                stack.enter_context(workdir.claim(own))
+                identity.check_same_config(own, one)
+                if not group:
+                    identity.check_same_group(own, None)
+        datasets = seeds.load_data(configs) if group else [_load_data(config)]
+        preprocessing = [
+            distributed.share(functools.partial(_preprocessing, *pair, initial, init_weights))
+            for pair in zip(directories, datasets, strict=True)
+        ]
+        if group:
+            run = seeds.build(configs, datasets, mesh, preprocessing, progress.warn)
+        else:
+            run = experiment.build(config, datasets[0], mesh, preprocessing[0], progress.warn)
+        identities = [identity.describe(c, d) for c, d in zip(configs, datasets, strict=True)]
+        if group:
+            place = str(handover.place_of(directories))
+            total = run.config.train.total_steps
+            beginnings = handover.begin(directories, identities, digest, total, progress.say)
+        else:
+            place = distributed.share(
+                lambda: identity.checkpoint_directory(directory, checkpoint_dir)
             )
+            checkpoint.locate(place)
+            begin = functools.partial(
+                _begin, run, directory, place, identities[0], digest, progress.say
+            )
+            beginnings = [distributed.share(begin)]
+        if all(beginning["result"] is not None for beginning in beginnings):
+            for own in directories:
+                progress.say(f"the run in {own} is finished")
+            results = [json.loads(beginning["result"]) for beginning in beginnings]
+            return {SEEDS: results} if group else results[0]
+        state = _first_state(run, [b["tree"] for b in beginnings], initial, init_weights)
+        step = loop.step_of(state)
+        accounts = [
+            Account(member, own, History.from_record(beginning["history"] or {}), about)
+            for member, own, beginning, about in zip(
+                run.members, directories, beginnings, identities, strict=True
+            )
+        ]
+        if distributed.is_first():
+            if note := identity.other_devices(directories[0], mesh):
+                progress.say(note)
+            for own, one, member in zip(directories, configs, run.members, strict=True):
+                record.write_start(
+                    own,
+                    one,
+                    member,
+                    step=step,
+                    environment=environment,
+                    init_weights=digest,
+                    checkpoint_dir=str(own / "checkpoints") if group else place,
+                    group=group,
+                )
             progress.say(_describe(run, environment))
-        return loop.Loop(run, directory, state, history, progress, environment, checkpoints).run()
+        checkpoints = loop.Checkpoints(
+            checkpoint.locate(place),
+            beginnings[0]["tree"] is not None,
+            functools.partial(handover.hand_out, directories) if group else lambda accounts: None,
+        )
+        results = loop.Loop(run, accounts, state, progress, environment, checkpoints).run()
+        if isinstance(results, dict):
+            return results
+        if group:
+            handover.clear(directories)
+            return {SEEDS: results}
+        return results[0] if results else {}
 
 
-def _describe(run: Experiment, environment: dict[str, Any]) -> str:
+def _directories(
+    config: ConfigDict, directory: pathlib.Path, checkpoint_dir: str | None
+) -> tuple[list[pathlib.Path], str | None]:
+    """Those of the runs, and what those of several seeds are called together."""
+    count = config.train.num_seeds
+    if count == 1:
+        return [directory], None
+    if checkpoint_dir is not None:
+        raise UserError(
+            f"--checkpoint_dir goes with one seed only, not with config.train.num_seeds={count}"
+        )
+    directories = [directory / f"seed{config.seed + i}" for i in range(count)]
+    return directories, handover.group_of(directories)
+
+
+def _describe(run: Experiment | seeds.Group, environment: dict[str, Any]) -> str:
     """What is about to be trained, on what, where: a line."""
+    several = f"{len(run.members)} seeds of " if len(run.members) > 1 else ""
     pairs = "; narrow convolutions on pairs of pixels" if run.model.pair_pixels else ""
     return (
-        f"{run.config.model.name}, {record.count_parameters(run):,} parameters, on "
-        f"{len(run.dataset.train):,} images of {run.dataset.name}; {environment['hardware']}{pairs}"
+        f"{several}{run.config.model.name}, {record.count_parameters(run.members[0]):,} "
+        f"parameters, on {len(run.dataset.train):,} images of {run.dataset.name}; "
+        f"{environment['hardware']}{pairs}"
     )
 
 
@@ -177,19 +239,23 @@ def _begin(
 
 
 def _first_state(
-    run: Experiment, beginning: dict[str, Any], initial: weights.Weights | None, source: str | None
-) -> tuple[TrainState, loop.History]:
-    tree, everywhere = beginning["tree"], sharding.replicated(run.mesh)
-    if tree is not None:
-        state = checkpoint.from_tree(tree, run.abstract_state(), run.model.scan)
-        history = loop.History.from_record(beginning["history"])
-        return sharding.put_tree(state, everywhere), history
+    run: Experiment | seeds.Group,
+    trees: list[dict[str, Any] | None],
+    initial: weights.Weights | None,
+    source: str | None,
+) -> TrainState:
+    first = run.members[0]
+    if trees[0] is not None:
+        template = first.abstract_state()
+        return run.place([checkpoint.from_tree(t, template, run.model.scan) for t in trees])
     state = run.create_state()
     if source is None:
-        return state, loop.History()
-    head = jax.device_get(layout.to_canonical(state.params)["head"])
-    variables = distributed.share(lambda: _fit_initial(run, initial, source, head))
-    return run.create_state(variables), loop.History()
+        return state
+    heads = [layout.to_canonical(s.params)["head"] for s in run.host_states(state)]
+    variables = distributed.share(
+        lambda: [_fit_initial(first, initial, source, head) for head in heads]
+    )
+    return run.create_state(variables if len(run.members) > 1 else variables[0])
 
 
 def _fit_initial(
@@ -204,29 +270,3 @@ def _fit_initial(
         variables = {**variables, "params": {**variables["params"], "head": head}}
     weights.check_model(initial, model, source)
     return weights.fit(variables, template, source)
-
-
-def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
-    """What a finished run says last: what was learned, where it lies, what to run next.
-
-    Raises:
-      UserError: the result is not one of a finished run.
-    """
-    try:
-        lines = [
-            f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "
-            f"error ({result['test_wrong_last']} of {result['test_examples']} wrong) after "
-            f"{result['steps']} steps in {result['seconds']:.0f} s.",
-            f"Curves: {directory / 'curves.png'}  results: {directory / 'result.json'}  weights: "
-            f"{directory / 'weights.safetensors'}",
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / 'result.json'} lacks {error}; delete it to redo") from error
-    if result["data"] == "digits":
-        learned = result["test_error_last"] < 0.1
-        lines.append(
-            ("It has learned to read handwritten digits. " if learned else "")
-            + "Next, CIFAR-10 in ten epochs:\n"
-            "  python -m resnet_flax.main --config=configs/cifar10_short.py"
-        )
-    return "\n".join(lines)

@@ -46,6 +46,7 @@ _RANGES = {
     "optim.weight_decay": (0, math.inf, True, False),
     "optim.label_smoothing": (0, 1, True, False),
     "optim.ema_decay": (0, 1, True, False),
+    "train.num_seeds": (1, 1024, True, True),
     "train.chunk_steps": (0, math.inf, True, False),
     "train.cpu_devices": (0, math.inf, True, False),
     "eval.batch_size": (1, math.inf, True, False),
@@ -85,6 +86,9 @@ def validate(config: ConfigDict) -> None:
         raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
     _check_warmup(config.optim)
     _check_decay(config.optim)
+    last = config.seed + config.train.num_seeds - 1
+    if last >= 2**31:
+        raise UserError(f"config.train.num_seeds={config.train.num_seeds} makes the seed {last}")
     sides = config.data.short_sides
     if sides and (len(sides) != 2 or not 1 <= sides[0] <= sides[1] <= 4096):
         raise UserError(

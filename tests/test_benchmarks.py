@@ -132,14 +132,19 @@ def test_growth_is_measured_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(growth.bench, "run_case", run_case)
     monkeypatch.setattr(growth, "measure_start", lambda *args: {"cold": [{"first_record": 1.0}]})
     out = tmp_path / "growth.json"
-    flags = ["--depths=resnet8,resnet20", "--batches=8,16", "--devices=1", f"--out={out}"]
+    flags = ["--depths=resnet8,resnet20", "--batches=8,16", "--devices=1", "--seeds=1,2"]
+    flags.append(f"--out={out}")
     for _ in range(2):
         growth.main(flags)
     # ResNet-20 with a batch of 16 is in two tables.
-    assert calls == ["resnet8", "resnet20", "resnet20", "resnet20"]
+    assert calls == ["resnet8"] + ["resnet20"] * 5
     content = json.loads(out.read_text())
-    assert len(content["rows"]) == 4
+    assert len(content["rows"]) == 6
+    assert content["rows"][1]["case"]["overrides"] == {"train.num_seeds": "2"}
     assert content["start"] == {"cold": [{"first_record": 1.0}]}
-    assert "start, cold: first record after 1.0 s" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "start, cold: first record after 1.0 s" in printed
+    # As long a step for two nets as for one.
+    assert "nets an hour, 2 seeds together: 2.00 times as many" in printed
     with pytest.raises(SystemExit):
         growth.main(["--parts=width", f"--out={out}"])

@@ -65,7 +65,7 @@ def test_newest_and_best_are_kept(tmp_path):
     current = make_state(create_model("resnet8"), ema=False)
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
     for step in range(1, 6):
-        writer.best_step = min(step, 2)
+        writer.best_steps = {min(step, 2)}
         writer.save(at_step(current, step), {})
     writer.close()
     assert checkpoint.steps_in(tmp_path / "c") == [2, 4, 5]

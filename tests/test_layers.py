@@ -22,8 +22,9 @@ LEVELS = [
     {"steps", "checkpoint", "weights", "feed", "reporting"},
     {"evaluate", "identity", "inputs", "outputs"},
     {"experiment", "pretrained", "grid"},
-    {"record"},
-    {"loop", "scoring"},
+    {"record", "seeds"},
+    {"account", "scoring"},
+    {"loop", "handover"},
     {"train", "trained"},
     {"main", "tools"},
 ]

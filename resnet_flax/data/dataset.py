@@ -52,11 +52,42 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """Some of the examples of a split in memory, which stay where they are.
+
+    Attributes:
+      whole: the split.
+      positions: int32 [n], of the examples in it.
+    """
+
+    whole: Split
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def images(self) -> np.ndarray:
+        """A copy: uint8 [n, H, W, C]."""
+        return self.whole.images[self.positions]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """A copy: int32 [n]."""
+        return self.whole.labels[self.positions]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        return self.whole.image_shape
+
+
+@dataclasses.dataclass(frozen=True)
 class Dataset:
     """A whole data set, in a canonical order.
 
-    Its splits are in memory, or else are `streamed.StreamedSplit`, which have a length and an
-    `image_shape` too.
+    Its splits are in memory, as `Split` or `Part`, or else are `streamed.StreamedSplit`, which have
+    a length and an `image_shape` too.
 
     Attributes:
       name: one of `resnet_flax.data.NAMES`.
@@ -192,3 +223,21 @@ def assemble(
     draw = balanced_draw(train.labels, parts=HELD_OUT_PARTS, seed=int(seed))
     train, validation = divide(train, draw)
     return Dataset(name, train, validation, test, class_names, whole, tuple(draw.tolist()))
+
+
+def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
+    """What `assemble` makes with `seed`, of a data set in memory that holds nothing out yet.
+
+    The images are not copied: several seeds share them.
+
+    Raises:
+      UserError: `split` is unknown.
+    """
+    if check_split(split) == "all":
+        return whole
+    draw = balanced_draw(whole.train.labels, parts=HELD_OUT_PARTS, seed=seed)
+    rest = np.delete(np.arange(len(whole.train)), draw)
+    train, validation = (Part(whole.train, p.astype(np.int32)) for p in (rest, draw))
+    return dataclasses.replace(
+        whole, train=train, validation=validation, validation_draw=tuple(draw.tolist())
+    )

@@ -23,26 +23,39 @@ from resnet_flax.models import count
 from resnet_flax.validation import validate
 
 # What tells the runs of a grid apart is not for everybody to override.
-_FIXED = ("seed", "model.name")
+_FIXED = ("seed", "model.name", "train.num_seeds")
 # Enough of the end of a metrics.jsonl to hold a record.
 _TAIL_BYTES = 8192
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """An ordinary run, to be made by a process of its own.
+    """An ordinary run, to be made by a process of its own; or several seeds of one, see `groups`.
 
     Attributes:
-      name: "resnet20/seed0".
+      name: "resnet20/seed0"; of several seeds "resnet20/seeds0-3".
       directory: its `--workdir`.
-      config: its whole configuration.
+      config: its whole configuration; of several seeds that of the first.
       flags: what follows `python -m resnet_flax.main`.
+      members: of several seeds, the job of each.
     """
 
     name: str
     directory: pathlib.Path
     config: ConfigDict
     flags: tuple[str, ...]
+    members: tuple["Job", ...] = ()
+
+    @property
+    def runs(self) -> tuple["Job", ...]:
+        """The runs that it makes, each as a job of its own."""
+        return self.members or (self,)
+
+    @property
+    def log(self) -> pathlib.Path:
+        """Where the output of its process goes."""
+        name = f"{self.name.rpartition('/')[2]}.log" if self.members else "log.txt"
+        return self.directory / name
 
     @property
     def command(self) -> list[str]:
@@ -63,8 +76,8 @@ class Job:
     @property
     def work(self) -> float:
         """What the run costs, in multiply-adds of a forward pass over all its examples."""
-        steps = self.steps or 1
-        return float(_multiply_adds(self.config.model.name)) * steps * self.config.data.batch_size
+        examples = (self.steps or 1) * self.config.data.batch_size * len(self.runs)
+        return float(_multiply_adds(self.config.model.name)) * examples
 
 
 @functools.cache
@@ -173,23 +186,31 @@ class State:
     Attributes:
       step: last step on record.
       total: length of the run, where it is known.
-      result: what `result.json` holds, of a run that is done.
+      results: what the `result.json` of each of its runs holds, where all are done.
       refusal: why the directory cannot be used, or "".
     """
 
     step: int = 0
     total: int | None = None
-    result: dict[str, Any] | None = None
+    results: tuple[dict[str, Any], ...] = ()
     refusal: str = ""
 
     @property
     def share(self) -> float:
         """How much of the run is done, 0 to 1."""
-        return 1.0 if self.result else min(1.0, self.step / self.total) if self.total else 0.0
+        return 1.0 if self.results else min(1.0, self.step / self.total) if self.total else 0.0
 
 
 def state_of(job: Job) -> State:
     """What the files in a job's directory say."""
+    if job.members:
+        states = [state_of(member) for member in job.members]
+        return State(
+            min(state.step for state in states),
+            states[0].total,
+            sum((s.results for s in states), ()) if all(s.results for s in states) else (),
+            next((state.refusal for state in states if state.refusal), ""),
+        )
     try:
         identity.check_same_config(job.directory, job.config)
         run = workdir.read_json(job.directory / "run.json") or {}
@@ -201,7 +222,7 @@ def state_of(job: Job) -> State:
         done = total is not None and result.get("steps") == total
         weights = job.directory / "weights.safetensors"
         done = done and weights.is_file() and isinstance(result.get("test_error_last"), float)
-        return State(last_step(job.directory), total, result if done else None)
+        return State(last_step(job.directory), total, (result,) if done else ())
     except UserError as error:
         return State(refusal=str(error))
 
@@ -224,12 +245,13 @@ def last_step(directory: pathlib.Path) -> int:
 
 
 def estimate(job: Job, state: State, finished: list[tuple[Job, dict[str, Any]]]) -> float | None:
-    """Seconds that are left of a job, going by finished ones; None where there are none.
+    """Seconds that are left of a job, going by finished runs; None where there are none.
 
     The same net's runs are the measure where there are any, else all, by their multiply-adds.
     """
     timed = [
-        (other, float(result["seconds"]))
+        # What took a while for several nets together took each a part of it.
+        (other, float(result["seconds"]) / result.get("seeds_in_program", 1))
         for other, result in finished
         if isinstance(result.get("seconds"), (int, float)) and result["seconds"] > 0
     ]

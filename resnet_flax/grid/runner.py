@@ -37,7 +37,7 @@ class Runner:
     jobs, and each ends when all are done.
 
     Attributes:
-      done: results of the jobs that are done, by name.
+      done: results of the runs that are done, by name.
       failed: why, and the end of the log, by name.
       stop_signal: the signal that has ended it all, or 0.
     """
@@ -76,11 +76,13 @@ class Runner:
 
     def share(self, job: Job) -> float:
         """How much of a job is done, by whomever, 0 to 1."""
-        if job.name in self.done:
+        shares = [self._share(run) for run in job.runs]
+        return sum(shares) / len(shares)
+
+    def _share(self, run: Job) -> float:
+        if run.name in self.done:
             return 1.0
-        if not job.steps:
-            return 0.0
-        return min(1.0, last_step(job.directory) / job.steps)
+        return min(1.0, last_step(run.directory) / run.steps) if run.steps else 0.0
 
     def run(self) -> None:
         """Makes all runs, or ends with all of them saved after a signal."""
@@ -125,7 +127,7 @@ class Runner:
         if self._is_done(job, state_of(job)):
             return
         lock = locks.hold(self._directory / ".locks" / job.name.replace("/", "-"))
-        if lock is None or locks.is_held(job.directory / ".lock"):
+        if lock is None or self._is_held(job):
             if lock:
                 lock.close()
             self._leave(job)
@@ -138,7 +140,7 @@ class Runner:
                 self._fail(job, state.refusal)
             return
         self._told.discard(job.name)
-        step = last_step(job.directory)
+        step = min(last_step(run.directory) for run in job.runs)
         try:
             self._active.append(self._start(job, lock))
         except OSError as error:
@@ -151,8 +153,7 @@ class Runner:
 
     def _start(self, job: Job, lock: IO) -> _Active:
         job.directory.mkdir(parents=True, exist_ok=True)
-        path = job.directory / "log.txt"
-        with open(path, "ab") as log:
+        with open(job.log, "ab") as log:
             log.write(f"$ {job.shown_command}\n".encode())
             log.flush()
             # In a session of its own: a terminal's Ctrl-C comes once, from here.
@@ -164,7 +165,7 @@ class Runner:
                 env=self._environment(),
                 start_new_session=True,
             )
-            return _Active(job, process, lock, path, log.tell())
+            return _Active(job, process, lock, job.log, log.tell())
 
     def _environment(self) -> dict[str, str]:
         if self._parallel == 1:
@@ -179,9 +180,13 @@ class Runner:
             self._say(f"{job.name}: another process is at it")
 
     def _is_done(self, job: Job, state: State) -> bool:
-        if state.result:
-            self.done[job.name] = state.result
-        return bool(state.result)
+        for run, result in zip(job.runs, state.results, strict=False):
+            self.done[run.name] = result
+        return bool(state.results)
+
+    def _is_held(self, job: Job) -> bool:
+        """Whether a process is at it, or at one of its runs."""
+        return any(locks.is_held(run.directory / ".lock") for run in job.runs)
 
     def _fail(self, job: Job, reason: str) -> None:
         self.failed[job.name] = reason
@@ -194,9 +199,9 @@ class Runner:
             job, status, state = active.job, active.process.returncode, state_of(active.job)
             active.lock.close()
             if self._is_done(job, state):
-                error = 100 * state.result["test_error_last"]
-                self._say(f"{job.name}: done, test error {error:.2f} %")
-            elif locks.is_held(job.directory / ".lock"):
+                errors = [f"{100 * result['test_error_last']:.2f} %" for result in state.results]
+                self._say(f"{job.name}: done, test error {', '.join(errors)}")
+            elif self._is_held(job):
                 self._leave(job)
             elif self.stop_signal:
                 self._say(f"{job.name}: stopped after step {state.step}")

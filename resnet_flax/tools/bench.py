@@ -83,7 +83,8 @@ def run_case(case: dict[str, Any], *, timeout: float | None = None) -> dict[str,
     try:
         if parts:
             row["measured"] = run_worker({**case, "parts": parts}, timeout=timeout)
-            row["summary"] = bench_report.summarize(row["measured"], case["batch_size"])
+            examples = case["batch_size"] * row["measured"].get("seeds", 1)
+            row["summary"] = bench_report.summarize(row["measured"], examples)
         if "first_step" in case["parts"]:
             alone = {**case, "parts": ["first_step"]}
             with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as cache:

@@ -7,6 +7,7 @@ scorer, its feed, the same number of steps a dispatch, in the order of `loop.Loo
 """
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import cpu, devices, experiment, feed, models, record, sharding
+from resnet_flax import cpu, devices, experiment, feed, models, record, seeds, sharding
 from resnet_flax.config import base_config, imagenet_config, override
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.errors import UserError
@@ -87,8 +88,10 @@ def _mesh(case: Case, config: ConfigDict) -> Mesh:
     return sharding.make_mesh(jax.devices()[: case.devices], config.data.batch_size)
 
 
-def make_experiment(case: Case) -> Experiment:
+def make_experiment(case: Case) -> Experiment | seeds.Group:
     """The case's experiment, on noise of the size of the net's data set.
+
+    Where the case sets `train.num_seeds`: so many in one program.
 
     Images of CIFAR's size lie on the devices. Larger ones come from the host's memory batch by
     batch, as in a run, but decoded already.
@@ -111,6 +114,9 @@ def make_experiment(case: Case) -> Experiment:
 
     names = tuple(map(str, range(classes)))
     data = Dataset("noise", noise(train_size), None, noise(test_size), names, "", None)
+    configs = seeds.member_configs(config)
+    if len(configs) > 1:
+        return seeds.build(configs, [data] * len(configs), mesh)
     run = experiment.build(config, data, mesh)
     if not is_resident:
         # Before their first use: both are cached properties.
@@ -156,7 +162,7 @@ class HostFeed:
 class Trainer:
     """Chunks of training steps, dispatched and read as `loop.Loop` does."""
 
-    def __init__(self, run: Experiment):
+    def __init__(self, run: Experiment | seeds.Group):
         """Compiles, and notes how long that took."""
         self._feed, self._step = run.train_feed, 0
         self.length = feed.chunk_steps(self._feed, run.config.train.chunk_steps)
@@ -182,7 +188,7 @@ class Trainer:
             if pending is not None:
                 jax.device_get(pending)
             pending = sums
-        self.loss = float(jax.device_get(pending)["loss"][-1])
+        self.loss = float(np.mean(jax.device_get(pending)["loss"][-1]))
         jax.block_until_ready(self.state)
         return (time.perf_counter() - begin) / (chunks * self.length)
 
@@ -200,6 +206,7 @@ def measure(case: Case) -> dict[str, Any]:
         "environment": environment,
         "platform": platform,
         "devices": run.mesh.size,
+        "seeds": len(run.members),
         "dtype": str(run.model.dtype),
         "scanned": run.model.scan,
         "layers": models.get_architecture(case.model).weighted_layers,
@@ -222,7 +229,8 @@ def measure(case: Case) -> dict[str, Any]:
         found["loss"] = trainer.loss
         found["train_memory"] = bench_limits.peak_memory(run.mesh)
     if "eval" in case.parts:
-        score, variables = run.make_scorer(), trainer.state.evaluated()
+        variables, member = run.evaluated(trainer.state, 0), run.members[0]
+        score = functools.partial(run.make_scorer(), run=member)
         examples = score(variables)["test"].examples
         times = []
         for _ in range(case.repeats):

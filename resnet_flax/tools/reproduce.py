@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from resnet_flax.errors import UserError
 from resnet_flax.grid.experiments import runs_of
+from resnet_flax.grid.groups import together
 from resnet_flax.grid.plan import Job, estimate, make_jobs, state_of
 from resnet_flax.grid.runner import Runner
 from resnet_flax.tools import entry
@@ -62,7 +63,7 @@ class _Progress:
             self._first = self._bar.initial = self._bar.n = percent
             self._start = now
         running = ", ".join(f"{j.name} {100 * shares[j.name]:.0f} %" for j in runner.active)
-        text = f"{len(runner.done)} of {len(self._jobs)} done"
+        text = f"{len(runner.done)} of {sum(len(job.runs) for job in self._jobs)} done"
         text += f", {len(runner.failed)} failed" if runner.failed else ""
         text += f"; {running}" if running else ""
         if self._terminal:
@@ -86,15 +87,20 @@ def _clock(seconds: float | None) -> str:
 def plan(jobs: list[Job], parallel: int) -> str:
     """What is to be done, a job a paragraph, with the time that it should take."""
     states = {job.name: state_of(job) for job in jobs}
-    finished = [(job, s.result) for job in jobs if (s := states[job.name]).result is not None]
+    finished = [
+        pair for job in jobs for pair in zip(job.runs, states[job.name].results, strict=False)
+    ]
     lines, times = [], []
+    count = left = 0
     for job in jobs:
         state = states[job.name]
-        if state.result:
+        count += len(job.runs)
+        if state.results:
             status = "done"
         elif state.refusal:
             status = f"cannot be made: {state.refusal}"
         else:
+            left += len(job.runs)
             times.append(estimate(job, state, finished))
             begun = f"at step {state.step}" if state.step else "to do"
             of = f" of {job.steps}" if job.steps else ""
@@ -103,7 +109,7 @@ def plan(jobs: list[Job], parallel: int) -> str:
     total = None if None in times else sum(times) / parallel
     hint = "" if finished else " until a run here is done"
     lines.append(
-        f"{len(jobs)} runs, {len(finished)} done, {len(times)} to do: {_about(total)}{hint} with "
+        f"{count} runs, {len(finished)} done, {left} to do: {_about(total)}{hint} with "
         f"--jobs={parallel}"
     )
     return "\n".join(lines)
@@ -145,6 +151,13 @@ def _parse(argv: list[str]):
     parser.add_argument("--dry_run", action="store_true", help="say what there is to do")
     parser.add_argument("--with_1202", action="store_true", help="ResNet-1202 too")
     parser.add_argument("--data_dir", help="short for --config.data.data_dir")
+    parser.add_argument(
+        "--seeds_per_run",
+        type=int,
+        default=1,
+        help="seeds of a net that one process trains at once (config.train.num_seeds); default: 1, "
+        "as it has not been measured on a GPU or TPU whether more pay",
+    )
     parser.add_argument("--part", help="I/N: only every N-th run, where there are no locks")
     parser.add_argument(
         "--config.KEY",
@@ -172,7 +185,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--workdir={args.workdir} must be a local directory")
     directory = pathlib.Path(args.workdir).expanduser()
     jobs = make_jobs(runs, directory, seeds=args.seeds, scale=args.scale, overrides=overrides)
-    jobs = _part(jobs, args.part)
+    if args.part is None:
+        jobs = together(jobs, args.seeds_per_run)
+    elif args.seeds_per_run == 1:
+        jobs = _part(jobs, args.part)
+    else:
+        raise UserError(
+            f"--part={args.part} and --seeds_per_run={args.seeds_per_run} exclude each other: "
+            "which seeds go together depends on what the others have begun"
+        )
     if args.jobs < 1:
         raise UserError(f"--jobs={args.jobs} must be at least 1")
     if args.dry_run:

@@ -1,10 +1,12 @@
-"""How costs grow: with depth, batch and devices; and how long a run takes to begin.
+"""How costs grow: with depth, batch, devices and seeds; and how long a run takes to begin.
 
     python -m tests.benchmarks.growth --out=growth.json
     python -m tests.benchmarks.growth --parts=depth,batch --depth_batch=128 --out=growth.json
 
 Steps and compilation are measured as by `resnet_flax.tools.bench`, whose rows --out holds; what is
-there is not measured again. "power" is the exponent p of cost ~ size^p between a row and the one
+there is not measured again. The seeds train in one program (`config.train.num_seeds`), on as many
+devices as a run would use; "nets an hour" is how many times as many one can train so as one after
+the other. "power" is the exponent p of cost ~ size^p between a row and the one
 before: 1 is in proportion. The start is that of `resnet_flax.main` on the digits with ResNet-20,
 from the command to the first line of metrics.jsonl, with an empty compilation cache and with what
 that run has left there.
@@ -26,7 +28,7 @@ from typing import Any
 from resnet_flax import models, workdir
 from resnet_flax.tools import bench, bench_report
 
-PARTS = "depth", "batch", "devices", "start"
+PARTS = "depth", "batch", "devices", "seeds", "start"
 DEPTHS = "resnet20,resnet32,resnet44,resnet56,resnet110,resnet1202"
 
 
@@ -38,7 +40,7 @@ def power(sizes: Sequence[float], costs: Sequence[float]) -> list[float | None]:
     ]
 
 
-def _case(model: str, batch: int, devices: int, args) -> dict[str, Any]:
+def _case(model: str, batch: int, devices: int, args, seeds: int = 1) -> dict[str, Any]:
     return {
         "model": model,
         "batch_size": batch,
@@ -50,8 +52,12 @@ def _case(model: str, batch: int, devices: int, args) -> dict[str, Any]:
         "examples": max(args.examples, batch),
         "eval_examples": 1,
         "parts": ["train"],
-        "overrides": {},
+        "overrides": {"train.num_seeds": str(seeds)} if seeds > 1 else {},
     }
+
+
+def _seeds(row: dict[str, Any]) -> int:
+    return int(row["case"].get("overrides", {}).get("train.num_seeds", 1))
 
 
 def table(title: str, sizes: Sequence[int], rows: Sequence[dict[str, Any]]) -> str:
@@ -64,7 +70,7 @@ def table(title: str, sizes: Sequence[int], rows: Sequence[dict[str, Any]]) -> s
         (title, lambda r: str(r["size"])),
         ("ms/step (range)", lambda r: r["step"]),
         ("power", lambda r: f"{r['powers'][0]:.2f}"),
-        ("images/s", lambda r: f"{r['case']['batch_size'] / r['seconds']:,.0f}"),
+        ("images/s", lambda r: f"{_seeds(r) * r['case']['batch_size'] / r['seconds']:,.0f}"),
         ("trace s", lambda r: f"{r['measured']['trace_seconds']:.1f}"),
         ("compile s", lambda r: f"{r['measured']['compile_seconds']:.1f}"),
         ("power", lambda r: f"{r['powers'][1]:.2f}"),
@@ -83,6 +89,18 @@ def table(title: str, sizes: Sequence[int], rows: Sequence[dict[str, Any]]) -> s
         if "error" in r
     ]
     return "\n".join([bench_report.table(lines, columns), *failed])
+
+
+def nets_an_hour(rows: Sequence[dict[str, Any]]) -> str:
+    """A line for each number of seeds after one: what is gained by training them together."""
+    seconds = {_seeds(r): r["summary"]["step_seconds"] for r in rows if "error" not in r}
+    if 1 not in seconds:
+        return "nets an hour: one seed has not been measured"
+    alone = seconds.pop(1)["median"]
+    return "\n".join(
+        f"nets an hour, {n} seeds together: {n * alone / s['median']:.2f} times as many"
+        for n, s in seconds.items()
+    )
 
 
 def start_seconds(cache: str, folder: pathlib.Path, timeout: float) -> dict[str, float]:
@@ -165,8 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--depth_batch", type=int, default=16, help="examples a step of each depth")
     add("--batches", default="64,128,256,512,1024,2048,4096")
     add("--devices", default="1,2,4,8", help="numbers of them; a CPU is split into as many")
-    add("--model", default="resnet20", help="net of the batches and devices")
-    add("--batch", type=int, default=128, help="examples a step of each number of devices")
+    add("--seeds_devices", type=int, default=0, help="devices for them; 0: as a run would use")
+    add("--model", default="resnet20", help="net of the batches, devices and seeds")
+    add("--batch", type=int, default=128, help="examples a step (and net) of devices and seeds")
+    add("--seeds", default="1,2,4,8,16", help="numbers of nets in one program")
     add("--dtype", default="auto")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=2.0, help="about, of a timing")
@@ -180,17 +200,25 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--parts={args.parts}: {', '.join(unknown)} is none of {', '.join(PARTS)}")
     nets = args.depths.split(",")
     layers = [models.get_architecture(name).weighted_layers for name in nets]
-    batches, devices = ([int(x) for x in t.split(",")] for t in (args.batches, args.devices))
+    batches, devices, seeds = (
+        [int(x) for x in t.split(",")] for t in (args.batches, args.devices, args.seeds)
+    )
     plan = {
         "depth": (layers, [_case(net, args.depth_batch, 1, args) for net in nets]),
         "batch": (batches, [_case(args.model, batch, 1, args) for batch in batches]),
         "devices": (devices, [_case(args.model, args.batch, n, args) for n in devices]),
+        "seeds": (
+            seeds,
+            [_case(args.model, args.batch, args.seeds_devices, args, n) for n in seeds],
+        ),
     }
     texts = []
     for part in [p for p in plan if p in parts]:
         sizes, cases = plan[part]
         rows = bench.run_cases(cases, args.out, timeout=args.timeout or None)["rows"]
         texts.append(table(part, sizes, rows))
+        if part == "seeds":
+            texts.append(nets_an_hour(rows))
     if "start" in parts:
         content = workdir.read_json(args.out) or {}
         found = content.get("start")
