@@ -133,7 +133,8 @@ def locate(place: str) -> epath.Path:
 
 def steps_in(directory: epath.PathLike) -> list[int]:
     """Steps of the finished checkpoints in a directory, rising; [] where there is none."""
-    if not (directory := epath.Path(directory)).exists():
+    directory = epath.Path(directory)
+    if not directory.exists():
         return []
     return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit())
 
@@ -152,7 +153,8 @@ def read_newest(
     Raises:
       UserError: there are checkpoints and all are damaged. A fresh start is the user's to decide.
     """
-    steps = steps_in(directory := epath.Path(directory))
+    directory = epath.Path(directory)
+    steps = steps_in(directory)
     for step in reversed(steps):
         try:
             tree, record = read(directory / str(step))

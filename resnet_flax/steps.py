@@ -96,8 +96,8 @@ def make_train_chunk(
 
     Returns:
       A jitted function from (state, resident, batches of k steps) to the next state and a dict of
-      float32 [k]: `loss` (mean over the batch; NaN where the gradient or a batch statistic is not
-      finite), `error` (0 to 1), `rate` (learning rate). All come out replicated. It donates the
+      float32 [k], of several nets [k, nets]: `loss` (mean over the batch; NaN where the gradient or
+      a batch statistic is not finite), `error` (0 to 1), `rate` (learning rate). It donates the
       state. k = 1 runs without a loop: XLA's CPU backend is some 45 times slower at a convolution's
       gradient inside one.
     """

@@ -1,6 +1,7 @@
 """`tools.bench`: the arithmetic of its report, its complaints, and one small real run."""
 
 import json
+import subprocess
 import time
 
 import jax
@@ -199,6 +200,23 @@ def test_a_small_real_run(tmp_path, capsys):
         bench.main([*flags, "--set=optim.learning_rate=-1", "--json"])
     (failed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert "optim.learning_rate=-1" in failed["error"]
+
+
+def test_a_worker_finds_no_programs_in_the_users_cache(monkeypatch):
+    environments = []
+
+    def run(command, *, env, **options):
+        environments.append(env)
+        return subprocess.CompletedProcess(command, 0, stdout='{"train_seconds": [1.0]}', stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("RESNET_FLAX_CACHE", "/somewhere")
+    bench.run_worker({})
+    bench.run_worker({}, cache="/elsewhere")
+    assert [env["RESNET_FLAX_CACHE"] for env in environments] == ["", ""]
+    assert "JAX_COMPILATION_CACHE_DIR" not in environments[0]
+    assert environments[1]["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
 
 
 def test_first_step_is_measured_with_an_empty_cache_and_a_full_one(monkeypatch):

@@ -113,7 +113,7 @@ def test_a_table_of_growth():
 
 def test_a_start_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(growth.sys, "executable", "/bin/false")
-    found = growth.measure_start(1, timeout=60)
+    found = growth.measure_start([], 1, timeout=60)
     assert found["error"].startswith("status 1 after 0 s")
     assert growth.describe_start(found).startswith("start failed: status 1")
     runs = [{"first_record": s, "end": 9.0} for s in (3.0, 1.0, 2.0)]
@@ -141,7 +141,7 @@ def test_growth_is_measured_once(tmp_path, capsys, monkeypatch):
     content = json.loads(out.read_text())
     assert len(content["rows"]) == 6
     assert content["rows"][1]["case"]["overrides"] == {"train.num_seeds": "2"}
-    assert content["start"] == {"cold": [{"first_record": 1.0}]}
+    assert content["start"] == {"configs/quickstart.py": {"cold": [{"first_record": 1.0}]}}
     printed = capsys.readouterr().out
     assert "start, cold: first record after 1.0 s" in printed
     # As long a step for two nets as for one.

@@ -48,7 +48,8 @@ def run_worker(
     Raises:
       UserError: it failed, with the last line that it said.
     """
-    environment = dict(os.environ)
+    # What an earlier run has left in the user's cache is no measure of compiling.
+    environment = os.environ | {"RESNET_FLAX_CACHE": ""}
     if cache:
         environment["JAX_COMPILATION_CACHE_DIR"] = cache
     command = [sys.executable, "-m", "resnet_flax.tools.bench_worker"]

@@ -7,9 +7,9 @@ Steps and compilation are measured as by `resnet_flax.tools.bench`, whose rows -
 there is not measured again. The seeds train in one program (`config.train.num_seeds`), on as many
 devices as a run would use; "nets an hour" is how many times as many one can train so as one after
 the other. "power" is the exponent p of cost ~ size^p between a row and the one
-before: 1 is in proportion. The start is that of `resnet_flax.main` on the digits with ResNet-20,
-from the command to the first line of metrics.jsonl, with an empty compilation cache and with what
-that run has left there.
+before: 1 is in proportion. The start is that of `resnet_flax.main`, from the command to the first
+line of metrics.jsonl, with an empty cache (`RESNET_FLAX_CACHE`) and with what that run has left
+there: by default of ResNet-20 on the digits, with --start_config=configs/resnet20.py on CIFAR-10.
 """
 
 import argparse
@@ -103,11 +103,14 @@ def nets_an_hour(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def start_seconds(cache: str, folder: pathlib.Path, timeout: float) -> dict[str, float]:
+def start_seconds(
+    flags: Sequence[str], cache: str, folder: pathlib.Path, timeout: float
+) -> dict[str, float]:
     """Seconds from the command to the first training record and to the end of a run of two steps.
 
     Args:
-      cache: directory of the compilation cache.
+      flags: of `resnet_flax.main`: its config, and what else is wanted.
+      cache: directory of what is kept from run to run.
       folder: for the run; must not exist.
       timeout: seconds until it is ended.
 
@@ -118,9 +121,10 @@ def start_seconds(cache: str, folder: pathlib.Path, timeout: float) -> dict[str,
     keys = {"train.total_steps": 2, "log.every_steps": 1, "log.tensorboard": False}
     # A chunk of one step ends as the first does.
     keys["train.chunk_steps"] = 1
-    flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    config = f"--config={root}/configs/quickstart.py"
-    command = [sys.executable, "-m", "resnet_flax.main", config, f"--workdir={folder}", *flags]
+    flags = [*flags, f"--workdir={folder}", *(f"--config.{k}={v}" for k, v in keys.items())]
+    command = [sys.executable, "-m", "resnet_flax.main", *flags]
+    environment = os.environ | {"RESNET_FLAX_CACHE": cache}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     with tempfile.TemporaryFile("w+") as errors:
         begin = time.perf_counter()
         process = subprocess.Popen(
@@ -128,7 +132,7 @@ def start_seconds(cache: str, folder: pathlib.Path, timeout: float) -> dict[str,
             stdout=subprocess.DEVNULL,
             stderr=errors,
             cwd=root,
-            env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache},
+            env=environment,
         )
         first, log = None, folder / "metrics.jsonl"
         while process.poll() is None and time.perf_counter() - begin < timeout:
@@ -144,14 +148,15 @@ def start_seconds(cache: str, folder: pathlib.Path, timeout: float) -> dict[str,
     return {"first_record": first, "end": total}
 
 
-def measure_start(repeats: int, timeout: float) -> dict[str, Any]:
+def measure_start(flags: Sequence[str], repeats: int, timeout: float) -> dict[str, Any]:
     """`cold` and `cached`: a list of what `start_seconds` returns; or `error`."""
     found: dict[str, Any] = {"cold": [], "cached": []}
     try:
         for _ in range(repeats):
             with tempfile.TemporaryDirectory(prefix="resnet_flax_growth_") as place:
                 for kind in found:
-                    seconds = start_seconds(f"{place}/cache", pathlib.Path(place) / kind, timeout)
+                    folder = pathlib.Path(place) / kind
+                    seconds = start_seconds(flags, f"{place}/cache", folder, timeout)
                     found[kind].append(seconds)
     except RuntimeError as error:
         return {"error": str(error)}
@@ -187,6 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--model", default="resnet20", help="net of the batches, devices and seeds")
     add("--batch", type=int, default=128, help="examples a step (and net) of devices and seeds")
     add("--seeds", default="1,2,4,8,16", help="numbers of nets in one program")
+    add("--start_config", default="configs/quickstart.py", help="of the start")
+    add("--data_dir", help="where TFDS has the start's data")
     add("--dtype", default="auto")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=2.0, help="about, of a timing")
@@ -221,11 +228,14 @@ def main(argv: list[str] | None = None) -> None:
             texts.append(nets_an_hour(rows))
     if "start" in parts:
         content = workdir.read_json(args.out) or {}
-        found = content.get("start")
+        flags = [f"--config={args.start_config}"]
+        flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
+        found = content.get("start", {}).get(args.start_config)
         if not found or "error" in found:
-            found = measure_start(args.repeats, args.timeout or 3600.0)
-            workdir.write_json(args.out, {"rows": [], **content, "start": found})
-        texts.append(describe_start(found))
+            found = measure_start(flags, args.repeats, args.timeout or 3600.0)
+            starts = {**content.get("start", {}), args.start_config: found}
+            workdir.write_json(args.out, {"rows": [], **content, "start": starts})
+        texts.append(f"{args.start_config}\n{describe_start(found)}")
     text = "\n\n".join(texts)
     print(text)
     if "failed: " in text:
