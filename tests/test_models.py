@@ -9,6 +9,7 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, blocks, layout, resolve_shortcut
+from resnet_flax.models.activation import relu
 from resnet_flax.models.norm import BatchNorm
 from resnet_flax.models.zoo import cifar_architecture
 
@@ -272,6 +273,72 @@ def test_batch_norm_is_over_the_batch_or_its_groups(group):
     stats = new["batch_stats"]
     np.testing.assert_allclose(stats["mean"], 0.25 * means.mean(axis=0), rtol=1e-5)
     np.testing.assert_allclose(stats["var"], 0.75 + 0.25 * variances.mean(axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("mean", "error"), [(0, 1e-6), (10, 1e-5), (1000, 1e-3)])
+@pytest.mark.parametrize("group", [None, 16])
+def test_gradients_of_batch_norm_by_their_definition(mean, error, group):
+    random = np.random.default_rng(0)
+    x = (random.standard_normal((32, 8, 8, 4)) + mean).astype(np.float32)
+    weight = random.standard_normal(x.shape).astype(np.float32)
+    params = {"scale": jnp.arange(1.0, 5.0), "bias": jnp.ones(4)}
+    stats = {"mean": jnp.zeros(4), "var": jnp.ones(4)}
+    norm = BatchNorm(train=True, group_size=group)
+
+    def loss(params, x):
+        variables = {"params": params, "batch_stats": stats}
+        return jnp.sum(weight * norm.apply(variables, x, mutable=["batch_stats"])[0])
+
+    got, got_x = jax.grad(loss, argnums=(0, 1))(params, x)
+    # Ioffe & Szegedy 2015, section 3, in float64.
+    want_x, want_scale = [], np.zeros(4)
+    parts = (np.split(v.astype(np.float64), 32 // (group or 32)) for v in (x, weight))
+    for y, g in zip(*parts, strict=True):
+        inverse = 1 / np.sqrt(y.var(axis=(0, 1, 2)) + 1e-5)
+        y = (y - y.mean(axis=(0, 1, 2))) * inverse
+        slope = (g * y).mean(axis=(0, 1, 2))
+        want_x.append(np.arange(1, 5) * inverse * (g - g.mean(axis=(0, 1, 2)) - y * slope))
+        want_scale += (g * y).sum(axis=(0, 1, 2))
+    for one, other in (
+        (got_x, np.concatenate(want_x)),
+        (got["scale"], want_scale),
+        (got["bias"], weight.sum(axis=(0, 1, 2), dtype=np.float64)),
+    ):
+        assert np.linalg.norm(one - other) < error * np.linalg.norm(other)
+
+
+def test_derivatives_of_batch_norm_go_both_ways():
+    x, direction = np.random.default_rng(1).standard_normal((2, 6, 3, 3, 2)).astype(np.float32)
+    norm = BatchNorm(train=True)
+    variables = norm.init(jax.random.key(0), x)
+
+    def outputs(x):
+        y, new = norm.apply(variables, x, mutable=["batch_stats"])
+        return relu(y), new["batch_stats"]
+
+    (y, stats), (dy, dstats) = jax.jvp(outputs, (x,), (direction,))
+    _, pull = jax.vjp(outputs, x)
+    (back,) = pull((y, stats))
+    ahead = np.vdot(y, dy) + sum(np.vdot(stats[k], dstats[k]) for k in stats)
+    assert ahead == pytest.approx(np.vdot(back, direction), rel=1e-4)
+
+    # Twice as well: the curvature along a line, against differences of the slope.
+    def along(t):
+        return jnp.sum(
+            jnp.sin(norm.apply(variables, x + t * direction, mutable=["batch_stats"])[0])
+        )
+
+    slope = jax.jit(jax.grad(along))
+    difference = float(slope(1e-2) - slope(-1e-2)) / 2e-2
+    assert float(jax.grad(slope)(0.0)) == pytest.approx(difference, rel=2e-2)
+
+
+def test_relu_is_that_of_flax():
+    x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 3.0, jnp.inf, -jnp.inf])
+    np.testing.assert_array_equal(relu(x), nn.relu(x))
+    ours, theirs = (jax.vmap(jax.grad(function))(x) for function in (relu, nn.relu))
+    np.testing.assert_array_equal(ours, theirs)
+    assert jnp.isnan(relu(jnp.nan))
 
 
 def test_batch_norm_refuses_a_batch_that_does_not_divide():

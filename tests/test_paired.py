@@ -112,8 +112,8 @@ def test_it_is_really_used():
     variables = model.init(jax.random.key(0), images)
     program = str(jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images))
     # The stem and the two convolutions of the first stage's only block.
-    assert program.count("f32[3,2,32,32]") >= 2
-    assert "f32[3,2,6,32]" in program
+    assert program.count("f32[3,4,16,32]") >= 2
+    assert "f32[3,4,4,32]" in program
 
 
 def test_several_nets_at_once():

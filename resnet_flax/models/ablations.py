@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import BasicBlock, Block, gate, option_a
 
 
@@ -67,9 +68,9 @@ class BNAfterAdditionBlock(Block):
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
-        return nn.relu(self.norm(name="bn2")(self.join(x, y, survival)))
+        return relu(self.norm(name="bn2")(self.join(x, y, survival)))
 
 
 class ReLUBeforeAdditionBlock(Block):
@@ -82,9 +83,9 @@ class ReLUBeforeAdditionBlock(Block):
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         return self.join(x, y, survival)
 
 
@@ -101,10 +102,10 @@ class ReLUOnlyPreactBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        y = nn.relu(x)
+        y = relu(x)
         x = y if self.shares_activation else x
         y = self.conv(self.features, strides=self.strides, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
         y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
         return self.join(x, y, survival)

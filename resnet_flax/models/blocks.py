@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from resnet_flax.models import paired
+from resnet_flax.models.activation import relu
 
 Shortcut = Callable[..., jax.Array]
 
@@ -197,10 +198,10 @@ class BasicBlock(Block):
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
         y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
-        return nn.relu(self.join(x, y, survival))
+        return relu(self.join(x, y, survival))
 
 
 class BottleneckBlock(Block):
@@ -215,12 +216,12 @@ class BottleneckBlock(Block):
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
-        return nn.relu(self.join(x, y, survival))
+        return relu(self.join(x, y, survival))
 
 
 class PreactBasicBlock(Block):
@@ -237,10 +238,10 @@ class PreactBasicBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
-        y = nn.relu(self.norm(name="bn1")(x))
+        y = relu(self.norm(name="bn1")(x))
         x = y if self.shares_activation else x
         y = self.conv(self.features, strides=self.strides, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, name="conv2")(y)
         return self.join(x, y, survival)
 
@@ -258,11 +259,11 @@ class PreactBottleneckBlock(Block):
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
-        y = nn.relu(self.norm(name="bn1")(x))
+        y = relu(self.norm(name="bn1")(x))
         x = y if self.shares_activation else x
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn3")(y))
+        y = relu(self.norm(name="bn3")(y))
         y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         return self.join(x, y, survival)

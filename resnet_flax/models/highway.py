@@ -14,6 +14,7 @@ test errors tell the order of magnitude and no more.
 import flax.linen as nn
 import jax
 
+from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, gate
 
 
@@ -26,7 +27,7 @@ class HighwayLayer(Block):
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = nn.relu(self.norm(name="bn1")(y))
+        y = relu(self.norm(name="bn1")(y))
         return self.join(x, y, survival)
 
 

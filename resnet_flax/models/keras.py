@@ -20,6 +20,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, Conv
 
 conv = functools.partial(
@@ -54,10 +55,10 @@ class KerasPreactBlock(Block):
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        y = x if self.is_first else nn.relu(self.norm(name="bn1")(x))
+        y = x if self.is_first else relu(self.norm(name="bn1")(x))
         y = self.conv(self.features, kernel=1, strides=self.strides, name="conv1")(y)
-        y = nn.relu(self.norm(name="bn2")(y))
+        y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, name="conv2")(y)
-        y = nn.relu(self.norm(name="bn3")(y))
+        y = relu(self.norm(name="bn3")(y))
         y = self.conv(self.out_features, kernel=1, name="conv3")(y)
         return self.join(x, y, survival)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, Conv, Shortcut, he_normal
 from resnet_flax.models.norm import BatchNorm
 
@@ -128,7 +129,7 @@ class ResNet(nn.Module):
             self.widths[0], kernel=self.stem_kernel, strides=self.stem_strides, name="stem_conv"
         )(x)
         if self.block.stem_activation:
-            x = nn.relu(norm(name="stem_bn")(x))
+            x = relu(norm(name="stem_bn")(x))
         if self.stem_pool:
             # Explicit padding: SAME would pad one side only, as with convolutions.
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
@@ -173,7 +174,7 @@ class ResNet(nn.Module):
         if self.block.final_norm:
             x = norm(name="final_bn")(x)
         if self.block.preactivation:
-            outputs[-1] = x = nn.relu(x)
+            outputs[-1] = x = relu(x)
         if features:
             return tuple(outputs)
         if not train and jnp.dtype(self.dtype) != jnp.float32:
