@@ -35,7 +35,8 @@ def base_config() -> ConfigDict:
     c.model.zero_init_last = False  # begin with each block as its shortcut (last scales at 0)
     c.model.bn_group_size = 0  # examples per batch-norm group; 0: the global batch
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
-    c.model.pair_pixels = "auto"  # see models/paired.py: "always", "never"; "auto": on a CPU
+    # computed as is fast on a CPU, see models/cpu_convolution.py: "always", "never"; "auto": there
+    c.model.cpu_convolutions = "auto"
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
     c.model.remat = False  # compute activations again in the backward pass, to save memory
 
@@ -140,8 +141,8 @@ LONGEST = 2**31
 # A run may go on with other values of these: none changes a result by more than rounding.
 OPERATIONAL_KEYS = frozenset(
     "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices eval.batch_size "
-    "model.pair_pixels data.workers checkpoint.keep checkpoint.every_steps checkpoint.every_epochs "
-    "checkpoint.every_examples log.tensorboard".split()
+    "model.cpu_convolutions data.workers checkpoint.keep checkpoint.every_steps "
+    "checkpoint.every_epochs checkpoint.every_examples log.tensorboard".split()
 )
 
 

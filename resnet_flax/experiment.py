@@ -32,10 +32,12 @@ from resnet_flax.models.resnet import ResNet
 def make_model(config: ConfigDict) -> ResNet:
     """The configured net; `num_classes` must be resolved."""
     architecture = models.get_architecture(config.model.name)
+    on_cpu = jax.default_backend() == "cpu"
     dtype = config.model.dtype
     if dtype == "auto":
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    scan, pairs = config.model.scan, config.model.pair_pixels
+        dtype = "float32" if on_cpu else "bfloat16"
+    scan = config.model.scan
+    cpu_convolutions = config.model.cpu_convolutions
     return models.create_model(
         config.model.name,
         config.model.num_classes,
@@ -49,7 +51,7 @@ def make_model(config: ConfigDict) -> ResNet:
         bn_group_size=config.model.bn_group_size or None,
         scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
         remat=config.model.remat,
-        pair_pixels=pairs == "always" or (pairs == "auto" and jax.default_backend() == "cpu"),
+        cpu_convolutions=cpu_convolutions == "always" or (cpu_convolutions == "auto" and on_cpu),
     )
 
 
@@ -93,7 +95,7 @@ class Experiment:
 
     Attributes:
       config: validated, every duration in steps, nothing left "auto" but dtype, scan and
-        pair_pixels.
+        cpu_convolutions.
       dataset: on the host.
       mesh: of all devices.
       model: the net.

@@ -123,7 +123,7 @@ class ResidentFeed:
     def batches(self, batch_size: int) -> Iterator[jax.Array]:
         """Positions of all examples: int32 [k, B], -1 for none."""
         index = self._in_whole(padded_rows(self.size, batch_size, self._mesh.size))
-        # One dispatch for all on accelerators; on a CPU loops are slow (see steps).
+        # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
         for chunk in index[:, None] if jax.default_backend() == "cpu" else index[None]:
             yield sharding.put(chunk, sharding.split(self._mesh, 1))
 

@@ -20,7 +20,7 @@ def _each_batch(step: Callable, feed: Feed, batch_size: int, mesh, *arguments) -
     """`step(*arguments, resident, batch)` of each batch of a feed, on the host."""
 
     def chunk(arguments, resident, batches):
-        # On a CPU there is one batch at a time: loops are slow there (see `steps`).
+        # On a CPU there is one batch at a time, see `feed`: XLA does less for loops there.
         if jax.tree.leaves(batches)[0].shape[0] == 1:
             out = step(*arguments, resident, jax.tree.map(lambda x: x[0], batches))
             return jax.tree.map(lambda x: x[None], out)

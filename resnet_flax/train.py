@@ -168,11 +168,11 @@ def _directories(
 def _describe(run: Experiment | seeds.Group, environment: dict[str, Any]) -> str:
     """What is about to be trained, on what, where: a line."""
     several = f"{len(run.members)} seeds of " if len(run.members) > 1 else ""
-    pairs = "; narrow convolutions on pairs of pixels" if run.model.pair_pixels else ""
+    how = "; convolutions in the way of a CPU" if run.model.cpu_convolutions else ""
     return (
         f"{several}{run.config.model.name}, {record.count_parameters(run.members[0]):,} "
         f"parameters, on {len(run.dataset.train):,} images of {run.dataset.name}; "
-        f"{environment['hardware']}{pairs}"
+        f"{environment['hardware']}{how}"
     )
 
 

@@ -16,7 +16,7 @@ _CHOICES = {
     # After C: what nets that leave no choice are recorded with.
     "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),
     "model.dtype": ("auto", "float32", "bfloat16"),
-    "model.pair_pixels": ("auto", "always", "never"),
+    "model.cpu_convolutions": ("auto", "always", "never"),
     "model.scan": ("auto", "always", "never"),
     "data.normalize": ("pixel_mean", "pixel_mean_255", "channel", "imagenet"),
     "data.fill": ("zero", "edge"),

@@ -141,7 +141,7 @@ def test_what_is_fast_on_a_cpu_computes_the_same(fast):
         options["compiler_options"] = cpu.compiler_options()
         assert options["compiler_options"], "this XLA has lost the option; see cpu.py"
     if fast == "pairs" or everything:
-        options["model"] = NET.clone(pair_pixels=True)
+        options["model"] = NET.clone(cpu_convolutions=True)
     if everything:
         options["devices"] = 2
     results = []

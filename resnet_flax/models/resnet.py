@@ -50,8 +50,8 @@ class ResNet(nn.Module):
       scan: run equal blocks as one scan.
       remat: keep only block inputs for the backward pass and compute the rest again. On a CPU it
         saves memory with `scan` only, see results/performance.md.
-      pair_pixels: another way to compute narrow 3x3 convolutions, faster on a CPU and without
-        forward-mode derivatives, see `paired`.
+      cpu_convolutions: another way to compute convolutions, faster on a CPU and without
+        forward-mode derivatives, see `cpu_convolution`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
     survival: float = 1.0
     scan: bool = False
     remat: bool = False
-    pair_pixels: bool = False
+    cpu_convolutions: bool = False
 
     @property
     def draws(self) -> bool:
@@ -114,7 +114,9 @@ class ResNet(nn.Module):
         Returns:
           Logits; without `num_classes` the pooled features, float32 [B, D].
         """
-        conv = functools.partial(self.conv, dtype=self.dtype, pair_pixels=self.pair_pixels)
+        conv = functools.partial(
+            self.conv, dtype=self.dtype, cpu_convolutions=self.cpu_convolutions
+        )
         norm = functools.partial(
             BatchNorm,
             train=train,

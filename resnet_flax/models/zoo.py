@@ -183,7 +183,7 @@ def create_model(
     survival: float = 1.0,
     scan: bool = False,
     remat: bool = False,
-    pair_pixels: bool = False,
+    cpu_convolutions: bool = False,
 ) -> ResNet:
     """Builds a net by name: `create_model("resnet20").init(key, images)`.
 
@@ -206,7 +206,7 @@ def create_model(
         `rngs={"drop": key}`, in expectation everywhere else.
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
-      pair_pixels: another way to compute narrow convolutions, faster on a CPU; see `ResNet`.
+      cpu_convolutions: another way to compute convolutions, faster on a CPU; see `ResNet`.
 
     Returns:
       A linen module mapping [B, H, W, C] to float32 logits [B, num_classes]; its call takes
@@ -261,5 +261,5 @@ def create_model(
         survival=survival,
         scan=scan,
         remat=remat,
-        pair_pixels=pair_pixels,
+        cpu_convolutions=cpu_convolutions,
     )

@@ -11,9 +11,9 @@ _LENGTH = {"train.total_steps", "optim.boundaries_steps"}
 # What is a net's and not a recipe's, is said in another place, or does not change what is learned.
 _ASIDE = {
     "seed", "model.name", "model.shortcut", "model.gate_bias", "model.num_classes", "model.scan",
-    "model.pair_pixels", "model.remat", "model.dtype", "data.name", "data.split", "data.workers",
-    "data.max_unreadable", "optim.warmup_steps", "optim.warmup_error", "optim.warmup_rate",
-    "optim.warmup_linear",
+    "model.cpu_convolutions", "model.remat", "model.dtype", "data.name", "data.split",
+    "data.workers", "data.max_unreadable", "optim.warmup_steps", "optim.warmup_error",
+    "optim.warmup_rate", "optim.warmup_linear",
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from resnet_flax import cpu
-from resnet_flax.models import paired
+from resnet_flax.models import cpu_convolution
 from resnet_flax.tools import bench_worker
 
 _INSTRUCTION = re.compile(r"(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)")
@@ -98,7 +98,7 @@ def _rate(operations: float, function, *args) -> str:
 
 def convolutions(batch: int) -> str:
     """A table of rates."""
-    random = np.random.default_rng(0)
+    random, one = np.random.default_rng(0), ((1, 1), (1, 1))
     lines = ["GFLOP/s                   forwards  input's gradient  kernel's gradient  pairs"]
     for dtype in ("float32", "bfloat16"):
         for side, width in ((32, 16), (16, 32), (8, 64)):
@@ -108,15 +108,18 @@ def convolutions(batch: int) -> str:
             def plain(x, kernel):
                 layout = ("NHWC", "HWIO", "NHWC")
                 return jax.lax.conv_general_dilated(
-                    x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=layout
+                    x, kernel, (1, 1), one, dimension_numbers=layout
                 )
+
+            def ours(x, kernel):
+                return cpu_convolution.convolve(x, kernel, 1, one)
 
             work = 2 * 9 * width**2 * batch * side**2
             rates = [
                 _rate(work, plain, x, kernel),
                 _rate(work, lambda x, k, g: jax.vjp(lambda x: plain(x, k), x)[1](g), x, kernel, x),
                 _rate(work, lambda x, k, g: jax.vjp(lambda k: plain(x, k), k)[1](g), x, kernel, x),
-                _rate(work, paired.convolve, x, kernel) if width == 16 else "     -",
+                _rate(work, ours, x, kernel) if width == 16 else "     -",
             ]
             lines.append(f"{dtype:<9}{side:>3} x {side:<3} {width:>3} channels {'  '.join(rates)}")
         a = jnp.asarray(random.standard_normal((2048, 2048)), dtype)

@@ -51,10 +51,14 @@ VARIANTS = {
     "this package float32 on one device": Variant("ours", "float32", ("cpu",), ("one device",)),
     "this package float32": Variant("ours", "float32"),
     "this package bfloat16": Variant("ours", "bfloat16"),
-    # As models/paired.py has them: each platform's runs do the one that is not named here.
-    "this package float32 without pairs": Variant("ours", "float32", ("cpu",), ("never",)),
-    "this package float32 with pairs": Variant("ours", "float32", ("gpu",), ("always",)),
-    "this package bfloat16 with pairs": Variant("ours", "bfloat16", ("gpu",), ("always",)),
+    # With models/cpu_convolution.py or not: each platform's runs do what is not named here.
+    "this package float32 without CPU convolutions": Variant(
+        "ours", "float32", ("cpu",), ("never",)
+    ),
+    "this package float32 with CPU convolutions": Variant("ours", "float32", ("gpu",), ("always",)),
+    "this package bfloat16 with CPU convolutions": Variant(
+        "ours", "bfloat16", ("gpu",), ("always",)
+    ),
     "PyTorch float32": _torch("float32"),
     "PyTorch float32 channels-last": _torch("float32", "channels-last"),
     "PyTorch bfloat16 channels-last": _torch("bfloat16", "channels-last"),
@@ -183,8 +187,9 @@ def this_package(name: str, batch: int, dtype: str, options: tuple[str, ...]) ->
     from resnet_flax.tools import bench_worker
 
     devices = 1 if "one device" in options else 0
-    pairs = next((option for option in options if option in ("always", "never")), "auto")
-    case = bench_worker.Case(name, batch, dtype, devices, overrides={"model.pair_pixels": pairs})
+    how = next((option for option in options if option in ("always", "never")), "auto")
+    overrides = {"model.cpu_convolutions": how}
+    case = bench_worker.Case(name, batch, dtype, devices, overrides=overrides)
     run = bench_worker.make_experiment(case)
     about = record.environment(run.mesh)
     trainer = bench_worker.Trainer(run)

@@ -1,6 +1,7 @@
-"""Convolutions on pairs of pixels: those of the plain way, in values, gradients and nets."""
+"""Convolutions in the way of a CPU: those of the plain way, in values, gradients and nets."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,19 @@ import numpy as np
 import pytest
 
 from resnet_flax import create_model
-from resnet_flax.models import paired
+from resnet_flax.models import cpu_convolution
+
+ONE = ((1, 1), (1, 1))
 
 
-def _plain(x, kernel):
+def _plain(x, kernel, strides=1, padding=ONE):
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _ours(x, kernel, strides=1, padding=ONE):
+    return cpu_convolution.convolve(x, kernel, strides, padding)
 
 
 def _draw(*shapes, dtype=np.float64):
@@ -34,27 +41,38 @@ def _direct(x, kernel):
     return out
 
 
-@pytest.mark.parametrize(("channels", "features"), [(3, 16), (16, 16), (5, 7), (1, 1)])
-@pytest.mark.parametrize(("height", "width"), [(5, 6), (1, 2), (4, 4)])
+@pytest.mark.parametrize(("channels", "features"), [(3, 16), (16, 16), (5, 7), (1, 1), (17, 4)])
+@pytest.mark.parametrize(("height", "width"), [(5, 6), (1, 2), (4, 4), (4, 3)])
 def test_value_by_definition(channels, features, height, width):
     with jax.enable_x64(True):
         x, kernel = _draw((2, height, width, channels), (3, 3, channels, features))
-        np.testing.assert_allclose(paired.convolve(x, kernel), _direct(x, kernel), atol=1e-12)
+        np.testing.assert_allclose(_ours(x, kernel), _direct(x, kernel), atol=1e-12)
 
 
-def test_gradients_are_those_of_the_plain_convolution():
+@pytest.mark.parametrize(("window", "strides", "padding"), [
+    ((3, 3), 1, ONE),
+    ((3, 3), 2, ONE),
+    ((3, 3), 2, ((0, 1), (0, 1))),  # TensorFlow's SAME.
+    ((1, 1), 1, ((0, 0), (0, 0))),
+    ((1, 1), 2, ((0, 0), (0, 0))),
+    ((7, 7), 2, ((3, 3), (3, 3))),
+    ((2, 3), 3, ((1, 0), (2, 1))),
+])  # fmt: skip
+@pytest.mark.parametrize("side", [(6, 8), (7, 9)])
+def test_gradients_are_those_of_the_plain_convolution(window, strides, padding, side):
     with jax.enable_x64(True):
-        x, kernel, weight = _draw((3, 6, 8, 4), (3, 3, 4, 5), (3, 6, 8, 5))
+        x, kernel = _draw((3, *side, 4), (*window, 4, 5))
+        (weight,) = _draw(_plain(x, kernel, strides, padding).shape)
 
         def objective(convolve, x, kernel):
-            return jnp.sum(weight * jnp.sin(convolve(x, kernel)))
+            return jnp.sum(weight * jnp.sin(convolve(x, kernel, strides, padding)))
 
         ours, plain = (
-            jax.grad(functools.partial(objective, convolve), argnums=(0, 1))(x, kernel)
-            for convolve in (paired.convolve, _plain)
+            jax.value_and_grad(functools.partial(objective, convolve), argnums=(0, 1))(x, kernel)
+            for convolve in (_ours, _plain)
         )
-        for a, b in zip(ours, plain, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-12)
+        for a, b in zip(*map(jax.tree.leaves, (ours, plain)), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -69,8 +87,30 @@ def test_gradients_are_those_of_the_plain_convolution():
         ((8, 32, 32, 3), (7, 7, 3, 16), 1, False),
     ],
 )
-def test_applies_to_narrow_3x3_convolutions_of_even_width_only(x, kernel, strides, expected):
-    assert paired.applies(x, kernel, strides) is expected
+def test_narrow_3x3_convolutions_of_even_width_are_in_pairs(x, kernel, strides, expected):
+    pad = (kernel[0] - 1) // 2
+    padding = ((pad, pad), (pad, pad))
+    assert cpu_convolution.in_pairs(x, kernel, strides, padding) is expected
+    assert not cpu_convolution.in_pairs(x, kernel, strides, ((0, 1), (0, 1)))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet20_bottleneck", "resnet20_keras_v1"])
+def test_no_convolution_of_a_training_step_has_permuted_dimensions(name):
+    # XLA's CPU backend has fast kernels for these alone, and transposes others outside loops only.
+    usual = "[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"
+    (images,) = _draw((2, 16, 16, 3), dtype=np.float32)
+
+    def layouts(model):
+        def loss(variables):
+            return jnp.sum(model.apply(variables, images, train=True, mutable=["batch_stats"])[0])
+
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        program = jax.jit(jax.grad(loss, allow_int=True)).lower(variables).as_text()
+        return set(re.findall(r"dim_numbers = (\S.*?->\[.*?\])", program))
+
+    plain = create_model(name, scan=True)
+    assert len(layouts(plain)) > 1
+    assert layouts(plain.clone(cpu_convolutions=True)) == {usual}
 
 
 @pytest.mark.parametrize(("name", "options"), [
@@ -93,7 +133,7 @@ def test_nets_are_the_same_with_and_without(name, options):
         return jnp.mean(jnp.square(logits)), (logits, new["batch_stats"])
 
     results = []
-    for model in (plain, plain.clone(pair_pixels=True)):
+    for model in (plain, plain.clone(cpu_convolutions=True)):
         value = jax.jit(jax.value_and_grad(functools.partial(loss, model), has_aux=True))
         (_, outputs), grads = value(variables["params"])
         results.append((outputs, jax.jit(model.apply)(variables, images), grads))
@@ -108,7 +148,7 @@ def test_nets_are_the_same_with_and_without(name, options):
 
 def test_it_is_really_used():
     (images,) = _draw((2, 16, 16, 3), dtype=np.float32)
-    model = create_model("resnet8", pair_pixels=True)
+    model = create_model("resnet8", cpu_convolutions=True)
     variables = model.init(jax.random.key(0), images)
     program = str(jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images))
     # The stem and the two convolutions of the first stage's only block.
@@ -118,6 +158,6 @@ def test_it_is_really_used():
 
 def test_several_nets_at_once():
     x, kernels = _draw((2, 4, 6, 3), (5, 3, 3, 3, 4), dtype=np.float32)
-    together = jax.vmap(paired.convolve, in_axes=(None, 0))(x, kernels)
+    together = jax.vmap(_ours, in_axes=(None, 0))(x, kernels)
     one_by_one = jnp.stack([_plain(x, kernel) for kernel in kernels])
     np.testing.assert_allclose(together, one_by_one, atol=1e-5)
