@@ -3,6 +3,7 @@
 Measured on two cores with ResNet-20, batch 128: see results/performance.md.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -73,11 +74,14 @@ def choose_workers(requested: int, cores: int) -> int:
     return min(cores, _MOST_WORKERS) if requested < 0 else requested
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(keep: bool = True) -> None:
     """Tells glibc to keep what XLA frees, for a whole process.
 
     Else each step's activations are mapped afresh, and their pages cleared, at every step. Does
     nothing under another C library, or where the environment has its own MALLOC_ settings.
+
+    Args:
+      keep: False takes it back.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -86,9 +90,33 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # Parameters of mallopt(3).
-    mallopt(mmap_max, 0)
-    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0 if keep else 65536)
+    mallopt(trim_threshold, -1 if keep else 128 * 1024)
     mallopt(arena_max, 1)
+
+
+def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
+    """Keeps no freed memory where there is not enough of it for the steps of this process.
+
+    A block that one step has freed is of no use to the next once something small has moved in, so
+    that several may be kept: there must be room for six.
+
+    Args:
+      compiled: a step, on all devices.
+    """
+    if jax.default_backend() == "cpu":
+        step_bytes = compiled.memory_analysis().temp_size_in_bytes * jax.local_device_count()
+        if 6 * step_bytes > memory_bytes():
+            keep_freed_memory(False)
+
+
+def memory_bytes() -> int:
+    """This machine's memory, or what a container may have of it."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # No such file; "max".
+            found.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
+    return min(found)
 
 
 def compiler_options() -> dict[str, str] | None:

@@ -11,6 +11,9 @@ from tqdm import tqdm
 
 from resnet_flax.errors import UserError
 
+# Key of what a finished program of several seeds returns, see `train.train`.
+SEEDS = "seeds"
+
 
 class _Stream(io.FileIO):
     """Standard output or error that drops what nobody can read any more."""
@@ -133,8 +136,8 @@ def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
     Raises:
       UserError: the result is not one of a finished run.
     """
-    if "seeds" in result:
-        return _summary_of_seeds(result["seeds"], directory)
+    if SEEDS in result:
+        return _summary_of_seeds(result[SEEDS], directory)
     try:
         lines = [
             f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "

@@ -232,6 +232,7 @@ class Group:
         )
 
     def _together(self, train_step: Callable) -> Callable:
+        # A CPU gains nothing from several nets in one operation, and its caches hold one better.
         one_by_one = jax.default_backend() == "cpu"
 
         def steps(states, batches, resident):
@@ -243,11 +244,10 @@ class Group:
 
             if not one_by_one:
                 return jax.vmap(step)(states, batches, own)
-            each = [
-                step(*jax.tree.map(lambda x, i=i: x[i], (states, batches, own)))
-                for i in range(len(batches))
-            ]
-            return jax.tree.map(lambda *x: jnp.stack(x), *each)
+            if len(batches) > 1:
+                return jax.lax.map(lambda net: step(*net), (states, batches, own))
+            alone = step(*jax.tree.map(lambda x: x[0], (states, batches, own)))
+            return jax.tree.map(lambda x: x[None], alone)
 
         if not self.has_whole_nets:
             return steps

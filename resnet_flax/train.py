@@ -31,12 +31,9 @@ from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
-from resnet_flax.progress import Progress
+from resnet_flax.progress import SEEDS, Progress
 from resnet_flax.state import TrainState
 from resnet_flax.validation import validate
-
-# Key of what a finished program of several seeds returns.
-SEEDS = "seeds"
 
 
 def train(

@@ -22,7 +22,7 @@ from resnet_flax.data import dataset
 from resnet_flax.errors import UserError
 from resnet_flax.feed import ResidentFeed
 from resnet_flax.tools import convert
-from tests import test_data_helpers
+from tests import pytorch_net, test_data_helpers
 from tests.conftest import ROOT
 from tests.test_models import ONCE
 
@@ -142,53 +142,9 @@ def test_command_line_both_ways_without_torch(tmp_path):
 
 
 def torch_net(depth, option):
-    """The CIFAR net of the paper in plain PyTorch, under the names in circulation."""
+    """In plain PyTorch, with values that are not those of a beginning."""
     torch = pytest.importorskip("torch")
-    nn, functional = torch.nn, torch.nn.functional
-
-    class Block(nn.Module):
-        def __init__(self, width_in, width, stride):
-            super().__init__()
-            self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(width)
-            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(width)
-            self.stride, self.pad = stride, (width - width_in) // 2
-            if option == "B" and stride != 1:
-                conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
-                self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
-
-        def forward(self, x):
-            y = functional.relu(self.bn1(self.conv1(x)))
-            y = self.bn2(self.conv2(y))
-            if hasattr(self, "shortcut"):
-                x = self.shortcut(x)
-            elif self.stride != 1:
-                x = x[:, :, :: self.stride, :: self.stride]
-                x = functional.pad(x, (0, 0, 0, 0, self.pad, self.pad))
-            return functional.relu(x + y)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(16)
-            width_in = 16
-            for stage, width in enumerate((16, 32, 64), 1):
-                rest = []
-                for block in range((depth - 2) // 6):
-                    stride = 2 if stage > 1 and block == 0 else 1
-                    rest.append(Block(width_in, width, stride))
-                    width_in = width
-                setattr(self, f"layer{stage}", nn.Sequential(*rest))
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, x):
-            x = functional.relu(self.bn1(self.conv1(x)))
-            x = self.layer3(self.layer2(self.layer1(x)))
-            return self.linear(x.mean(dim=(2, 3)))
-
-    net = Net()
+    net = pytorch_net.make_net(depth, option)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in net.state_dict().items():

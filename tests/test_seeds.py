@@ -17,6 +17,7 @@ from resnet_flax import (
     inputs,
     loop,
     metrics,
+    progress,
     scoring,
     seeds,
     sharding,
@@ -147,7 +148,7 @@ def test_on_accelerators_the_nets_are_one_computation(monkeypatch):
 
 def test_each_leaves_the_files_of_an_ordinary_run(finished, tmp_path):
     config, directory, result = finished
-    assert [r["seed"] for r in result[train.SEEDS]] == [FIRST, FIRST + 1]
+    assert [r["seed"] for r in result[progress.SEEDS]] == [FIRST, FIRST + 1]
     assert sorted(p.name for p in directory.iterdir()) == ["seed3", "seed4"]
     single = tmp_path / "seed4"
     ordinary = train.train(alone(config, 4), single)
@@ -195,8 +196,8 @@ def test_finished_runs_are_left_alone(finished, capsys):
     config, directory, result = finished
     before = everything(directory)
     again = train.train(config, directory)
-    assert [r["test_error_last"] for r in again[train.SEEDS]] == [
-        r["test_error_last"] for r in result[train.SEEDS]
+    assert [r["test_error_last"] for r in again[progress.SEEDS]] == [
+        r["test_error_last"] for r in result[progress.SEEDS]
     ]
     # Alone, too.
     assert train.train(alone(config, 4), directory / "seed4")["seed"] == 4

@@ -155,6 +155,18 @@ def test_what_is_fast_on_a_cpu_computes_the_same(fast):
     np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
 
 
+@pytest.mark.parametrize(("has", "kept"), [(6, True), (5, False)])
+def test_freed_memory_is_kept_where_there_is_room(has, kept, monkeypatch):
+    compiled = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x)).lower(jnp.ones((64, 64))).compile()
+    need = compiled.memory_analysis().temp_size_in_bytes * jax.local_device_count()
+    assert need > 0
+    monkeypatch.setattr(cpu, "memory_bytes", lambda: has * need)
+    said = []
+    monkeypatch.setattr(cpu, "keep_freed_memory", said.append)
+    cpu.limit_kept_memory(compiled)
+    assert said == ([] if kept else [False])
+
+
 def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
     losses = []
     # A group is two devices' examples, then half of one's.

@@ -173,6 +173,7 @@ class Trainer:
         self.trace_seconds = time.perf_counter() - begin
         self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - begin - self.trace_seconds
+        cpu.limit_kept_memory(self.compiled)
         self.loss = math.nan
 
     def _arguments(self):

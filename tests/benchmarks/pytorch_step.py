@@ -3,49 +3,9 @@
 import contextlib
 from collections.abc import Callable
 
+from tests import pytorch_net
+
 BATCHES, RATE, MOMENTUM, DECAY = 8, 1e-3, 0.9, 1e-4
-
-
-def make_net(depth: int):
-    """The net in plain PyTorch."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    class Block(nn.Module):
-        def __init__(self, width_in, width, stride):
-            super().__init__()
-            self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
-            self.bn1 = nn.BatchNorm2d(width)
-            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-            self.bn2 = nn.BatchNorm2d(width)
-            self.stride, self.new = stride, width - width_in
-
-        def forward(self, x):
-            y = functional.relu(self.bn1(self.conv1(x)))
-            y = self.bn2(self.conv2(y))
-            if self.stride > 1:
-                x = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new))
-            return functional.relu(x + y)
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-            blocks, width_in = [], 16
-            for stage in range(3):
-                for block in range((depth - 2) // 6):
-                    stride = 2 if stage and not block else 1
-                    blocks.append(Block(width_in, 16 * 2**stage, stride))
-                    width_in = 16 * 2**stage
-            self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(64, 10)
-
-        def forward(self, x):
-            x = self.blocks(functional.relu(self.bn(self.conv(x))))
-            return self.head(x.mean(dim=(2, 3)))
-
-    torch.manual_seed(0)
-    return Net()
 
 
 def make(
@@ -72,7 +32,8 @@ def make(
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     layout = torch.channels_last if "channels-last" in options else torch.contiguous_format
-    net = make_net(depth).to(device, memory_format=layout).train()
+    torch.manual_seed(0)
+    net = pytorch_net.make_net(depth).to(device, memory_format=layout).train()
     parameters = sum(p.numel() for p in net.parameters())
     optimizer = torch.optim.SGD(
         net.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY, fused=True
