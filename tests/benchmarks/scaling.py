@@ -141,6 +141,8 @@ def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
     # A loop's body would be counted once.
     config.model.scan = "never"
     mesh = sharding.make_mesh(jax.devices(), batch)
+    # It is accelerators that this is about.
+    config.model.cpu_convolutions = "never"
     model, optimizer = experiment.make_model(config), experiment.make_optimizer(config)
     everywhere = sharding.replicated(mesh)
 
