@@ -8,6 +8,7 @@ import ctypes
 import os
 import pathlib
 import platform
+import sys
 from typing import Any
 
 import jax
@@ -111,8 +112,10 @@ def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
 
 
 def memory_bytes() -> int:
-    """This machine's memory, or what a container may have of it."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    """This machine's memory, or what a container may have of it; where none says, no limit."""
+    found = [sys.maxsize]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # Not every system has these.
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # No such file; "max".
             found.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))

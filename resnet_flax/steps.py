@@ -98,8 +98,8 @@ def make_train_chunk(
       A jitted function from (state, resident, batches of k steps) to the next state and a dict of
       float32 [k], of several nets [k, nets]: `loss` (mean over the batch; NaN where the gradient or
       a batch statistic is not finite), `error` (0 to 1), `rate` (learning rate). It donates the
-      state. k = 1 runs without a loop: for a loop XLA's CPU backend does less. (Convolutions take
-      some 45 times as long in one, unless they are those of `models.cpu_convolution`.)
+      state. k = 1 runs without a loop: for a loop XLA's CPU backend does less. (There
+      convolutions are slow, unless they are those of `models.cpu_convolution`.)
     """
 
     def train_step(state: TrainState, batch: Any, resident: dict):
