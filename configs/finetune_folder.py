@@ -1,7 +1,7 @@
 """A net trained before, on a folder of your own images: its last layer is new, the rest goes on.
 
     python -m resnet_flax.main --config=configs/finetune_folder.py \
-        --config.data.data_dir=photos --weights=runs/cifar10_short/seed0/weights.safetensors
+        --config.data.data_dir=photos --weights=resnet20
 
 `photos` has a folder for each class (photos/cats/1.jpg); a tenth of each class is the test set,
 unless there are photos/train and photos/test, with the classes in them. Net, size of the images and

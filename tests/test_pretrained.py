@@ -111,9 +111,9 @@ def test_published_files_are_installed_and_small():
 
 def test_names_that_are_not_published():
     for source, message in (
-        ("resnet20", r"no weights are published yet for resnet20; there are: .*\(13\.34 % on cif"),
-        ("resnet20_cifar10_shrt", r"did you mean 'resnet20_cifar10_short'\?"),
-        ("nothing", "no published weights are called 'nothing'; there are: plain20_"),
+        ("resnet32", r"no weights are published yet for resnet32; there are: .*\(8\.58 % on cif"),
+        ("resnet20x", r"did you mean 'resnet20'\?"),
+        ("nothing", "no published weights are called 'nothing'; there are: plain20 "),
         ("no/such.safetensors", "weights file no/such.safetensors does not exist; of published"),
         (ROOT, "weights file .* does not exist"),
     ):
@@ -126,13 +126,13 @@ def test_a_changed_file_is_noticed(tmp_path, monkeypatch):
     shutil.copy(ROOT / "resnet_flax/pretrained/index.json", tmp_path)
     monkeypatch.setattr(pretrained, "read_index", lambda: INDEX)
     with pytest.raises(UserError, match="is missing: install the package again"):
-        resnet_flax.load_pretrained("resnet20_cifar10_short")
-    source = ROOT / "resnet_flax/pretrained/resnet20_cifar10_short.safetensors"
+        resnet_flax.load_pretrained("resnet20")
+    source = ROOT / "resnet_flax/pretrained/resnet20.safetensors"
     content = bytearray(source.read_bytes())
     content[-1] ^= 1
     (tmp_path / source.name).write_bytes(content)
-    with pytest.raises(UserError, match=r"is damaged: its SHA-256 is .*, not 32e891312b44"):
-        resnet_flax.load_pretrained("resnet20_cifar10_short")
+    with pytest.raises(UserError, match=r"is damaged: its SHA-256 is .*, not 9239064cb2c3"):
+        resnet_flax.load_pretrained("resnet20")
 
 
 def test_probabilities_are_those_of_the_net(file):

@@ -1,6 +1,6 @@
 r"""Exports a trained net, preprocessing included, as StableHLO that runs without this package.
 
-    python -m resnet_flax.tools.export --weights=resnet20_cifar10_short --out=exported
+    python -m resnet_flax.tools.export --weights=resnet20 --out=exported
     python -m resnet_flax.tools.export --check=exported
 
 Written are `model.jaxexport`, for `jax.export.deserialize`: any number of images, on CPU, CUDA and

@@ -1,6 +1,6 @@
 r"""Says what is on images: the five likeliest classes of each, with their probabilities.
 
-    python -m resnet_flax.tools.predict --weights=resnet20_cifar10_short photo.jpg holiday/
+    python -m resnet_flax.tools.predict --weights=resnet20 photo.jpg holiday/
     python -m resnet_flax.tools.predict --weights=runs/quickstart/seed0/weights.safetensors \
         --json --strip=strip.png digits/
 
