@@ -1,14 +1,19 @@
 """The residual networks of He et al. (arXiv:1512.03385, arXiv:1603.05027) in JAX and Flax."""
 
-from resnet_flax.models import create_model
+import importlib
+import sys
 
 __all__ = ["create_model", "load_pretrained"]
 
+_PLACES = {"create_model": "models", "load_pretrained": "pretrained"}
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m resnet_flax.…` is about to import the program, which takes seconds.
+    importlib.import_module("resnet_flax.commands").begin(sys.orig_argv)
+
 
 def __getattr__(name: str):
-    # Imported when it is asked for: it brings with it the reading of images and of files.
-    if name == "load_pretrained":
-        from resnet_flax.pretrained import load_pretrained
-
-        return load_pretrained
+    # Imported when they are asked for: a mistyped flag need not wait for jax.
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"resnet_flax.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,14 @@ class Score:
         )
 
 
-def evaluate(eval_chunk: Callable, variables: Any, feed: Feed, *, batch_size: int) -> Score:
+def evaluate(
+    eval_chunk: Callable,
+    variables: Any,
+    feed: Feed,
+    *,
+    batch_size: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Score | None:
     """Scores all examples of `feed`; those whose images cannot be read are counted apart.
 
     Args:
@@ -67,6 +74,10 @@ def evaluate(eval_chunk: Callable, variables: Any, feed: Feed, *, batch_size: in
       variables: `{"params": …, "batch_stats": …}`.
       feed: the data.
       batch_size: examples per batch; rounded up to a multiple of the devices.
+      stopped: asked before each batch; True ends the evaluation.
+
+    Returns:
+      The score; None where it was stopped.
 
     Raises:
       UserError: too many images cannot be read, or none can.
@@ -81,6 +92,8 @@ def evaluate(eval_chunk: Callable, variables: Any, feed: Feed, *, batch_size: in
             total[name] = total.get(name, 0) + np.asarray(value, wide)
 
     for batches in feed.batches(batch_size):
+        if stopped():
+            return None
         waiting.append(eval_chunk(variables, feed.resident, batches))
         # Else a fast decoder would fill a slow device with batches that wait to be scored.
         if len(waiting) > _SENT_AHEAD:

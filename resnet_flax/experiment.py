@@ -237,7 +237,8 @@ class Experiment:
     def make_scorer(self):
         """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`.
 
-        The examples are the run's own, or those of another run of the same shape given to it.
+        The examples are the run's own, or those of another run of the same shape given to it. A
+        third argument is `stopped`, see `evaluate.evaluate`; a stopped evaluation returns {}.
         """
         ten = self.config.eval.crops == 10
         eval_chunk = steps.make_eval_chunk(
@@ -245,12 +246,18 @@ class Experiment:
             sharding=sharding.split(self.mesh),
             ten_crops=self.dataset.train.image_shape[0] if ten else 0,
         )
-        return lambda variables, run=self: {
-            name: evaluate.evaluate(
-                eval_chunk, variables, examples, batch_size=self.config.eval.batch_size
-            )
-            for name, examples in run.eval_feeds.items()
-        }
+        batch_size = self.config.eval.batch_size
+
+        def score(variables, run=self, stopped=lambda: False):
+            scores = {
+                name: evaluate.evaluate(
+                    eval_chunk, variables, examples, batch_size=batch_size, stopped=stopped
+                )
+                for name, examples in run.eval_feeds.items()
+            }
+            return {} if None in scores.values() else scores
+
+        return score
 
 
 def build(

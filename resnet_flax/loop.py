@@ -14,10 +14,12 @@ from etils import epath
 from resnet_flax import checkpoint, cpu, distributed, feed, sharding
 from resnet_flax.account import Account
 from resnet_flax.errors import UserError
+from resnet_flax.evaluate import Score
 from resnet_flax.experiment import Experiment
 from resnet_flax.metrics import Records, RunLog
 from resnet_flax.progress import Progress
 from resnet_flax.seeds import Group
+from resnet_flax.signals import answered_by
 from resnet_flax.state import TrainState
 
 # Key of what a stopped run returns, to tell it from a finished one.
@@ -66,7 +68,7 @@ class Loop:
         self.experiment, self.accounts, self.state = run, accounts, state
         self.config, self.progress = run.config, progress
         self.environment, self.checkpoints = environment, checkpoints
-        self.step = step_of(state)
+        self.first = self.step = step_of(state)
         # The newest checkpoint.
         self.saved = checkpoints.directory / str(self.step) if checkpoints.resumed else None
         self.writer = self._open()
@@ -110,7 +112,8 @@ class Loop:
                         "have a gap"
                     )
         self.progress.start(total, self.step)
-        with self._signals(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(answered_by(self._ask, signal.SIGTERM, signal.SIGINT))
             for thing in (*(a.log for a in self.accounts), self.writer, self.experiment):
                 stack.enter_context(contextlib.closing(thing))
             # An evaluation that was due when the run was killed comes first.
@@ -123,20 +126,30 @@ class Loop:
                     self._save()
             if self.step < total:
                 self._save()
-                self.writer.wait()
-                return {STOPPED: self.step, "signal": signal.Signals(self.stop_signal).name}
             self.writer.wait()
+            if not self._is_scored():
+                return {STOPPED: self.step, "signal": signal.Signals(self.stop_signal).name}
+            self._tick()
             self.checkpoints.hand_out(self.accounts)
-            return [r for i in range(len(self.accounts)) if (r := self._finish(i)) is not None]
+            if not distributed.is_first():
+                return []
+            return [
+                account.write_result(self._variables(i), self.environment)
+                for i, account in enumerate(self.accounts)
+            ]
 
-    def _finish(self, member: int) -> dict[str, Any] | None:
-        account = self.accounts[member]
-        variables = self._variables(member)
-        account.scores = account.scores or self.score(variables, account.run)
-        self._tick()
-        if not distributed.is_first():
-            return None
-        return account.write_result(variables, self.environment)
+    def _is_scored(self) -> bool:
+        """Whether all nets are trained and scored; scores that only the log has are made again."""
+        if not all(a.log.has("test", self.config.train.total_steps) for a in self.accounts):
+            return False
+        for i, account in enumerate(self.accounts):
+            account.scores = account.scores or self._score(i)
+        return all(account.scores for account in self.accounts)
+
+    def _score(self, member: int) -> dict[str, Score]:
+        """Scores of one net by split; {} where a signal to stop came first."""
+        run = self.accounts[member].run
+        return self.score(self._variables(member), run, lambda: bool(self.stop_signal))
 
     def _variables(self, member: int) -> Any:
         """Those of one net that are scored and saved."""
@@ -226,7 +239,9 @@ class Loop:
             if account.log.has("test", self.step):
                 continue
             self._drain()
-            scores = self.score(self._variables(i), account.run)
+            scores = self._score(i)
+            if not scores:
+                break
             improved |= account.note_scores(self.step, scores)
             errors = ", ".join(f"{s} error {100 * v.error:.2f} %" for s, v in scores.items())
             self.progress.say(f"{self._name(account)}step {self.step}: {errors}")
@@ -261,24 +276,17 @@ class Loop:
             account.history.seconds += now - self.clock
         self.clock = now
 
-    @contextlib.contextmanager
-    def _signals(self):
-        """SIGTERM and the first SIGINT ask for a save and a clean end; a second SIGINT is final."""
+    def _ask(self, number: int) -> bool:
+        """SIGTERM and Ctrl-C ask for a save and a clean end.
 
-        def stop(number, frame):
-            del frame
-            if number == signal.SIGINT and self.wish == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.wish = number
-            if distributed.count() == 1:
-                self.stop_signal = number
-
-        try:
-            old = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # Not the main thread: signals are somebody else's business.
-            old = {}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+        A second Ctrl-C is final, and so is one before the first step, when nothing is lost.
+        """
+        if number == signal.SIGINT and (self.wish == number or self.step == self.first):
+            return True
+        self.wish = number
+        if distributed.count() == 1:
+            self.stop_signal = number
+        self.progress.say(
+            f"{signal.Signals(number).name}: saving, then stopping; Ctrl-C now ends at once"
+        )
+        return False

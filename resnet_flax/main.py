@@ -1,6 +1,5 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
-import _thread
 import itertools
 import os
 import pathlib
@@ -11,7 +10,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cache, cpu, distributed, progress
+from resnet_flax import cache, cpu, distributed, progress, signals
 from resnet_flax.config import base_config, flatten, nearest_key
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
@@ -102,6 +101,8 @@ def _parse(argv: list[str]) -> list[str]:
             _OVERRIDES[key] = value
     try:
         return flags.FLAGS(rest)
+    except SystemExit:
+        sys.exit(0)  # Of --help; absl's own status is 1.
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
     except UserError:
@@ -226,6 +227,7 @@ def _join() -> None:
     distributed.initialize(
         place, connect_timeout=_CONNECT_TIMEOUT.value, peer_timeout=_PEER_TIMEOUT.value
     )
+    signals.end_on_interrupt(lambda: distributed.fail("interrupted", 130))
 
 
 def _number(flag, variable: str) -> int | None:
@@ -247,8 +249,6 @@ def _catch(function, *args):
         # A disk, a permission, a vanished directory: the machine's state, not a bug.
         where = f": {error.filename}" if error.filename else ""
         _end(f"error: {error.strerror or error}{where}", 1)
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
     except Exception as error:
         if distributed.count() == 1:
             raise
@@ -256,19 +256,6 @@ def _catch(function, *args):
         distributed.await_verdict()
         traceback.print_exc()
         _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
-
-
-def _answer_libraries() -> None:
-    """Keeps a Ctrl-C that hits a callback of a library from being dropped."""
-
-    def unraisable(what):
-        if what.exc_type is KeyboardInterrupt:
-            # Of jax's callback of the garbage collector, say: once more, elsewhere.
-            _thread.interrupt_main()
-        else:
-            sys.__unraisablehook__(what)
-
-    sys.unraisablehook = unraisable
 
 
 def _let_interrupts_kill() -> None:
@@ -286,7 +273,6 @@ def _end(message: str, status: int) -> None:
 def run() -> None:
     """Entry point of `python -m resnet_flax.main`."""
     progress.outlive_readers()
-    _answer_libraries()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()

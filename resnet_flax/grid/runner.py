@@ -1,18 +1,18 @@
 """Makes the runs of a grid, each in a process of its own."""
 
-import contextlib
 import os
 import pathlib
 import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import IO, NamedTuple
 
 from resnet_flax.errors import UserError
 from resnet_flax.grid import locks
 from resnet_flax.grid.plan import Job, State, last_step, state_of
+from resnet_flax.signals import answered_by
 
 # Seconds between looks at the processes, and at runs that others hold.
 _LOOK, _LOOK_AT_OTHERS = 0.2, 5.0
@@ -92,7 +92,7 @@ class Runner:
                 "work there, or give each its own --part"
             )
         said = False
-        with self._signals():
+        with answered_by(self._stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             try:
                 while self._begin() or self._active or (self._held and not self.stop_signal):
                     self._tick(self)
@@ -208,31 +208,13 @@ class Runner:
             else:
                 self._fail(job, f"{_describe(status)}\n{_tail(active.log, active.log_start)}")
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Hands SIGINT, SIGTERM and SIGHUP on to the runs, which save and stop."""
-
-        def stop(number, frame):
-            del frame
-            # A run has no way to save on SIGHUP.
-            number = signal.SIGTERM if number == signal.SIGHUP else number
-            self.stop_signal = number
-            for active in self._active:
-                active.process.send_signal(number)
-
-        old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                # Under nohup, say, a signal is ignored on purpose.
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    old[number] = signal.signal(number, stop)
-        except ValueError:
-            pass  # Not the main thread: signals are somebody else's business.
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+    def _stop(self, number: int) -> bool:
+        """Hands a signal on to the runs, which save and stop."""
+        # A run has no way to save on SIGHUP.
+        self.stop_signal = signal.SIGTERM if number == signal.SIGHUP else number
+        for active in list(self._active):
+            active.process.send_signal(self.stop_signal)
+        return False
 
 
 def _describe(status: int) -> str:

@@ -1,0 +1,35 @@
+"""The commands of this package: its modules that `python -m` runs."""
+
+import ast
+import pathlib
+
+from resnet_flax import signals
+
+_FOLDER = pathlib.Path(__file__).parent
+
+
+def _is_command(source: str) -> bool:
+    return '\nif __name__ == "__main__":\n' in source
+
+
+def find() -> dict[str, str]:
+    """The first line of each command's docstring, by its module's name."""
+    found = {}
+    for path in sorted(_FOLDER.rglob("*.py")):
+        if _is_command(source := path.read_text()):
+            name = ".".join(path.relative_to(_FOLDER.parent).with_suffix("").parts)
+            found[name] = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+    return found
+
+
+def begin(arguments: list[str]) -> None:
+    """What `python -m resnet_flax.…` does first: a module that is no command is refused.
+
+    Args:
+      arguments: Python's own, `sys.orig_argv`.
+    """
+    signals.end_on_interrupt()
+    name = arguments[arguments.index("-m") + 1]
+    path = (_FOLDER.parent / name.replace(".", "/")).with_suffix(".py")
+    if path.is_file() and not _is_command(path.read_text()):
+        raise SystemExit(f"error: {name} is no command; python -m {__package__} lists them")
