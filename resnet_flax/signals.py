@@ -55,7 +55,7 @@ def _listen(ask: Callable[[int], bool], numbers: tuple[signal.Signals, ...]) -> 
     def watch():
         with open(source, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                if number[0] not in old or not ask(number[0]):
+                if number[0] not in {*old} - final or not ask(number[0]):
                     continue
                 if _farewell:
                     with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import signal
+import time
 
 import jax
 import numpy as np
@@ -97,6 +98,8 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
         original(self)
         if self.step == stop_at:
             signal.raise_signal(signal.SIGTERM)
+            while not self.stop_signal:  # Another thread answers.
+                time.sleep(0.01)
 
     monkeypatch.setattr(loop.Loop, "_train", train_then_signal)
     stopped = train.train(config, directory)

@@ -1,6 +1,7 @@
 """Runs with Adam and stochastic depth: as safe to stop and to evaluate as the paper's."""
 
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -32,6 +33,8 @@ def test_stopped_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
         original(self)
         if self.step == 5:
             signal.raise_signal(signal.SIGTERM)
+            while not self.stop_signal:  # Another thread answers.
+                time.sleep(0.01)
 
     monkeypatch.setattr(loop.Loop, "_train", train_then_signal)
     assert train.train(config, tmp_path / "run") == {"stopped": 5, "signal": "SIGTERM"}
