@@ -106,7 +106,16 @@ def main(argv: list[str]) -> int:
     if not shutil.which("kubectl"):
         print("error: kubectl is not on PATH; --dry_run prints the manifest", file=sys.stderr)
         return 1
-    return subprocess.run(["kubectl", "apply", "-f", "-"], input=text, text=True).returncode
+    command = ["kubectl", "apply", "-f", "-"]
+    done = subprocess.run(command, input=text, text=True, stderr=subprocess.PIPE)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(
+            f"error: kubectl did not take the manifest: {reason} (its cluster: kubectl config "
+            "current-context)",
+            file=sys.stderr,
+        )
+    return done.returncode
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ if [ -z "$version" ]; then
   esac
 fi
 [ $dry_run = 1 ] || command -v gcloud >/dev/null || fail "gcloud is not on PATH; it comes with Google Cloud's SDK, https://cloud.google.com/sdk/docs/install"
+[ $dry_run = 1 ] || [ -n "$project$(gcloud config get-value project 2>/dev/null)" ] || fail "no Google Cloud project: give --project=PROJECT, or run gcloud config set project PROJECT"
 
 do_it() {
   if [ $dry_run = 1 ]; then printf '+'; printf ' %q' "$@"; echo; else "$@"; fi

@@ -52,6 +52,43 @@ def choose_mesh(config: ConfigDict) -> Mesh:
     return sharding.make_mesh(devices, config.data.batch_size)
 
 
+def why_none() -> str | None:
+    """Why jax has no devices, where it has none: JAX_PLATFORMS may name some that are not here."""
+    try:
+        jax.devices()
+    except Exception:  # Of any kind: plugins fail in their own ways.
+        return (
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: jax finds no such devices here; "
+            "unset it, or set JAX_PLATFORMS=cpu"
+        )
+    return None
+
+
+def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
+    """Refuses a training step that the devices of this process have no memory for.
+
+    Args:
+      compiled: the step.
+      batch_size: for the message.
+
+    Raises:
+      UserError: it needs more than there is.
+    """
+    if jax.default_backend() == "cpu":
+        there_is = cpu.memory_bytes()
+    else:
+        there_is = sum((d.memory_stats() or {}).get("bytes_limit", 0) for d in jax.local_devices())
+    m = compiled.memory_analysis()
+    each = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+    needed = (each - m.alias_size_in_bytes) * jax.local_device_count()
+    if there_is and needed > there_is:
+        raise UserError(
+            f"a training step needs {needed / 1e9:.1f} GB of memory, and there are "
+            f"{there_is / 1e9:.1f} GB: lower config.data.batch_size={batch_size}, or set "
+            "config.model.remat=True"
+        )
+
+
 def _check_same(everywhere: list[dict[str, Any]]) -> None:
     """Refuses processes that would not compute the same."""
     first = everywhere[0]

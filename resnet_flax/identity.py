@@ -38,8 +38,9 @@ def check_same_config(
     differing = workdir.differing_keys(old, flatten(config), frozenset(ignored))
     if differing:
         raise UserError(
-            f"workdir {directory} belongs to a run of another config; choose another --workdir, or "
-            f"undo: {'; '.join(differing)}"
+            f"workdir {directory} belongs to a run of another config; choose another --workdir "
+            "(--weights=FILE begins from what a finished run has learned), or undo: "
+            f"{'; '.join(differing)}"
         )
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from resnet_flax import checkpoint, cpu, distributed, feed, sharding
+from resnet_flax import checkpoint, cpu, devices, distributed, feed, sharding
 from resnet_flax.account import Account
 from resnet_flax.errors import UserError
 from resnet_flax.evaluate import Score
@@ -178,6 +178,7 @@ class Loop:
         if length not in self.compiled:
             self._drain()
             self.compiled[length] = self.train_chunk.lower(*arguments).compile()
+            devices.check_memory(self.compiled[length], self.config.data.batch_size)
             cpu.limit_kept_memory(self.compiled[length])
         if not self.pending:
             self.train_clock = time.monotonic()

@@ -250,6 +250,10 @@ def _catch(function, *args):
         where = f": {error.filename}" if error.filename else ""
         _end(f"error: {error.strerror or error}{where}", 1)
     except Exception as error:
+        from resnet_flax import devices
+
+        if reason := devices.why_none():
+            _end(f"error: {reason}", 1)
         if distributed.count() == 1:
             raise
         # A failed exchange of data is how one process first notices that another has gone.

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -73,9 +74,7 @@ class _Events:
         self._writer.flush()
 
     def close(self) -> None:
-        # All records are in metrics.jsonl, too; and what failed once will fail again.
-        with contextlib.suppress(OSError):
-            self._writer.close()
+        self._writer.close()
 
 
 class Records:
@@ -145,7 +144,18 @@ class RunLog(Records):
         self._file = open(self._path, "ab", buffering=0)
         self._events = None
         if tensorboard:
-            self._events = _Events(directory / "tensorboard", resume_step + 1)
+            with self._no_matter():
+                self._events = _Events(directory / "tensorboard", resume_step + 1)
+
+    @contextlib.contextmanager
+    def _no_matter(self):
+        """TensorBoard repeats what metrics.jsonl has: nothing that goes wrong in it ends a run."""
+        try:
+            yield
+        except Exception as error:
+            self._events = None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            print(f"note: nothing more is written for TensorBoard: {reason}", file=sys.stderr)
 
     def _add(self, record: dict[str, Any]) -> None:
         super()._add(record)
@@ -153,10 +163,11 @@ class RunLog(Records):
         try:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if self._events:
-                self._events.write(record)
         except OSError as error:
             raise UserError(f"could not write {self._path}: {error.strerror}") from error
+        if self._events:
+            with self._no_matter():
+                self._events.write(record)
 
     def sync(self) -> None:
         """Puts all records on disk, before a checkpoint that counts on them.
@@ -166,10 +177,11 @@ class RunLog(Records):
         """
         try:
             os.fsync(self._file.fileno())
-            if self._events:
-                self._events.flush()
         except OSError as error:
             raise UserError(f"could not write {self._path}: {error.strerror}") from error
+        if self._events:
+            with self._no_matter():
+                self._events.flush()
         if not self._in_place():
             raise UserError(
                 f"{self._path} was removed or replaced while the run wrote it; leave "
@@ -186,7 +198,8 @@ class RunLog(Records):
         """Ends the log."""
         self._file.close()
         if self._events:
-            self._events.close()
+            with self._no_matter():
+                self._events.close()
 
 
 def of_split(records: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
@@ -224,7 +237,9 @@ def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str) -
         if points:
             steps, errors = zip(*points, strict=True)
             marker = "o" if len(points) == 1 else None
-            axes.plot(steps, errors, label=f"{split} {errors[-1]:.2f} %", marker=marker, **style)
+            # A training record is of the few steps before it: its last number would say little.
+            label = split if split == "train" else f"{split} {errors[-1]:.2f} %"
+            axes.plot(steps, errors, label=label, marker=marker, **style)
             top = max(top, *errors[len(errors) // 20 :])
     axes.set(xlabel="step", ylabel="error (%)", title=title)
     axes.set_ylim(0, max(1.0, 1.05 * min(top, 100)))

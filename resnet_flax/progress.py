@@ -62,8 +62,9 @@ class Progress:
     def start(self, total_steps: int, step: int) -> None:
         """Shows a run of `total_steps` of which `step` are done."""
         self._total = total_steps
-        self._first = self._step = step
-        self._start = self._last_line = time.monotonic()
+        self._step = step
+        self._start = self._first = None
+        self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total_steps,
             initial=step,
@@ -78,19 +79,26 @@ class Progress:
     ) -> None:
         """Tells of the steps up to `step`."""
         text = (
-            f"loss {loss:.3f}  error {100 * error:.1f} %  rate {rate:.3g}  "
+            f"batch loss {loss:.3f}  batch error {100 * error:.1f} %  rate {rate:.3g}  "
             f"{images_per_second:,.0f} images/s"
         )
         done, self._step = step - self._step, step
         if self._process:
             return
+        now = time.monotonic()
+        if self._start is None:
+            # Compilation is behind it: what is left goes by the steps that follow.
+            self._start, self._first = now, step
+            self._bar.unpause()
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done)
-        elif (now := time.monotonic()) - self._last_line >= self._pause or step == self._total:
+        elif now - self._last_line >= self._pause or step == self._total:
             self._last_line = now
-            left = (now - self._start) / max(step - self._first, 1) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  {_clock(left)} left")
+            if step > self._first:
+                left = (now - self._start) / (step - self._first) * (self._total - step)
+                text += f"  {_clock(left)} left"
+            self.say(f"step {step}/{self._total}  {text}")
 
     def say(self, line: str) -> None:
         """Prints a line without disturbing the bar; of several processes only the first does."""
@@ -116,7 +124,7 @@ def _clock(seconds: float) -> str:
 
 
 def _summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> str:
-    lines = [summary(r, directory / f"seed{r['seed']}").partition("\n")[0] for r in results]
+    lines = [_first_lines(r, directory / f"seed{r['seed']}") for r in results]
     return "\n".join(
         [f"seed {r['seed']}: {line}" for r, line in zip(results, lines, strict=True)]
         + [
@@ -124,6 +132,19 @@ def _summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) ->
             f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
         ]
     )
+
+
+def _first_lines(result: dict[str, Any], directory: pathlib.Path) -> str:
+    try:
+        return (
+            f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "
+            f"error ({result['test_wrong_last']} of {result['test_examples']} wrong) after "
+            f"{result['steps']} steps in {result['seconds']:.0f} s.\n"
+            f"Curves: {directory / 'curves.png'}  results: {directory / 'result.json'}  weights: "
+            f"{directory / 'weights.safetensors'}"
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory / 'result.json'} lacks {error}; delete it to redo") from error
 
 
 def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
@@ -138,16 +159,7 @@ def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
     """
     if SEEDS in result:
         return _summary_of_seeds(result[SEEDS], directory)
-    try:
-        lines = [
-            f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "
-            f"error ({result['test_wrong_last']} of {result['test_examples']} wrong) after "
-            f"{result['steps']} steps in {result['seconds']:.0f} s.",
-            f"Curves: {directory / 'curves.png'}  results: {directory / 'result.json'}  weights: "
-            f"{directory / 'weights.safetensors'}",
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory / 'result.json'} lacks {error}; delete it to redo") from error
+    lines = [_first_lines(result, directory)]
     if result["data"] == "digits":
         learned = result["test_error_last"] < 0.1
         lines.append(

@@ -46,7 +46,7 @@ _RANGES = {
     "optim.weight_decay": (0, math.inf, True, False),
     "optim.label_smoothing": (0, 1, True, False),
     "optim.ema_decay": (0, 1, True, False),
-    "train.num_seeds": (1, 1024, True, True),
+    "train.num_seeds": (1, 64, True, True),
     "train.chunk_steps": (0, math.inf, True, False),
     "train.cpu_devices": (0, math.inf, True, False),
     "eval.batch_size": (1, math.inf, True, False),

@@ -98,5 +98,7 @@ if sys.argv[1:3] == ["compute", "tpus"]:
     tpus(*sys.argv[3:])
 elif sys.argv[1] == "storage":
     storage(*sys.argv[2:])
+elif sys.argv[1:] == ["config", "get-value", "project"]:
+    print(os.environ.get("PROJECT", "p"))
 else:
     sys.exit(f"no such command: {sys.argv}")

@@ -101,10 +101,15 @@ def test_tpus_and_other_storage():
 
 def test_it_is_handed_to_kubectl(tmp_path):
     kubectl = tmp_path / "kubectl"
-    kubectl.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/words\ncat > {tmp_path}/in\nexit 7\n')
+    kubectl.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/words\ncat > {tmp_path}/in\n'
+        "echo 'E1126 memcache.go' >&2\necho 'The connection was refused' >&2\nexit 7\n"
+    )
     kubectl.chmod(0o755)
     done = jobset(*NEEDED, "--", *FLAGS, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 7
+    assert done.stderr.startswith("error: kubectl did not take the manifest: The connection")
+    assert done.stderr.count("\n") == 1
     assert (tmp_path / "words").read_text() == "apply -f -\n"
     assert yaml.safe_load((tmp_path / "in").read_text()) == filled(*NEEDED, "--", *FLAGS)
     done = jobset(*NEEDED, "--", *FLAGS, PATH=str(tmp_path / "nothing"))

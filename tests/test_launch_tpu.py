@@ -133,6 +133,13 @@ def until(condition, what):
     raise AssertionError(f"waited in vain for {what}")
 
 
+def test_without_a_project_it_does_not_begin(world):
+    done = world.run("watch", "--", *FLAGS, env={"PROJECT": ""})
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no Google Cloud project: give --project=PROJECT")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_preempted_run_goes_on_from_the_bucket(world):
     bucket = "bucket/b/p/vm"
     watch = world.begin("watch", "--spot", "--bucket=gs://b/p", "--", *FLAGS)

@@ -10,6 +10,8 @@ import pytest
 
 from resnet_flax import cpu, create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
+from resnet_flax.devices import check_memory
+from resnet_flax.errors import UserError
 from resnet_flax.feed import ResidentFeed
 from resnet_flax.models import layout
 
@@ -165,6 +167,17 @@ def test_freed_memory_is_kept_where_there_is_room(has, kept, monkeypatch):
     monkeypatch.setattr(cpu, "keep_freed_memory", said.append)
     cpu.limit_kept_memory(compiled)
     assert said == ([] if kept else [False])
+
+
+def test_a_step_that_cannot_fit_is_refused(monkeypatch):
+    compiled = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x)).lower(jnp.ones((64, 64))).compile()
+    m = compiled.memory_analysis()
+    need = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
+    monkeypatch.setattr(cpu, "memory_bytes", lambda: need * jax.local_device_count())
+    check_memory(compiled, 128)
+    monkeypatch.setattr(cpu, "memory_bytes", lambda: need * jax.local_device_count() - 1)
+    with pytest.raises(UserError, match=r"needs 0\.0 GB of memory, .*batch_size=128"):
+        check_memory(compiled, 128)
 
 
 def test_groups_of_batch_norm_are_the_same_whatever_the_devices():

@@ -39,3 +39,10 @@ def run(main: Callable[[list[str]], None]) -> None:
     except BrokenPipeError:
         # The reader of a pipe has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:
+        from resnet_flax import devices
+
+        if not (reason := devices.why_none()):
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        sys.exit(1)

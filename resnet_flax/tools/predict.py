@@ -114,16 +114,17 @@ def draw_strip(found: list[dict[str, Any]]) -> bytes:
     shown = [f for f in found if "thumbnail" in f]
     columns = min(len(shown), _COLUMNS)
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(1.4 * columns, 1.7 * rows), dpi=100, layout="constrained")
+    figure = Figure(figsize=(1.4 * columns, 1.85 * rows), dpi=100, layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
     for axes, item in zip(figure.axes, shown, strict=False):
         axes.imshow(item["thumbnail"])
         best = item["predictions"][0]
-        name = best["class"] if len(best["class"]) <= 16 else best["class"][:15] + "…"
+        name = _short(best["class"])
         # A class may be called "$5": that is no formula.
-        title = f"{name}\n{100 * best['probability']:.1f} %"
-        axes.set_title(title, fontsize=8, parse_math=False)
+        file = _short(pathlib.Path(item["image"]).name)
+        title = f"{name}\n{100 * best['probability']:.1f} %\n{file}"
+        axes.set_title(_printable(title, "\n"), fontsize=8, parse_math=False)
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # A script that the font lacks.
@@ -136,9 +137,13 @@ def _line(found: dict[str, Any]) -> str:
     return f"{found['image']}: {', '.join(each)}"
 
 
-def _printable(text: str) -> str:
-    """`text` on one line, whatever characters the name of a file has in it."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def _short(text: str) -> str:
+    return text if len(text) <= 16 else text[:15] + "…"
+
+
+def _printable(text: str, more: str = "") -> str:
+    """`text` on one line, whatever characters the name of a file has; `more` are let through."""
+    return "".join(c if c.isprintable() or c in more else ascii(c)[1:-1] for c in text)
 
 
 def main(argv: list[str]) -> None:
