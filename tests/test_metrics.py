@@ -1,5 +1,6 @@
 import json
 import pathlib
+import sys
 
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -82,6 +83,24 @@ def test_curves_and_events_are_written(tmp_path):
         (2, "train/loss", 1.0),
         (2, "test/error", 0.5),
     ]
+
+
+def test_tensorboard_never_ends_a_run(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", None)  # As one whose torch is half installed.
+        log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=True)
+    log.write("train", 1, {"error": 0.5})
+    log.close()
+    log = metrics.RunLog(tmp_path, resume_step=1, tensorboard=True)
+    monkeypatch.setattr(log._events, "write", lambda record: 1 / 0)
+    for step in (2, 3):
+        log.write("train", step, {"error": 0.5})
+    log.sync()
+    log.close()
+    assert [r["step"] for r in metrics.read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: nothing more is written for TensorBoard: ")
+    assert second == "note: nothing more is written for TensorBoard: division by zero"
 
 
 def read_events(content):

@@ -362,7 +362,7 @@ def test_the_time_left_goes_by_what_is_done(tmp_path):
         seeds=2,
     )
     text = reproduce.plan(jobs, 1)
-    assert "resnet20/seed0: to do of 64000, time unknown" in text
+    assert "resnet20/seed0: 64000 steps to do, time unknown" in text
     assert text.endswith(
         "6 runs, 0 done, 6 to do: time unknown until a run here is done with --jobs=1"
     )
@@ -381,7 +381,7 @@ def test_the_time_left_goes_by_what_is_done(tmp_path):
     assert plan.estimate(same, plan.State(0, 64_000), []) is None
     text = reproduce.plan(jobs, 2)
     assert "resnet20/seed0: done" in text
-    assert "resnet20/seed1: to do of 64000, about 1:00:00" in text
+    assert "resnet20/seed1: 64000 steps to do, about 1:00:00" in text
     assert "6 runs, 1 done, 5 to do: about" in text
 
 

@@ -102,9 +102,9 @@ def plan(jobs: list[Job], parallel: int) -> str:
         else:
             left += len(job.runs)
             times.append(estimate(job, state, finished))
-            begun = f"at step {state.step}" if state.step else "to do"
             of = f" of {job.steps}" if job.steps else ""
-            status = f"{begun}{of}, {_about(times[-1])}"
+            begun = f"at step {state.step}{of}" if state.step else f"{job.steps or ''} steps to do"
+            status = f"{begun.strip()}, {_about(times[-1])}"
         lines += [f"{job.name}: {status}", f"    {job.shown_command}"]
     total = None if None in times else sum(times) / parallel
     hint = "" if finished else " until a run here is done"
