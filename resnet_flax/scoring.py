@@ -17,6 +17,7 @@ from resnet_flax import (
     identity,
     inputs,
     models,
+    randomness,
     record,
     sharding,
     weights,
@@ -31,6 +32,7 @@ from resnet_flax.models import layout
 from resnet_flax.validation import validate
 
 
+@randomness.default_switches()
 def score(
     config: ConfigDict | None,
     directory: str | None,

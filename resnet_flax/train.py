@@ -21,6 +21,7 @@ from resnet_flax import (
     inputs,
     loop,
     models,
+    randomness,
     record,
     seeds,
     weights,
@@ -36,6 +37,7 @@ from resnet_flax.state import TrainState
 from resnet_flax.validation import validate
 
 
+@randomness.default_switches()
 def train(
     config: ConfigDict,
     directory: pathlib.Path,
