@@ -128,6 +128,7 @@ def _read(path: pathlib.Path, run: Experiment, warn) -> dict[str, Any]:
     if path.is_file():
         loaded = weights.load(path)
         weights.check_model(loaded, record.describe_model(run), str(path))
+        loaded = weights.for_classes(loaded, run.dataset.class_names, str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
         step = loaded.training.get("steps")
     else:
