@@ -95,7 +95,7 @@ BAD_INPUT = {
     "group": ([QUICK, "--config.model.bn_group_size=48"], "bn_group_size=48 does not divide"),
     "archive": (
         [QUICK, "--config.data.name=cifar10", "--config.data.archive=README.md",
-         "--config.data.data_dir={tmp}/data"],
+         "--config.data.data_dir={tmp}"],
         "README.md",
     ),
     "nothing to evaluate": (["--mode=evaluate"], "nothing to evaluate"),

@@ -126,6 +126,7 @@ def ready(tmp_path_factory):
 
 
 def load(data_dir, archives=None):
+    data_dir.mkdir(exist_ok=True)
     return imagenet.load(data_dir=data_dir, archives=archives, show_progress=False)
 
 
