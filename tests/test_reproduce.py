@@ -170,6 +170,14 @@ def test_a_scale_shortens_every_duration():
         scaled(epochs, 0.5)
 
 
+def test_what_is_given_is_not_scaled(tmp_path):
+    given = ("eval.every_steps=7", "train.total_steps=1e3")
+    (job,) = plan.make_jobs(runs_of("table6")[:1], tmp_path, seeds=1, scale=0.01, overrides=given)
+    assert (job.config.eval.every_steps, job.config.train.total_steps) == (7, 1000)
+    assert job.config.optim.boundaries_steps == (320, 480)
+    assert sum("eval.every_steps" in flag for flag in job.flags) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -177,7 +185,7 @@ def test_a_scale_shortens_every_duration():
         ("model.name=resnet8", "--config.model.name is the experiment's own"),
         ("optim.lerning_rate=1", "did you mean --config.optim.learning_rate"),
         ("optim.learning_rate", "write --config.optim.learning_rate=VALUE"),
-        ("optim.learning_rate=fast", "the configuration is wrong"),
+        ("optim.learning_rate=fast", "--config.optim.learning_rate=fast must be a number"),
         ("optim.learning_rate=-1", "config.optim.learning_rate=-1.0 must lie in"),
     ],
 )
