@@ -8,6 +8,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tqdm
 
 from resnet_flax import data, experiment, models, outputs, record, scoring, sharding, weights
 from resnet_flax.errors import UserError
@@ -187,9 +188,17 @@ def test_nets_that_do_not_go_together_are_refused(runs, tmp_path):
     refuse("is not the one that the run in", moved)
 
 
-def test_responses_are_the_deviations_after_batch_normalisation(runs, digits, capsys):
+def test_responses_are_the_deviations_after_batch_normalisation(runs, digits, capsys, monkeypatch):
     folder, first, _ = runs
+    bars = []
+
+    def make_bar(**options):
+        bars.append(tqdm.tqdm(**options | {"disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(outputs, "tqdm", make_bar)
     responses.main([str(folder / "a")])
+    assert [bar.n for bar in bars] == [359]
     content = json.loads((folder / "a" / "responses.json").read_text())
     assert content["images"] == 359
     names = [layer["name"] for layer in content["layers"]]
@@ -229,7 +238,15 @@ def test_bottlenecks_have_one_response_a_block_and_preactivation_none():
 
 def test_a_run_that_cannot_be_measured_does_not_stop_the_others(runs, tmp_path, capsys):
     folder, _, _ = runs
-    with pytest.raises(UserError, match="1 of 2 runs could not be measured"):
-        responses.main([str(tmp_path / "absent"), str(folder / "b")])
-    assert "absent is no directory of a run" in capsys.readouterr().err
+    unfinished, unwritable = tmp_path / "unfinished", tmp_path / "unwritable"
+    unfinished.mkdir()
+    shutil.copytree(folder / "a", unwritable, ignore=lambda *_: ["responses.json"])
+    (unwritable / "responses.json").mkdir()
+    several = [tmp_path / "absent", unfinished, unwritable, folder / "b"]
+    with pytest.raises(UserError, match="3 of 4 runs could not be measured"):
+        responses.main([str(path) for path in several])
+    said = capsys.readouterr().err
+    assert "absent is no directory of a run" in said
+    assert "unfinished holds no weights.safetensors: finish the run" in said
+    assert "unwritable/responses.json" in said
     assert (folder / "b" / "responses.json").exists()

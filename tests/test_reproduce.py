@@ -435,6 +435,13 @@ def test_wrong_flags(args, message):
         reproduce.main(args)
 
 
+def test_without_data_it_is_said_once_and_nothing_begins(tmp_path):
+    args = ["plain", "--seeds=2", f"--workdir={tmp_path}/x", f"--data_dir={tmp_path}/absent"]
+    with pytest.raises(UserError, match="absent', which does not exist"):
+        reproduce.main(args)
+    assert not (tmp_path / "x").exists()
+
+
 def test_two_real_runs(tmp_path, capsys):
     small = (
         "model.name=resnet8", "data.batch_size=32", "train.cpu_devices=1", "eval.every_steps=5",
