@@ -217,11 +217,6 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
       UserError: two of a duration's three forms are given, or one is shorter than a step.
     """
     c = config.copy_and_resolve_references()
-    if c.data.batch_size > train_examples:
-        raise UserError(
-            f"config.data.batch_size={c.data.batch_size} exceeds the {train_examples} training "
-            f"examples of {c.data.name}"
-        )
     for section_name, section in c.items():
         if not isinstance(section, ConfigDict):
             continue

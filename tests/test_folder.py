@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import finetune_folder
 from resnet_flax import data, feed, metrics, scoring, sharding, train, weights
 from resnet_flax.data import Split, batches, stream, streamed
 from resnet_flax.errors import UserError
 from resnet_flax.tools import predict
 from tests.conftest import stop_at_step
+from tests.test_pretrained import small_weights
 from tests.test_train import assert_same_end
 
 SIDE = 16
@@ -378,6 +380,26 @@ def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
     )
     text = scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
     assert f"({result['test_wrong_last']} of 6 wrong)" in text
+
+
+def test_a_handful_of_images_will_do_for_fine_tuning(tmp_path, capsys):
+    for label, name in enumerate(CLASSES[:2]):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            image = Image.fromarray(picture(label, number))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    file = tmp_path / "net.safetensors"
+    weights.save(file, small_weights(mean=MEAN))
+    config = finetune_folder.get_config()
+    config.data.data_dir, config.data.workers = str(tmp_path / "photos"), 0
+    config.data.image_size = SIDE
+    config.train.total_steps, config.checkpoint.every_steps = 4, 2
+    result = train.train(config, tmp_path / "whole", str(file))
+    assert (result["test_examples"], result["class_names"]) == (2, CLASSES[:2])
+    assert "a batch of 64 holds images more than once, as there are 4" in capsys.readouterr().err
+    stop_at_step(config, tmp_path / "parts", 2, init_weights=str(file))
+    train.train(config, tmp_path / "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_net_must_come_from_somewhere(small_config, photos, tmp_path):
