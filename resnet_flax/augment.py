@@ -82,14 +82,14 @@ def crop_and_mirror(
     batch, height, width, channels = images.shape
     offset_key, flip_key = jax.random.split(key)
     if flip:
-        mirror = jax.random.bernoulli(flip_key, 0.5, (batch, 1, 1, 1))
+        mirror = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch, 1, 1, 1))
         images = jnp.where(mirror, images[:, :, ::-1], images)
     if pad:
-        offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1)
+        offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1, jnp.int32)
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), _FILLS[fill])
 
         def crop(image, offset):
-            start = (offset[0], offset[1], 0)
+            start = (offset[0], offset[1], jnp.int32(0))
             return jax.lax.dynamic_slice(image, start, (height, width, channels))
 
         images = jax.vmap(crop)(padded, offsets)
@@ -107,9 +107,9 @@ def color_shift(key: jax.Array, batch: int) -> jax.Array:
       key: a typed PRNG key.
       batch: number of images.
     """
-    draws = _COLOR_STRENGTH * jax.random.normal(key, (batch, 3))
-    along = draws * jnp.array(_COLOR_DEVIATIONS)
-    return 255 * (along @ jnp.array(_COLOR_DIRECTIONS))[:, None, None]
+    draws = _COLOR_STRENGTH * jax.random.normal(key, (batch, 3), jnp.float32)
+    along = draws * jnp.array(_COLOR_DEVIATIONS, jnp.float32)
+    return 255 * (along @ jnp.array(_COLOR_DIRECTIONS, jnp.float32))[:, None, None]
 
 
 def ten_crops(images: jax.Array, size: int) -> jax.Array:

@@ -157,25 +157,44 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
-def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
-    """Sets keys ("data.batch_size") to values given as text, in place.
+_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "numbers with commas between them",
+}
+
+
+def parse(key: str, text: str) -> Any:
+    """The value of a key ("data.batch_size") given as text; 1e3 is a whole number, too.
 
     Raises:
-      UserError: a value is not of its key's type.
+      UserError: it is not of the key's type.
     """
-    defaults = flatten(base_config())
+    kind = type(flatten(base_config())[key])
+    if kind is str:
+        return text
+    try:
+        if kind is bool:
+            return _TRUTH[text.lower()]
+        if kind is tuple:
+            value = ast.literal_eval(text)
+            value = value if isinstance(value, tuple) else (value,)
+            sum(value)  # Fails where they are no numbers.
+            return value
+        if (value := kind(number := float(text))) == number:
+            return value
+    except (ValueError, TypeError, SyntaxError, KeyError, OverflowError):
+        pass
+    raise UserError(f"--config.{key}={text} must be {_KINDS[kind]}")
+
+
+def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
+    """Sets keys to values given as text, in place, see `parse`."""
     for key, text in changes.items():
-        value: Any = text
-        if not isinstance(defaults[key], str):
-            try:
-                value = ast.literal_eval(text)
-            except (ValueError, SyntaxError) as error:
-                kind = type(defaults[key]).__name__
-                raise UserError(f"--config.{key}={text!r} must be of type {kind}") from error
         section, _, name = key.rpartition(".")
-        target = config[section] if section else config
-        with target.ignore_type():  # `validate` names what is wrong.
-            target[name] = value
+        (config[section] if section else config)[name] = parse(key, text)
 
 
 def nearest_key(key: str) -> str | None:
@@ -198,11 +217,6 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
       UserError: two of a duration's three forms are given, or one is shorter than a step.
     """
     c = config.copy_and_resolve_references()
-    if c.data.batch_size > train_examples:
-        raise UserError(
-            f"config.data.batch_size={c.data.batch_size} exceeds the {train_examples} training "
-            f"examples of {c.data.name}"
-        )
     for section_name, section in c.items():
         if not isinstance(section, ConfigDict):
             continue

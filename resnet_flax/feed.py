@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from resnet_flax import sharding
+from resnet_flax import randomness, sharding
 from resnet_flax.data import batches as streaming
 from resnet_flax.data import stream
 from resnet_flax.data.dataset import Part, Split
@@ -31,7 +31,7 @@ from resnet_flax.errors import UserError
 
 def _statistics(mean: np.ndarray, std: np.ndarray, seed: int, mesh: Mesh) -> dict[str, jax.Array]:
     everywhere = sharding.replicated(mesh)
-    make_key = functools.partial(jax.random.key, seed, impl="threefry2x32")
+    make_key = functools.partial(randomness.make_key, seed)
     return {
         "mean": sharding.put(mean, everywhere),
         "std": sharding.put(std, everywhere),

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import cache, cpu, distributed, progress, signals
-from resnet_flax.config import base_config, flatten, nearest_key
+from resnet_flax.config import base_config, flatten, nearest_key, parse
 from resnet_flax.errors import UserError
 from resnet_flax.validation import validate
 
@@ -94,7 +94,7 @@ def _parse(argv: list[str]) -> list[str]:
             what = "section, not a key" if key in sections else "key"
             raise UserError(f"--config.{key} is no config {what}{hint}")
         if named:
-            rest.append(arg)
+            rest.append(f"--{flag}={parse(key, value)}" if equals else arg)
         elif not equals:
             raise UserError(f"--config.{key}: without --config, write --config.{key}=VALUE")
         else:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from resnet_flax import augment, steps
 from resnet_flax.errors import UserError
@@ -17,7 +18,7 @@ from resnet_flax.models.resnet import ResNet
 
 
 def _each_batch(step: Callable, feed: Feed, batch_size: int, mesh, *arguments) -> Iterator[Any]:
-    """`step(*arguments, resident, batch)` of each batch of a feed, on the host."""
+    """`step(*arguments, resident, batch)` of each batch of a feed, on the host, with a bar."""
 
     def chunk(arguments, resident, batches):
         # On a CPU there is one batch at a time, see `feed`: XLA does less for loops there.
@@ -27,10 +28,12 @@ def _each_batch(step: Callable, feed: Feed, batch_size: int, mesh, *arguments) -
         return jax.lax.map(lambda batch: step(*arguments, resident, batch), batches)
 
     compiled = jax.jit(chunk, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    for batches in feed.batches(batch_size):
-        out = jax.device_get(compiled(arguments, feed.resident, batches))
-        for i in range(len(jax.tree.leaves(out)[0])):
-            yield jax.tree.map(lambda x, i=i: x[i], out)
+    with tqdm(total=feed.size, unit=" images", disable=None, leave=False) as bar:
+        for batches in feed.batches(batch_size):
+            out = jax.device_get(compiled(arguments, feed.resident, batches))
+            for i in range(len(jax.tree.leaves(out)[0])):
+                bar.update(min(batch_size, feed.size - bar.n))
+                yield jax.tree.map(lambda x, i=i: x[i], out)
 
 
 def predict(

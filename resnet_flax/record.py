@@ -102,7 +102,7 @@ def write_start(
                 "name": dataset.name,
                 "fingerprint": dataset.fingerprint,
                 "train_examples": len(dataset.train),
-                "validation_examples": len(draw or ()),
+                "validation_examples": len(dataset.validation or ()),
                 "test_examples": len(dataset.test),
                 "class_names": dataset.class_names,
                 "validation_draw": list(map(int, draw)) if draw is not None else None,

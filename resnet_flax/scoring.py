@@ -17,6 +17,7 @@ from resnet_flax import (
     identity,
     inputs,
     models,
+    randomness,
     record,
     sharding,
     weights,
@@ -31,6 +32,7 @@ from resnet_flax.models import layout
 from resnet_flax.validation import validate
 
 
+@randomness.default_switches()
 def score(
     config: ConfigDict | None,
     directory: str | None,
@@ -126,6 +128,7 @@ def _read(path: pathlib.Path, run: Experiment, warn) -> dict[str, Any]:
     if path.is_file():
         loaded = weights.load(path)
         weights.check_model(loaded, record.describe_model(run), str(path))
+        loaded = weights.for_classes(loaded, run.dataset.class_names, str(path))
         variables = weights.fit(loaded.variables, run.abstract_variables(), str(path))
         step = loaded.training.get("steps")
     else:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
+from resnet_flax import randomness
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
 
@@ -83,9 +84,7 @@ def create_state(
         from a weights file; None: drawn.
     """
     if variables is None:
-        # The stream of keys is part of what a seed means: do not leave it to a default.
-        key = jax.random.key(seed, impl="threefry2x32")
-        variables = initial_variables(model, key, image_shape)
+        variables = initial_variables(model, randomness.make_key(seed), image_shape)
     params, batch_stats = variables["params"], variables["batch_stats"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

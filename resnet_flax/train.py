@@ -21,6 +21,7 @@ from resnet_flax import (
     inputs,
     loop,
     models,
+    randomness,
     record,
     seeds,
     weights,
@@ -36,6 +37,7 @@ from resnet_flax.state import TrainState
 from resnet_flax.validation import validate
 
 
+@randomness.default_switches()
 def train(
     config: ConfigDict,
     directory: pathlib.Path,
@@ -163,12 +165,15 @@ def _directories(
 
 
 def _describe(run: Experiment | seeds.Group, environment: dict[str, Any]) -> str:
-    """What is about to be trained, on what, where: a line."""
+    """What is about to be trained, on what, where."""
     several = f"{len(run.members)} seeds of " if len(run.members) > 1 else ""
     how = "; convolutions in the way of a CPU" if run.model.cpu_convolutions else ""
+    images, batch = len(run.dataset.train), run.config.data.batch_size
+    if batch > images:
+        how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"
     return (
         f"{several}{run.config.model.name}, {record.count_parameters(run.members[0]):,} "
-        f"parameters, on {len(run.dataset.train):,} images of {run.dataset.name}; "
+        f"parameters, on {images:,} images of {run.dataset.name}; "
         f"{environment['hardware']}{how}"
     )
 

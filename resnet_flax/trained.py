@@ -97,13 +97,7 @@ class Loader:
         if is_run:
             identity.check_same_data(source, dataset)
         weights.check_preprocessing(loaded.mean, loaded.std, dataset.train.image_shape, str(source))
-        # Weights from elsewhere have numbers for names.
-        names = loaded.class_names
-        if names not in (dataset.class_names, tuple(map(str, range(len(names))))):
-            raise UserError(
-                f"{source} is of other classes ({', '.join(names)}) than {dataset.name} "
-                f"({', '.join(dataset.class_names)})"
-            )
+        loaded = weights.for_classes(loaded, dataset.class_names, str(source))
         preprocessing = loaded.mean, loaded.std
         run = experiment.build(config, dataset, self._mesh, preprocessing, self._warn)
         weights.check_model(loaded, record.describe_model(run), str(source))

@@ -147,6 +147,46 @@ def load_preprocessing(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     return tensors["mean"], tensors["std"]
 
 
+def for_classes(weights: Weights, class_names: tuple[str, ...], source: str) -> Weights:
+    """`weights` with the outputs in the order of a data set's classes, which it may have more of.
+
+    Weights from elsewhere have numbers for names. Where the data set's are others, and as many,
+    outputs and classes go together by their order.
+
+    Args:
+      weights: from `load`.
+      class_names: of the data set.
+      source: where the weights come from, for the message.
+
+    Raises:
+      UserError: a class of the data set is none of the weights'.
+    """
+    names, count = weights.class_names, len(weights.class_names)
+    are_numbers = names == tuple(map(str, range(count)))
+    by_order = are_numbers and count == len(class_names) and set(names) != set(class_names)
+    if not names or names == class_names or by_order:
+        return weights
+    missing = [name for name in class_names if name not in names]
+    if missing:
+        raise UserError(
+            f"{source} is of other classes ({names[0]!r} to {names[-1]!r}, {count} in all): it "
+            f"lacks {missing[0]!r}"
+        )
+    chosen = [names.index(name) for name in class_names]
+
+    def reorder(values: np.ndarray) -> np.ndarray:
+        others = [k for k in range(values.shape[-1]) if k not in chosen]
+        return values[..., chosen + others]
+
+    params = weights.variables["params"]
+    params = params | {"head": jax.tree.map(reorder, params["head"])}
+    return dataclasses.replace(
+        weights,
+        variables=weights.variables | {"params": params},
+        class_names=tuple(dict.fromkeys([*class_names, *names])),
+    )
+
+
 def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
     """Refuses the weights of a net whose arrays may fit, but which computes something else.
 

@@ -35,18 +35,18 @@ def offline(monkeypatch):
 
 @pytest.mark.usefixtures("offline")
 def test_load_without_data_or_network_names_the_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
     with pytest.raises(UserError) as caught:
         data.load("cifar10", show_progress=False)
     message = str(caught.value)
-    for part in ("data_dir", "archive", "mirror", "cifar-10-binary.tar.gz", f"{tmp_path}/env"):
+    for part in ("data_dir", "archive", "mirror", "cifar-10-binary.tar.gz", str(tmp_path)):
         assert part in message
 
 
 def test_load_refuses_an_archive_that_is_not_the_published_one(tmp_path):
     path, _ = helpers.small_archive(tmp_path)
     with pytest.raises(UserError, match=r"is not the published cifar-10-binary\.tar\.gz or cifar"):
-        data.load("cifar10", data_dir=tmp_path / "data", archive=path)
+        data.load("cifar10", data_dir=tmp_path, archive=path)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +64,24 @@ def test_the_data_dir_is_the_given_one_or_that_of_tfds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     assert prepared.resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
+    for name in ("other", "env", "relative"):
+        (tmp_path / name).mkdir()
     assert prepared.resolve_data_dir("~/other") == tmp_path / "other"
     monkeypatch.setenv("TFDS_DATA_DIR", "~/env")
     assert prepared.resolve_data_dir("") == tmp_path / "env"
     assert prepared.resolve_data_dir(tmp_path) == tmp_path
     monkeypatch.chdir(tmp_path)
     assert prepared.resolve_data_dir("relative") == tmp_path / "relative"
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_named_data_dir_must_exist(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"^data_dir is .*/mistyped', which does not exist.*mkdir"):
+        data.load("cifar10", data_dir=tmp_path / "mistyped", show_progress=False)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
+    with pytest.raises(UserError, match=r"^\$TFDS_DATA_DIR is .*/env', which does not exist"):
+        data.load("cifar10", show_progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_data_set_is_found_from_its_folder_and_from_those_above(small):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 
 import jax
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import finetune_folder
 from resnet_flax import data, feed, metrics, scoring, sharding, train, weights
 from resnet_flax.data import Split, batches, stream, streamed
 from resnet_flax.errors import UserError
+from resnet_flax.tools import predict
 from tests.conftest import stop_at_step
+from tests.test_pretrained import small_weights
 from tests.test_train import assert_same_end
 
 SIDE = 16
@@ -84,16 +88,95 @@ def test_splits_may_have_folders_of_their_own(photos, tmp_path):
     assert load(tmp_path).fingerprint != found.fingerprint
 
 
+def files_of(split):
+    return {os.path.realpath(split.name(i)) for i in range(len(split))}
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training_set", "test_set"), ("TRAIN", "Val"), ("training", "dev")],
+)
+def test_splits_have_many_names(photos, tmp_path, train, test):
+    copy(photos, tmp_path / train)
+    copy(photos, tmp_path / test)
+    found = load(tmp_path)
+    assert found.class_names == CLASSES
+    assert (len(found.train), found.validation, len(found.test)) == (60, None, 60)
+    assert "/" + test + "/" in found.test.name(0)
+
+
+def test_three_folders_are_three_splits(photos, tmp_path, capsys):
+    for name in ("train", "val", "test", "more"):
+        copy(photos, tmp_path / name)
+    (tmp_path / "val/ant/00.png").unlink()
+    found = load(tmp_path)
+    assert (len(found.train), len(found.validation), len(found.test)) == (60, 59, 60)
+    assert "/val/" in found.validation.name(0)
+    assert found.validation.crops.central
+    assert capsys.readouterr().err.endswith("are not used: more\n")
+    (tmp_path / "val/ant/01.png").unlink()
+    assert load(tmp_path).fingerprint != found.fingerprint
+    with pytest.raises(UserError, match="has a validation split of its own"):
+        load(tmp_path, split="45k/5k")
+
+
+def test_a_class_may_be_called_train(photos, tmp_path):
+    copy(photos, tmp_path)
+    (tmp_path / "bee").rename(tmp_path / "train")
+    assert load(tmp_path).class_names == ("ant", "cat", "train")
+
+
+def test_links_are_followed_into_each_folder_once(photos, tmp_path):
+    root, elsewhere = copy(photos, tmp_path / "photos"), copy(photos, tmp_path / "elsewhere")
+    before = load(root)
+    (root / "ant/self").symlink_to(".")
+    (root / "ant/up").symlink_to("..")
+    (root / "cat/bees").symlink_to("../bee")
+    found = load(root)
+    assert found.fingerprint == before.fingerprint
+    (root / "cat/more").symlink_to(elsewhere / "cat")
+    found = load(root)
+    assert len(found.train) + len(found.test) == 80
+    assert not files_of(found.train) & files_of(found.test)
+    (root / "dog").symlink_to("cat")
+    with pytest.raises(UserError, match="cat and .*dog are the same folder"):
+        load(root)
+
+
+def test_other_programs_folders_are_left_alone_and_all_images_are_found(photos, tmp_path):
+    root = copy(photos, tmp_path)
+    for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints", "ant/@eaDir"):
+        (root / name).mkdir()
+        (root / name / "x.png").write_bytes(b"")
+    Image.new("RGB", (SIDE, SIDE)).save(root / "ant/photo.JFIF", "JPEG")
+    found = load(root)
+    assert found.class_names == CLASSES
+    both = files_of(found.train) | files_of(found.test)
+    assert sorted(both) == sorted(predict.find_images([str(root)]))
+    assert len(both) == 61
+
+
+def test_small_classes_are_tested_too(tmp_path):
+    for name, count in (("a", 3), ("b", 2), ("c", 1)):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number}.png").touch()
+    found = load(tmp_path, split="45k/5k")
+    names = [[n.split("/")[-2] for n in sorted(files_of(s))] for s in (found.train, found.test)]
+    assert names == [["a", "b", "c"], ["a", "b"]]
+    assert files_of(found.validation) < {str(tmp_path / "a" / f"{i}.png") for i in range(3)}
+
+
 WRONG = {
     "absent": ([], "absent is not a folder"),
     "empty": (["empty/"], "has 0 sub-folders"),
     "one class": (["one class/cat/1.png"], "has 1 sub-folders; it must have one for each class"),
     "no images": (["no images/a/1.png", "no images/b/"], "b has no images"),
-    "too few": (["too few/a/1.png", "too few/b/1.png"], "too few images a class"),
+    "too few": (["too few/a/1.png", "too few/b/1.png"], "has one image a class"),
     "no train": (["no train/test/a/1.png"], "has test/ but no train/"),
     "two tests": (
-        ["two tests/test/a/1.png", "two tests/val/a/1.png", "two tests/train/a/1.png"],
-        "has both test/ and val/",
+        ["two tests/test/a/1.png", "two tests/Test_Set/a/1.png", "two tests/train/a/1.png"],
+        "has both Test_Set/ and test/",
     ),
     "extra": (
         ["extra/train/a/1.png", "extra/train/b/1.png", "extra/test/z/1.png"],
@@ -183,13 +266,15 @@ def test_every_image_is_evaluated_once_on_any_number_of_devices(photos):
 
 @pytest.fixture
 def damaged(photos, tmp_path):
-    """Two training images and one of the test set are no longer images."""
+    """Two training images and one of the test set cannot be read, the first a dangling link."""
     root = copy(photos, tmp_path / "damaged")
     found = load(root)
     bad = [found.train.name(5), found.train.name(6), found.test.name(0)]
-    for name, content in zip(bad, (b"", b"just text", b"\x89PNG\r\n\x1a\n cut"), strict=True):
+    for name, content in zip(bad[1:], (b"just text", b"\x89PNG\r\n\x1a\n cut"), strict=True):
         with open(name, "wb") as file:
             file.write(content)
+    os.remove(bad[0])
+    os.symlink("/nowhere/at/all", bad[0])
     return root, bad
 
 
@@ -295,6 +380,26 @@ def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
     )
     text = scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
     assert f"({result['test_wrong_last']} of 6 wrong)" in text
+
+
+def test_a_handful_of_images_will_do_for_fine_tuning(tmp_path, capsys):
+    for label, name in enumerate(CLASSES[:2]):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(3):
+            image = Image.fromarray(picture(label, number))
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    file = tmp_path / "net.safetensors"
+    weights.save(file, small_weights(mean=MEAN))
+    config = finetune_folder.get_config()
+    config.data.data_dir, config.data.workers = str(tmp_path / "photos"), 0
+    config.data.image_size = SIDE
+    config.train.total_steps, config.checkpoint.every_steps = 4, 2
+    result = train.train(config, tmp_path / "whole", str(file))
+    assert (result["test_examples"], result["class_names"]) == (2, CLASSES[:2])
+    assert "a batch of 64 holds images more than once, as there are 4" in capsys.readouterr().err
+    stop_at_step(config, tmp_path / "parts", 2, init_weights=str(file))
+    train.train(config, tmp_path / "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_net_must_come_from_somewhere(small_config, photos, tmp_path):

@@ -1,5 +1,6 @@
 """`tools.ensemble` and `tools.responses`, on nets that have learned nothing."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -7,12 +8,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import tqdm
 
-from resnet_flax import data, experiment, models, outputs, record, sharding, weights
+from resnet_flax import data, experiment, models, outputs, record, scoring, sharding, weights
 from resnet_flax.errors import UserError
 from resnet_flax.tools import ensemble, responses
 from resnet_flax.trained import Loader
 from tests.conftest import make_small_config
+
+MEAN = np.zeros(3, np.float32)
 
 
 def make_run(directory, seed, name="resnet8", **changes):
@@ -105,6 +109,52 @@ def test_probabilities_of_every_example_in_order(runs, digits):
     np.testing.assert_allclose(given, expected, atol=1e-5)
 
 
+def test_outputs_and_classes_go_together_by_name(runs, tmp_path):
+    folder, first, _ = runs
+    right = scoring.score(None, None, str(folder / "a" / "weights.safetensors"))
+    assert "wrong" in right
+    order = np.roll(np.arange(10), 3)
+    head = jax.tree.map(lambda x: np.asarray(x)[..., order], first.variables["params"]["head"])
+    variables = first.variables | {"params": first.variables["params"] | {"head": head}}
+    names = tuple(first.class_names[k] for k in order)
+    content = dataclasses.replace(first, variables=variables, class_names=names)
+    file = tmp_path / "rolled.safetensors"
+    weights.save(file, content)
+    found = scoring.score(None, None, str(file))
+    assert found.splitlines()[1:] == right.splitlines()[1:]
+    loaded = Loader().load(file).weights
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, first.variables)
+    weights.save(file, dataclasses.replace(content, class_names=tuple("abcdefghij")))
+    with pytest.raises(UserError, match="is of other classes .*: it lacks '0'"):
+        scoring.score(None, None, str(file))
+
+
+@pytest.mark.parametrize(
+    ("names", "classes", "order"),
+    [
+        ("cat dog", "dog cat", [1, 0]),
+        ("cat dog eel", "dog cat", [1, 0, 2]),
+        ("0 1 2", "0 2 1", [0, 2, 1]),
+        ("0 1 2", "ant bee cat", [0, 1, 2]),
+        ("0 1 2", "ant bee", None),
+        ("cat dog", "0 1", None),
+        ("cat dog", "cat eel", None),
+    ],
+)
+def test_classes_are_matched_by_name(names, classes, order):
+    names, classes = tuple(names.split()), tuple(classes.split())
+    head = {"kernel": np.arange(2.0 * len(names)).reshape(2, -1), "bias": np.arange(len(names))}
+    given = weights.Weights({}, {"params": {"head": head}}, MEAN, MEAN, names, {})
+    if order is None:
+        with pytest.raises(UserError, match="w is of other classes"):
+            weights.for_classes(given, classes, "w")
+        return
+    found = weights.for_classes(given, classes, "w")
+    assert found.variables["params"]["head"]["bias"].tolist() == order
+    assert found.variables["params"]["head"]["kernel"][0].tolist() == order
+    assert found.class_names[: len(classes)] in (classes, names)
+
+
 def test_nets_that_do_not_go_together_are_refused(runs, tmp_path):
     folder, first, _ = runs
     a = folder / "a"
@@ -138,9 +188,17 @@ def test_nets_that_do_not_go_together_are_refused(runs, tmp_path):
     refuse("is not the one that the run in", moved)
 
 
-def test_responses_are_the_deviations_after_batch_normalisation(runs, digits, capsys):
+def test_responses_are_the_deviations_after_batch_normalisation(runs, digits, capsys, monkeypatch):
     folder, first, _ = runs
+    bars = []
+
+    def make_bar(**options):
+        bars.append(tqdm.tqdm(**options | {"disable": False}))
+        return bars[-1]
+
+    monkeypatch.setattr(outputs, "tqdm", make_bar)
     responses.main([str(folder / "a")])
+    assert [bar.n for bar in bars] == [359]
     content = json.loads((folder / "a" / "responses.json").read_text())
     assert content["images"] == 359
     names = [layer["name"] for layer in content["layers"]]
@@ -180,7 +238,15 @@ def test_bottlenecks_have_one_response_a_block_and_preactivation_none():
 
 def test_a_run_that_cannot_be_measured_does_not_stop_the_others(runs, tmp_path, capsys):
     folder, _, _ = runs
-    with pytest.raises(UserError, match="1 of 2 runs could not be measured"):
-        responses.main([str(tmp_path / "absent"), str(folder / "b")])
-    assert "absent is no directory of a run" in capsys.readouterr().err
+    unfinished, unwritable = tmp_path / "unfinished", tmp_path / "unwritable"
+    unfinished.mkdir()
+    shutil.copytree(folder / "a", unwritable, ignore=lambda *_: ["responses.json"])
+    (unwritable / "responses.json").mkdir()
+    several = [tmp_path / "absent", unfinished, unwritable, folder / "b"]
+    with pytest.raises(UserError, match="3 of 4 runs could not be measured"):
+        responses.main([str(path) for path in several])
+    said = capsys.readouterr().err
+    assert "absent is no directory of a run" in said
+    assert "unfinished holds no weights.safetensors: finish the run" in said
+    assert "unwritable/responses.json" in said
     assert (folder / "b" / "responses.json").exists()

@@ -170,6 +170,14 @@ def test_a_scale_shortens_every_duration():
         scaled(epochs, 0.5)
 
 
+def test_what_is_given_is_not_scaled(tmp_path):
+    given = ("eval.every_steps=7", "train.total_steps=1e3")
+    (job,) = plan.make_jobs(runs_of("table6")[:1], tmp_path, seeds=1, scale=0.01, overrides=given)
+    assert (job.config.eval.every_steps, job.config.train.total_steps) == (7, 1000)
+    assert job.config.optim.boundaries_steps == (320, 480)
+    assert sum("eval.every_steps" in flag for flag in job.flags) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -177,7 +185,7 @@ def test_a_scale_shortens_every_duration():
         ("model.name=resnet8", "--config.model.name is the experiment's own"),
         ("optim.lerning_rate=1", "did you mean --config.optim.learning_rate"),
         ("optim.learning_rate", "write --config.optim.learning_rate=VALUE"),
-        ("optim.learning_rate=fast", "the configuration is wrong"),
+        ("optim.learning_rate=fast", "--config.optim.learning_rate=fast must be a number"),
         ("optim.learning_rate=-1", "config.optim.learning_rate=-1.0 must lie in"),
     ],
 )
@@ -425,6 +433,13 @@ def test_command_line(tmp_path):
 def test_wrong_flags(args, message):
     with pytest.raises(UserError, match=message):
         reproduce.main(args)
+
+
+def test_without_data_it_is_said_once_and_nothing_begins(tmp_path):
+    args = ["plain", "--seeds=2", f"--workdir={tmp_path}/x", f"--data_dir={tmp_path}/absent"]
+    with pytest.raises(UserError, match="absent', which does not exist"):
+        reproduce.main(args)
+    assert not (tmp_path / "x").exists()
 
 
 def test_two_real_runs(tmp_path, capsys):

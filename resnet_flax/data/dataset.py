@@ -151,7 +151,8 @@ def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
 
     Args:
       labels: integers [N].
-      parts: one example in this many is drawn, rounded within each class.
+      parts: one example in this many is drawn, rounded within each class, but at least one of
+        each class of two or more.
       seed: of the draw.
 
     Returns:
@@ -161,7 +162,8 @@ def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
     drawn = []
     for label in np.unique(labels):
         positions = np.flatnonzero(labels == label)
-        drawn.append(random.permutation(positions)[: round(len(positions) / parts)])
+        count = max(round(len(positions) / parts), len(positions) > 1)
+        drawn.append(random.permutation(positions)[:count])
     return np.sort(np.concatenate(drawn))
 
 

@@ -4,16 +4,21 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
+import sys
 
 import numpy as np
 
-from resnet_flax.data import dataset, streamed
+from resnet_flax.data import dataset, images, streamed
 from resnet_flax.errors import UserError
 
-# Names of sub-folders that hold a split each, where there are any.
-_TRAIN = ("train", "training")
-_TEST = ("test", "val", "valid", "validation")
-EXTENSIONS = frozenset(".bmp .gif .jpe .jpeg .jpg .png .ppm .pgm .tif .tiff .webp".split())
+# What folders that hold a split are called, in lower case and without the endings below.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+_ENDING = re.compile(r"[\W_]*(set|data|images)$")
 TEST_SEED = 0  # Fixed: the test set must be the same for every run.
 
 
@@ -54,15 +59,17 @@ def load(
     split: str,
     seed: int,
     geometry: streamed.Geometry,
+    show_progress: bool = True,
     **unused,
 ) -> dataset.Dataset:
     """Finds the images of a folder; the arguments are those of `resnet_flax.data.load`.
 
-    Either `data_dir` has a folder of classes for each split, `train/cats/1.jpg` and
-    `test/cats/2.jpg` (also `val`, `validation`), or it has the classes themselves, `cats/1.jpg`:
-    then a class-balanced tenth, the same for every seed, is the test set. Classes are numbered in
-    the order of their names. Hidden files and files of other types than `EXTENSIONS` are left
-    alone; folders within a class's folder belong to the class.
+    Either `data_dir` has a folder of classes for each split, `train/cats/1.jpg`,
+    `test/cats/2.jpg` and perhaps `val/cats/3.jpg` (upper case and other usual names will do; `val`
+    without `test` is the test set), or it has the classes themselves, `cats/1.jpg`: then a
+    class-balanced tenth, the same for every seed, is the test set. Classes are numbered in the
+    order of their names. Folders within a class's folder belong to the class; for what counts as an
+    image, see `images.find`.
 
     Raises:
       UserError: there is no such folder, or what is in it is not a data set of two classes or more.
@@ -75,51 +82,83 @@ def load(
     root = pathlib.Path(data_dir).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={root} is not a folder")
-    train_root, test_root = _one_of(root, _TRAIN), _one_of(root, _TEST)
-    if test_root is not None and train_root is None:
-        raise UserError(f"{root} has {test_root.name}/ but no train/ beside it")
-    class_names = _classes(train_root or root)
-    source = _find(train_root or root, class_names)
-    if test_root is not None:
-        extra = sorted(set(_folders(test_root)) - set(class_names))
+    roots = _split_roots(root)
+    if show_progress and (unused_folders := _unused(root, roots)):
+        print(
+            f"note: {root} has train/; its other folders of images are not used: "
+            f"{', '.join(unused_folders)}",
+            file=sys.stderr,
+        )
+    class_names = _classes(roots["train"])
+    for other in roots.values():
+        extra = sorted(set(_folders(other)) - set(class_names))
         if extra:
-            raise UserError(f"{test_root} has the class {extra[0]!r}, which {train_root} lacks")
-        test_source = _find(test_root, class_names, may_lack=True)
-        train, test = np.arange(len(source)), np.arange(len(test_source))
-    else:
-        test_source = source
-        labels = source.labels()
-        test = dataset.balanced_draw(labels, parts=dataset.HELD_OUT_PARTS, seed=TEST_SEED)
+            raise UserError(f"{other} has the class {extra[0]!r}, which {roots['train']} lacks")
+    seen = _distinct(roots, class_names) | {os.path.realpath(r) for r in (root, *roots.values())}
+    sources = {
+        kind: _find(place, class_names, seen, may_lack=kind != "train")
+        for kind, place in roots.items()
+    }
+    source, train = sources["train"], np.arange(len(sources["train"]))
+    test_source = sources.setdefault("test", source)
+    test = np.arange(len(test_source))
+    if "test" not in roots:
+        test = dataset.balanced_draw(source.labels(), parts=dataset.HELD_OUT_PARTS, seed=TEST_SEED)
         if not len(test):
             raise UserError(
-                f"{root} has too few images a class to hold a tenth out for testing: add images, "
-                "or put test images into test/ and the others into train/"
+                f"{root} has one image a class, so that none can be held out for testing: add "
+                "images, or put test images into test/ and the others into train/"
             )
-        train = np.setdiff1d(np.arange(len(source)), test)
+        train = np.setdiff1d(train, test)
+    parts, validation = {"train": (source, train), "test": (test_source, test)}, None
+    if "validation" in sources:
+        parts["validation"] = sources["validation"], np.arange(len(sources["validation"]))
+        validation = streamed.StreamedSplit(*parts["validation"], geometry.evaluation())
     return streamed.assemble(
         name,
         source=source,
         train=train,
+        validation=validation,
         test_source=test_source,
         test=test,
         class_names=class_names,
-        fingerprint=_fingerprint(source, test_source, train, test),
+        fingerprint=_fingerprint(parts),
         split=split,
         seed=seed,
         geometry=geometry,
     )
 
 
-def _one_of(root: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
-    found = [root / name for name in names if (root / name).is_dir()]
-    if len(found) > 1:
-        raise UserError(f"{root} has both {found[0].name}/ and {found[1].name}/; keep one of them")
-    return found[0] if found else None
+def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The folder of each split; `root` itself, as "train", where there are none."""
+    found: dict[str, pathlib.Path] = {}
+    for name in _folders(root):
+        stem = _ENDING.sub("", name.lower())
+        for kind in [kind for kind, names in _SPLITS.items() if stem in names]:
+            if kind in found:
+                raise UserError(f"{root} has both {found[kind].name}/ and {name}/; keep one")
+            found[kind] = root / name
+    # A class may be called "train", too, or "valid".
+    if not found or (len(found) == 1 and not any(map(_folders, found.values()))):
+        return {"train": root}
+    if "train" not in found:
+        raise UserError(f"{root} has {min(found.values()).name}/ but no train/ beside it")
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    return found
+
+
+def _unused(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
+    """Names of the folders of images beside those of the splits."""
+    if root in roots.values():
+        return []
+    others = [name for name in _folders(root) if root / name not in roots.values()]
+    return [name for name in others if any(images.find(root / name, set()))]
 
 
 def _folders(root: pathlib.Path) -> list[str]:
     try:
-        return sorted(p.name for p in root.iterdir() if p.is_dir() and p.name[0] != ".")
+        return sorted(p.name for p in root.iterdir() if p.is_dir() and images.is_visible(p.name))
     except OSError as error:
         raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
 
@@ -133,44 +172,46 @@ def _classes(root: pathlib.Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _find(root: pathlib.Path, class_names: tuple[str, ...], may_lack: bool = False) -> FolderSource:
-    files, labels = [], []
-    for label, class_name in enumerate(class_names):
-        found = sorted(_images_below(root / class_name, root))
-        if not found and not may_lack:
-            raise UserError(
-                f"{root / class_name} has no images ({', '.join(sorted(EXTENSIONS))}); add some, "
-                "or remove the folder"
-            )
-        files += found
-        labels += [label] * len(found)
-    if not files:
-        raise UserError(f"{root} has no images ({', '.join(sorted(EXTENSIONS))})")
-    return FolderSource(root, tuple(files), np.array(labels, np.int32))
+def _distinct(roots: dict[str, pathlib.Path], class_names: tuple[str, ...]) -> set[str]:
+    """The real paths of all classes' folders."""
+    found: dict[str, pathlib.Path] = {}
+    for folder in [place / name for place in roots.values() for name in class_names]:
+        other = found.setdefault(os.path.realpath(folder), folder)
+        if other is not folder:
+            raise UserError(f"{other} and {folder} are the same folder; remove one of the links")
+    return set(found)
 
 
-def _images_below(folder: pathlib.Path, root: pathlib.Path):
+def _find(
+    root: pathlib.Path, class_names: tuple[str, ...], seen: set[str], *, may_lack: bool
+) -> FolderSource:
     def refuse(error: OSError):
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
-    if not folder.exists():
-        return
-    # Links are followed, as most who link folders of images together expect.
-    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in files:
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield pathlib.Path(place, file).relative_to(root).as_posix()
+    files, labels = [], []
+    known = ", ".join(sorted(images.EXTENSIONS))
+    for label, class_name in enumerate(class_names):
+        folder = root / class_name
+        below = images.find(folder, seen, refuse) if folder.exists() else ()
+        found = sorted(pathlib.Path(path).relative_to(root).as_posix() for path in below)
+        if not found and not may_lack:
+            raise UserError(f"{folder} has no images ({known}); add some, or remove the folder")
+        files += found
+        labels += [label] * len(found)
+    if not files:
+        raise UserError(f"{root} has no images ({known})")
+    return FolderSource(root, tuple(files), np.array(labels, np.int32))
 
 
-def _fingerprint(
-    source: FolderSource, test_source: FolderSource, train: np.ndarray, test: np.ndarray
-) -> str:
+def _fingerprint(parts: dict[str, tuple[FolderSource, np.ndarray]]) -> str:
     """SHA-256 of the files' names and sizes: reading them all could take hours."""
     digest = hashlib.sha256()
-    for title, images, positions in (("train", source, train), ("test", test_source, test)):
+    for title, (source, positions) in parts.items():
         digest.update(f"{title}\n".encode())
         for i in positions.tolist():
-            size = os.stat(images.root / images.files[i]).st_size
-            digest.update(f"{images.files[i]}\0{size}\n".encode("utf-8", "surrogateescape"))
+            try:
+                size = os.stat(source.name(i)).st_size
+            except OSError:  # A link that leads nowhere: passed over, as other unreadable files.
+                size = -1
+            digest.update(f"{source.files[i]}\0{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 
 import numpy as np
 
@@ -23,12 +24,14 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
         else TFDS's own default, ~/tensorflow_datasets.
 
     Returns:
-      An absolute path, ~ expanded; it need not exist.
+      An absolute path, ~ expanded; the default one need not exist.
 
     Raises:
-      UserError: it is a URL, a file, or starts with the ~ of an unknown user.
+      UserError: it is a URL or a file, starts with the ~ of an unknown user, or was named and does
+        not exist.
     """
-    chosen = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    named = data_dir or os.environ.get("TFDS_DATA_DIR")
+    chosen = os.fspath(named or "~/tensorflow_datasets")
     if "://" in chosen:
         raise UserError(
             f"data_dir is {chosen!r}; it must be a folder of this machine: copy the data set there"
@@ -39,6 +42,12 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
         raise UserError(f"data_dir is {chosen!r}: {error}") from error
     if path.exists() and not path.is_dir():
         raise UserError(f"data_dir is {chosen!r}, which is a file; give the folder of data sets")
+    if named and not path.exists():
+        origin = "data_dir" if data_dir else "$TFDS_DATA_DIR"
+        raise UserError(
+            f"{origin} is {chosen!r}, which does not exist: correct it, or, to have the data set "
+            f"put there, create it first (mkdir -p {shlex.quote(str(path))})"
+        )
     return path
 
 

@@ -117,7 +117,8 @@ def why_unreadable(split: StreamedSplit, index: int) -> str:
         content, _ = split.source.read(int(split.positions[index]))
         images.decode(content)
     except (OSError, ValueError) as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        return reason or type(error).__name__
     return "it could not be read the first time"
 
 
@@ -151,6 +152,7 @@ def assemble(
     *,
     source: Source,
     train: np.ndarray,
+    validation: StreamedSplit | None = None,
     test_source: Source,
     test: np.ndarray,
     class_names: tuple[str, ...],
@@ -165,6 +167,7 @@ def assemble(
       name: of the data set.
       source: of the training images.
       train: int64 [N], positions in it.
+      validation: where it is not to be drawn from the training images.
       test_source: of the test images.
       test: int64 [M], positions in it.
       class_names: one per label.
@@ -174,10 +177,15 @@ def assemble(
       geometry: what is made of the images.
 
     Raises:
-      UserError: `split` is unknown, or there are too few images to hold some out.
+      UserError: `split` is unknown, there are too few images to hold some out, or there is a
+        validation split already.
     """
-    validation, draw = None, None
+    draw = None
     if dataset.check_split(split) != "all":
+        if validation is not None:
+            raise UserError(
+                f"{name} has a validation split of its own: leave config.data.split at 'all'"
+            )
         labels = source.labels()[train]
         held_out = dataset.balanced_draw(labels, parts=dataset.HELD_OUT_PARTS, seed=seed)
         if not len(held_out):

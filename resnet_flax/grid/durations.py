@@ -1,5 +1,6 @@
 """Shortening a run for a trial."""
 
+from collections.abc import Container
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from resnet_flax.errors import UserError
 _SHORTEST_PERIOD, _PERIODS = 50, 4
 
 
-def scaled(config: ConfigDict, scale: float) -> dict[str, Any]:
+def scaled(config: ConfigDict, scale: float, given: Container[str] = ()) -> dict[str, Any]:
     """What to override so that every duration of a run is multiplied by `scale`.
 
     Lengths and boundaries are rounded to whole steps, at least one; boundaries still rise. Periods
@@ -22,6 +23,7 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, Any]:
     Args:
       config: of the run.
       scale: above 0; 1 changes nothing.
+      given: keys that the user has set, which stay as they are.
 
     Returns:
       Values by flat key.
@@ -44,7 +46,8 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, Any]:
     def shorten(steps: int) -> int:
         return max(1, round(steps * scale))
 
-    total = shorten(config.train.total_steps)
+    total = config.train.total_steps
+    total = total if "train.total_steps" in given else shorten(total)
     rarest = max(1, min(_SHORTEST_PERIOD, total // _PERIODS))
 
     def period(steps: int, least: int = 1) -> int:
@@ -63,4 +66,4 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, Any]:
     }
     if config.optim.warmup_steps:
         overrides["optim.warmup_steps"] = shorten(config.optim.warmup_steps)
-    return overrides
+    return {key: value for key, value in overrides.items() if key not in given}

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 import resnet_flax
 from resnet_flax import identity, models, workdir
-from resnet_flax.config import flatten, nearest_key
+from resnet_flax.config import flatten, nearest_key, override
 from resnet_flax.errors import UserError
 from resnet_flax.grid.durations import scaled
 from resnet_flax.grid.experiments import Run
@@ -100,7 +100,7 @@ def make_jobs(
       runs: each is made with every seed.
       directory: of the grid; the run `name` with seed k lies in `name/seed<k>`.
       seeds: how many, from 0.
-      scale: multiplies all durations, see `durations.scaled`.
+      scale: multiplies all durations but those in `overrides`, see `durations.scaled`.
       overrides: "key=value", for all runs.
 
     Raises:
@@ -108,8 +108,8 @@ def make_jobs(
     """
     if seeds < 1:
         raise UserError(f"--seeds={seeds} must be at least 1")
-    for override in overrides:
-        key = override.partition("=")[0]
+    for item in overrides:
+        key = item.partition("=")[0]
         if key in _FIXED:
             raise UserError(f"--config.{key} is the experiment's own to choose; leave it out")
     jobs = []
@@ -117,7 +117,8 @@ def make_jobs(
         for run in runs:
             given = [*run.overrides, *overrides, f"seed={seed}"]
             config = load_config(run.config, given)
-            given += [f"{k}={_as_flag(v)}" for k, v in scaled(config, scale).items()]
+            changes = scaled(config, scale, [item.partition("=")[0] for item in overrides])
+            given += [f"{k}={_as_flag(v)}" for k, v in changes.items()]
             config = load_config(run.config, given)
             own = directory / run.name / f"seed{seed}"
             line = [f"--config={_config_path(run.config)}", f"--workdir={own}"]
@@ -149,32 +150,31 @@ def load_config(name: str, overrides: list[str]) -> ConfigDict:
     Raises:
       UserError: there is no such key, or a value makes no sense.
     """
-    arguments = [f"--config={_config_path(name)}", *(f"--config.{item}" for item in overrides)]
-    known = flatten(_parse(arguments[:1]))
+    config = _read_config(f"--config={_config_path(name)}")
     for item in overrides:
-        key, equals, _ = item.partition("=")
+        key, equals, text = item.partition("=")
         if not equals:
             raise UserError(f"--config.{item} lacks its value: write --config.{key}=VALUE")
-        if key not in known:
+        if key not in flatten(config):
             near = nearest_key(key)
             hint = f" (did you mean --config.{near}?)" if near else ""
             raise UserError(f"--config.{key} is no config key{hint}")
-    config = _parse(arguments)
+        override(config, {key: text})
     validate(config)
     return config
 
 
-def _parse(arguments: list[str]) -> ConfigDict:
+def _read_config(flag: str) -> ConfigDict:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=[flag])
     try:
         with warnings.catch_warnings():
             # ml_collections loads files in a way that Python deprecates.
             warnings.simplefilter("ignore", DeprecationWarning)
-            values(["", *arguments])
+            values(["", flag])
         return values["config"].value
     except Exception as error:
-        # A config file is Python: it, or an override's type, can fail in any way.
+        # A config file is Python: it can fail in any way.
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"the configuration is wrong: {type(error).__name__}: {first}") from error
 

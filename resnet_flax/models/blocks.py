@@ -174,6 +174,7 @@ class Block(nn.Module):
     def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         """1 with `probability` and else 0, [*shape]; where nothing is drawn, `probability`, []."""
         if self.train and self.has_rng("drop"):
+            probability = jnp.asarray(probability, jnp.float32)
             return jax.random.bernoulli(self.make_rng("drop"), probability, shape)
         return jnp.asarray(probability)
 

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from resnet_flax import pretrained
 from resnet_flax.data import images
@@ -32,31 +31,16 @@ _STRIP, _COLUMNS, _SIDE = 64, 8, 112
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """The files among `paths` as they are, and the image files of the folders, in order of name.
+    """The files among `paths` as they are, and the image files of the folders, see `images.find`.
 
-    Links are followed, into each folder once; hidden files and folders are left alone. A folder
-    that cannot be listed comes out itself, to fail as a file would.
+    A folder that cannot be listed comes out itself, to fail as a file would.
     """
-    known = {
-        extension
-        for extension, kind in Image.registered_extensions().items()
-        if kind in images.formats()
-    }
     for path in paths:
         if not os.path.isdir(path):
             yield path
             continue
-        seen, failed = set(), []
-        for place, folders, files in os.walk(path, onerror=failed.append, followlinks=True):
-            status = os.stat(place)
-            if (status.st_dev, status.st_ino) in seen:
-                folders.clear()
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for file in sorted(files):
-                if not file.startswith(".") and os.path.splitext(file)[1].lower() in known:
-                    yield os.path.join(place, file)
+        failed = []
+        yield from images.find(path, {os.path.realpath(path)}, failed.append)
         yield from (error.filename for error in failed)
 
 

@@ -20,6 +20,7 @@ import time
 
 from tqdm import tqdm
 
+from resnet_flax import inputs
 from resnet_flax.errors import UserError
 from resnet_flax.grid.experiments import runs_of
 from resnet_flax.grid.groups import together
@@ -132,6 +133,18 @@ def reproduce(jobs: list[Job], directory: pathlib.Path, *, parallel: int) -> Run
     return runner
 
 
+def _require_data(jobs: list[Job]) -> None:
+    """Loads the data of unfinished runs, which prepares them: what is wrong with them is said once.
+
+    Raises:
+      UserError: see `inputs.load_data`.
+    """
+    keys = "name", "data_dir", "archive", "mirror"
+    unfinished = [job.config for job in jobs if not state_of(job).results]
+    for config in {tuple(c.data[key] for key in keys): c for c in unfinished}.values():
+        inputs.load_data(config)
+
+
 def _part(jobs: list[Job], text: str | None) -> list[Job]:
     if text is None:
         return jobs
@@ -199,6 +212,7 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print(plan(jobs, args.jobs))
         return
+    _require_data(jobs)
     finish(reproduce(jobs, directory, parallel=args.jobs), directory)
 
 

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         directory = pathlib.Path(path).expanduser()
         try:
             content = measure(directory, loader)
-        except UserError as error:
+        except (UserError, OSError) as error:
             failed += 1
             print(f"passed over: {error}", file=sys.stderr)
             continue
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
         print(
             f"{directory}: {content['model']}, {len(values)} layers, standard deviations from "
             f"{min(values):.3f} to {max(values):.3f}, mean {sum(values) / len(values):.3f}, on "
-            f"{content['images']} images"
+            f"{content['images']} images",
+            flush=True,
         )
     if failed:
         raise UserError(f"{failed} of {len(args.runs)} runs could not be measured")

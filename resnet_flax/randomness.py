@@ -1,0 +1,30 @@
+"""Random numbers that depend on the seed alone, whatever the switches of JAX and Flax."""
+
+import contextlib
+from collections.abc import Iterator
+
+import flax
+import jax
+import jax.numpy as jnp
+
+
+def make_key(seed: int | jax.Array) -> jax.Array:
+    """The typed PRNG key of `seed`, 0 to 2**32 - 1, which may be traced.
+
+    It is that of `jax.random.key`, which JAX_DEFAULT_PRNG_IMPL and JAX_RANDOM_SEED_OFFSET change.
+    """
+    return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl="threefry2x32")
+
+
+@contextlib.contextmanager
+def default_switches() -> Iterator[None]:
+    """Sets JAX_ENABLE_X64, JAX_THREEFRY_PARTITIONABLE and FLAX_FIX_RNG_SEPARATOR to their defaults.
+
+    Each changes what is drawn from a key. Also a decorator.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.threefry_partitionable(True),
+        flax.config.temp_flip_flag("fix_rng_separator", False),
+    ):
+        yield

@@ -1,0 +1,59 @@
+"""What is drawn does not depend on global switches."""
+
+import contextlib
+
+import flax
+import jax
+import numpy as np
+
+from resnet_flax import augment, randomness, train, weights
+from tests.conftest import make_small_config
+
+SWITCHES = {
+    "jax_enable_x64": True,
+    "jax_threefry_partitionable": False,
+    "jax_random_seed_offset": 7,
+    "jax_default_prng_impl": "rbg",
+    "flax_fix_rng_separator": True,
+}
+
+
+@contextlib.contextmanager
+def switched():
+    """All switches that change what is drawn, the other way round."""
+    old = {name: getattr(flax.config if "flax" in name else jax.config, name) for name in SWITCHES}
+    for values in (SWITCHES, old):
+        for name, value in values.items():
+            (flax.config if "flax" in name else jax.config).update(name, value)
+        if values is SWITCHES:
+            yield
+
+
+def test_keys_are_those_of_jax():
+    for seed in (0, 1, 2**31 - 1):
+        assert randomness.make_key(seed) == jax.random.key(seed, impl="threefry2x32")
+        assert jax.jit(randomness.make_key)(seed) == randomness.make_key(seed)
+
+
+def draws():
+    key = randomness.make_key(3)
+    images = np.arange(8 * 16, dtype=np.float32).reshape(8, 4, 4, 1)
+    return augment.crop_and_mirror(key, images, pad=2, flip=True), augment.color_shift(key, 8)
+
+
+def test_64_bits_draw_the_same():
+    with jax.enable_x64(True):
+        wide = draws()
+    jax.tree.map(np.testing.assert_array_equal, wide, draws())
+    assert [x.dtype for x in wide] == [np.float32, np.float32]
+
+
+def test_a_run_is_the_same_whatever_the_switches(tmp_path):
+    config = make_small_config()
+    config.model.survival, config.data.flip = 0.5, True
+    config.train.total_steps, config.optim.boundaries_steps = 2, (1,)
+    train.train(config, tmp_path / "default")
+    with switched():
+        train.train(config, tmp_path / "switched")
+    found = [weights.load(tmp_path / n / "weights.safetensors") for n in ("default", "switched")]
+    jax.tree.map(np.testing.assert_array_equal, *(f.variables for f in found))
