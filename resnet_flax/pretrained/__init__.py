@@ -192,16 +192,23 @@ def load_pretrained(source: str | os.PathLike) -> Pretrained:
 
 
 def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
-    """The weights file that a published name, a path or a run's directory stands for; its SHA-256.
+    """The weights file that a path, a run's directory or a published name stands for; its SHA-256.
+
+    A file or directory of the user's own comes before published weights of that name.
 
     Raises:
       UserError: as `load_pretrained`.
     """
     index = read_index()
-    entry = index.get(str(source))
-    path = FOLDER / entry["file"] if entry else pathlib.Path(source).expanduser()
-    if path.is_dir() and (path / "weights.safetensors").exists():
+    path = pathlib.Path(source).expanduser()
+    entry = None if path.exists() else index.get(str(source))
+    path = FOLDER / entry["file"] if entry else path
+    if path.is_dir():
         path /= "weights.safetensors"
+        if not path.exists():
+            seeds = sorted(str(p.parent) for p in path.parent.glob(f"seed*/{path.name}"))
+            todo = f"name one of its runs, {', '.join(seeds)}" if seeds else "finish the run first"
+            raise UserError(f"{source} holds no weights.safetensors: {todo}")
     if not path.is_file():
         raise UserError(
             f"weights file {path} of {source!r} is missing: install the package again"
