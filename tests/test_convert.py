@@ -367,7 +367,7 @@ def test_a_pickle_is_never_executed(tmp_path):
             return (open, (str(witness), "w"))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
-    with pytest.raises(UserError, match="holds more than weights, a io.open, which would have to"):
+    with pytest.raises(UserError, match="holds more than weights, io.open, which would have to"):
         torch_file.read(tmp_path / "bomb.pth")
     (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb()}))
     with pytest.raises(UserError, match="cannot be read as weights only"):

@@ -10,6 +10,7 @@ import io
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,16 +49,20 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise UserError(f"{path} cannot be read: {error}") from error
     torch = _torch()
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+            warnings.simplefilter("ignore")  # Of what is refused below.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if foreign := re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error)):
+        if more := re.search(
+            r"(?<=: GLOBAL )\S+|(?<=Unsupported class )\S+|TorchScript", str(error)
+        ):
             raise UserError(
-                f"{path} holds more than weights, a {foreign[1]}, which would have to be executed: "
+                f"{path} holds more than weights, {more[0]}, which would have to be executed: "
                 "save net.state_dict() alone"
             ) from error
-        reason = re.split(r"[\n\x1b]|\. ", str(error).strip())[0][:160]
-        raise UserError(f"{path} cannot be read as weights only: {reason}") from error
+        raise UserError(
+            f"{path} cannot be read as weights only: it is no file of PyTorch's, or damaged"
+        ) from error
     found = dict(_state_dicts(content, torch.Tensor))
     if not found:
         raise UserError(f"{path} holds no state dict")
