@@ -56,6 +56,7 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     """(images - mean) / std in float32; `images` [B, H, W, C], the others broadcast."""
+    mean, std = (jax.lax.broadcast_to_rank(v, images.ndim) for v in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 
 
@@ -108,7 +109,7 @@ def color_shift(key: jax.Array, batch: int) -> jax.Array:
       batch: number of images.
     """
     draws = _COLOR_STRENGTH * jax.random.normal(key, (batch, 3), jnp.float32)
-    along = draws * jnp.array(_COLOR_DEVIATIONS, jnp.float32)
+    along = draws * jnp.array([_COLOR_DEVIATIONS], jnp.float32)
     return 255 * (along @ jnp.array(_COLOR_DIRECTIONS, jnp.float32))[:, None, None]
 
 

@@ -97,14 +97,15 @@ def scale_by_rate(
 
     def update(updates, state, params=None, *, error=0.0, **extra):
         del params, extra
-        rate = jnp.asarray(schedule(state.count), jnp.float32)
+        count = state.count.astype(jnp.float32)
+        rate = jnp.asarray(schedule(count), jnp.float32)
         if warmup_error > 0:
             rate = jnp.where(state.warming, warmup_rate, rate)
         elif warmup_steps > 0 and warmup_linear:
-            share = jnp.minimum(state.count / warmup_steps, 1.0)
+            share = jnp.minimum(count / warmup_steps, 1.0)
             rate = warmup_rate + share * (rate - warmup_rate)
         elif warmup_steps > 0:
-            rate = jnp.where(state.count < warmup_steps, warmup_rate, rate)
+            rate = jnp.where(count < warmup_steps, warmup_rate, rate)
         smoothed = _ERROR_MEMORY * state.error + (1 - _ERROR_MEMORY) * error
         new = RateState(
             count=state.count + 1,

@@ -35,12 +35,14 @@ class Trained:
     Attributes:
       source: what was asked for: a run's directory, a weights file, or a published name.
       file: the weights file.
+      sha256: of it.
       weights: its content.
       run: the experiment.
     """
 
     source: pathlib.Path
     file: pathlib.Path
+    sha256: str
     weights: weights.Weights
     run: Experiment
 
@@ -78,12 +80,8 @@ class Loader:
         Raises:
           UserError: it is neither, or damaged, or its data are not there or not the same.
         """
-        entry = pretrained.read_index().get(str(source))
-        is_run = not entry and source.is_dir()
-        file = pretrained.FOLDER / entry["file"] if entry else source
-        file = source / "weights.safetensors" if is_run else file
-        if is_run and not file.exists():
-            raise UserError(f"{source} holds no weights.safetensors: finish the run first")
+        file, sha256 = pretrained.locate(source)
+        is_run = source.is_dir()
         loaded = weights.load(file)
         config = scoring.own_config(source, None if is_run else loaded)
         stored = {f"model.{key}": value for key, value in loaded.model.items()}
@@ -101,7 +99,7 @@ class Loader:
         preprocessing = loaded.mean, loaded.std
         run = experiment.build(config, dataset, self._mesh, preprocessing, self._warn)
         weights.check_model(loaded, record.describe_model(run), str(source))
-        return Trained(source, file, loaded, run)
+        return Trained(source, file, sha256, loaded, run)
 
     def _load_data(self, config: ConfigDict) -> Dataset:
         geometry = inputs.make_geometry(config) if config.data.name in data.STREAMED else None

@@ -87,8 +87,12 @@ def load(path: pathlib.Path) -> Weights:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"weights file {path} cannot be read: {error}") from error
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"weights file {path} cannot be read: no safetensors, or damaged"
+        ) from error
+    except OSError as error:
+        raise UserError(f"weights file {path} cannot be read: {error.strerror}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"weights file {path} is of format {metadata.get('format')!r}, not {FORMAT!r}"

@@ -1,12 +1,13 @@
 """The CIFAR nets of the paper in plain PyTorch: to convert, to compare with, to time."""
 
 
-def make_net(depth: int, option: str = "A"):
+def make_net(depth: int, option: str = "A", zeros: str = "split"):
     """ResNet of 6n+2 layers as PyTorch initialises it, under the names in circulation.
 
     Args:
       depth: 6n+2.
       option: "A" or "B", of the shortcuts that change the shape.
+      zeros: of option A: "split" before and after the old channels, or all "after" them.
     """
     from torch import nn
     from torch.nn import functional
@@ -18,7 +19,8 @@ def make_net(depth: int, option: str = "A"):
             self.bn1 = nn.BatchNorm2d(width)
             self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(width)
-            self.stride, self.pad = stride, (width - width_in) // 2
+            before = (width - width_in) // 2 if zeros == "split" else 0
+            self.stride, self.pad = stride, (before, width - width_in - before)
             if option == "B" and stride != 1:
                 conv = nn.Conv2d(width_in, width, 1, stride, bias=False)
                 self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(width))
@@ -30,7 +32,7 @@ def make_net(depth: int, option: str = "A"):
                 x = self.shortcut(x)
             elif self.stride != 1:
                 x = x[:, :, :: self.stride, :: self.stride]
-                x = functional.pad(x, (0, 0, 0, 0, self.pad, self.pad))
+                x = functional.pad(x, (0, 0, 0, 0, *self.pad))
             return functional.relu(x + y)
 
     class Net(nn.Module):

@@ -1,6 +1,8 @@
 """Weights to and from PyTorch: same names, same numbers, same outputs, nothing executed."""
 
+import argparse
 import pickle
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from resnet_flax import (
     augment,
     create_model,
     evaluate,
+    pretrained,
     sharding,
     steps,
     torch_names,
@@ -21,10 +24,13 @@ from resnet_flax import (
 from resnet_flax.data import dataset
 from resnet_flax.errors import UserError
 from resnet_flax.feed import ResidentFeed
-from resnet_flax.tools import convert
+from resnet_flax.models import blocks
+from resnet_flax.tools import convert, torch_file
 from tests import pytorch_net, test_data_helpers
 from tests.conftest import ROOT
 from tests.test_models import ONCE
+
+COMMON = {"mean": np.zeros(3), "std": np.ones(3)}
 
 
 def random_variables(model, seed=0):
@@ -77,7 +83,6 @@ def test_prefixes_are_taken_off_and_the_option_is_recognised():
     for option in "ABC":
         variables = random_variables(create_model("resnet20", shortcut=option))
         state_dict = {f"module.{k}": v for k, v in torch_names.to_torch(variables).items()}
-        assert torch_names.shortcut_option(state_dict) == option
         got = convert.from_torch(state_dict, "resnet20", mean=np.zeros(3), std=np.ones(3))
         assert got.model["shortcut"] == option
         jax.tree.map(np.testing.assert_array_equal, got.variables, variables)
@@ -138,13 +143,103 @@ def test_command_line_both_ways_without_torch(tmp_path):
     assert len(done.stderr.splitlines()) <= 2
 
 
+A_NETS = ["resnet8", "resnet20_bottleneck", "resnet20_preact", "resnet47_preact", "resnet18"]
+
+
+@pytest.mark.parametrize("name", A_NETS)
+def test_zeros_after_the_old_channels_make_the_same_net(name, monkeypatch):
+    """`move_zeros` against this package's nets with option A's padding replaced."""
+    model = create_model(name, shortcut="A")
+    theirs, x = random_variables(model), np.random.RandomState(1).randn(2, 16, 16, 3)
+
+    def outputs(variables):
+        return jax.jit(lambda: model.apply(variables, x), compiler_options=ONCE)()
+
+    ours = torch_names.move_zeros(theirs, "split")
+    got, wrong = outputs(ours), outputs(theirs)
+    jax.tree.map(np.testing.assert_array_equal, torch_names.move_zeros(ours, "after"), theirs)
+
+    def after(x, strides, channels):
+        widths = ((0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1]))
+        return jax.numpy.pad(x[:, ::strides, ::strides], widths)
+
+    monkeypatch.setattr(blocks, "option_a", after)
+    want = outputs(theirs)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.abs(wrong - want).max() > 0.01
+
+
+def test_names_of_other_projects():
+    variables = random_variables(create_model("resnet20"))
+    renamed = {}
+    for name, value in torch_names.to_torch(variables).items():
+        for pattern, theirs in (
+            (r"^(conv|bn)1", r"\1In"), ("linear", "fcOut"), ("layer1", "stack1"),
+            (r"layer(\d)\.0", r"stack\1a"), (r"layer(\d)\.1", r"stack\1b.0"),
+            (r"layer(\d)\.2", r"stack\1b.1"),
+        ):  # fmt: skip
+            name = re.sub(pattern, theirs, name)
+        renamed[name] = value
+    assert {"bnIn.bias", "stack1.2.bn1.bias", "stack2a.bn1.bias", "stack3b.1.bn1.bias"} < {*renamed}
+    got = convert.from_torch(renamed, "resnet20", **COMMON).variables
+    jax.tree.map(np.testing.assert_array_equal, got, variables)
+
+
+def test_a_wrong_model_is_told_which_would_fit():
+    state_dict = torch_names.to_torch(random_variables(create_model("resnet20")))
+    with pytest.raises(UserError, match="lacks .*; it fits --model=resnet20 or plain20$"):
+        convert.from_torch(state_dict, "resnet32", **COMMON)
+    for name in ("a", "b"):
+        state_dict |= {f"{name}.{k}": v for k, v in state_dict.items() if k.startswith("layer")}
+    with pytest.raises(UserError, match=r"is of several nets: .*a\., "):
+        convert.from_torch(state_dict, "resnet20", **COMMON)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_published_weights_there_and_back_with_their_preprocessing(suffix, tmp_path, capsys):
+    if suffix == "pth":
+        pytest.importorskip("torch")
+    theirs, ours = tmp_path / f"theirs.{suffix}", tmp_path / "ours.safetensors"
+    convert.main([f"--to_torch={next(iter(pretrained.read_index()))}", f"--out={theirs}"])
+    assert "expects (pixels - mean) / std" in capsys.readouterr().out
+    command = [f"--from_torch={theirs}", f"--out={ours}", "--model=plain20"]
+    convert.main(command)
+    assert "took the preprocessing that the file has" in capsys.readouterr().out
+    want = weights.load(pretrained.locate(next(iter(pretrained.read_index())))[0])
+    got = weights.load(ours)
+    for name in ("mean", "std", "class_names", "variables"):
+        pair = getattr(got, name), getattr(want, name)
+        jax.tree.map(np.testing.assert_array_equal, *pair)
+    convert.main([*command, "--preprocess=cifar10", "--class_names=a,b,c,d,e,f,g,h,i,j"])
+    assert weights.load(ours).mean.shape == (3,)
+    assert weights.load(ours).class_names == tuple("abcdefghij")
+    for args, message in (
+        ([*command, "--class_names=a,b"], "there are 2 class names, but 10 classes"),
+        ([*command, "--mean=0,0,0"], "say what the net expects"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert.main(args)
+
+
+def test_a_directory_of_several_seeds_says_to_name_one(tmp_path):
+    (tmp_path / "runs" / "seed0").mkdir(parents=True)
+    args = [f"--to_torch={tmp_path}/runs", f"--out={tmp_path}/out.safetensors"]
+    with pytest.raises(UserError, match="finish the run first"):
+        convert.main(args)
+    (tmp_path / "runs" / "seed0" / "weights.safetensors").touch()
+    with pytest.raises(UserError, match="name one of its runs, .*runs/seed0$"):
+        convert.main(args)
+    with pytest.raises(UserError, match="seed0/weights.safetensors cannot be read: no safetensors"):
+        convert.main([f"--to_torch={tmp_path}/runs/seed0", args[1]])
+
+
 # From here on PyTorch is needed.
 
 
-def torch_net(depth, option):
+def torch_net(depth, option, zeros="split"):
     """In plain PyTorch, with values that are not those of a beginning."""
     torch = pytest.importorskip("torch")
-    net = pytorch_net.make_net(depth, option)
+    net = pytorch_net.make_net(depth, option, zeros)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, value in net.state_dict().items():
@@ -155,13 +250,13 @@ def torch_net(depth, option):
     return net.eval()
 
 
-@pytest.mark.parametrize("option", ["A", "B"])
-def test_outputs_equal_pytorch_s(option, tmp_path):
+@pytest.mark.parametrize(("option", "zeros"), [("A", "split"), ("A", "after"), ("B", None)])
+def test_outputs_equal_pytorch_s(option, zeros, tmp_path):
     torch = pytest.importorskip("torch")
-    net = torch_net(20, option)
+    net = torch_net(20, option, zeros)
     torch.save({"state_dict": net.state_dict(), "best_prec1": 91.7}, tmp_path / "net.th")
-    state_dict = convert.read_torch(tmp_path / "net.th")
-    got = convert.from_torch(state_dict, "resnet20", mean=np.zeros(3), std=np.ones(3))
+    state_dict = torch_file.read(tmp_path / "net.th")[0]
+    got = convert.from_torch(state_dict, "resnet20", option_a_zeros=zeros, **COMMON)
     x = np.random.RandomState(0).randn(8, 32, 32, 3).astype(np.float32)
     with torch.no_grad():
         want = net(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
@@ -229,15 +324,52 @@ def test_pytorch_loads_what_we_write(tmp_path):
     net.load_state_dict(torch.load(tmp_path / "theirs.pth", weights_only=True), strict=True)
 
 
+def test_checkpoints_in_the_usual_forms(tmp_path):
+    torch = pytest.importorskip("torch")
+    net = pytorch_net.make_net(8)
+    averaged = torch.optim.swa_utils.AveragedModel(net)
+    plain = net.state_dict()
+    zero = {k: torch.zeros_like(v) for k, v in plain.items()}
+    optimizer = {"state": {0: {"momentum_buffer": plain["conv1.weight"]}}, "param_groups": []}
+    numbers = {"acc": np.float64(91.7), "history": np.arange(3), "args": argparse.Namespace(lr=1)}
+    forms = {
+        "numbers of numpy": {"net": plain, "epoch": np.int64(3), **numbers},
+        "normalisation first": {
+            "0.mean": torch.zeros(3),
+            **{f"1.{k}": v for k, v in plain.items()},
+        },
+        "prefix": {f"encoder.{k}": v for k, v in plain.items()},
+        "averaged": averaged.state_dict(),
+        "model_state": {"model_state": plain, "optimizer": optimizer},
+        "nested": {"model": {"state_dict": plain}},
+        "timm": {"state_dict": zero, "state_dict_ema": plain},
+        "unknown names": {"weights": plain, "rate": 0.1},
+    }
+    want = convert.from_torch({k: v.numpy() for k, v in plain.items()}, "resnet8", **COMMON)
+    for name, content in forms.items():
+        torch.save(content, tmp_path / "theirs.pth")
+        state_dict, beside = torch_file.read(tmp_path / "theirs.pth")
+        got = convert.from_torch(state_dict, "resnet8", **COMMON)
+        jax.tree.map(np.testing.assert_array_equal, got.variables, want.variables)
+        said = ["took state_dict_ema of the file, not state_dict"] if name == "timm" else []
+        assert beside["notes"] == said, name
+    torch.save({"student": plain, "teacher": plain}, tmp_path / "theirs.pth")
+    with pytest.raises(UserError, match="several state dicts: student, teacher"):
+        torch_file.read(tmp_path / "theirs.pth")
+
+
 def test_a_pickle_is_never_executed(tmp_path):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     witness = tmp_path / "witness"
 
     class Bomb:
         def __reduce__(self):
             return (open, (str(witness), "w"))
 
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(UserError, match="holds more than weights, io.open, which would have to"):
+        torch_file.read(tmp_path / "bomb.pth")
     (tmp_path / "bomb.pth").write_bytes(pickle.dumps({"state_dict": Bomb()}))
     with pytest.raises(UserError, match="cannot be read as weights only"):
-        convert.read_torch(tmp_path / "bomb.pth")
+        torch_file.read(tmp_path / "bomb.pth")[0]
     assert not witness.exists()

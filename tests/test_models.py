@@ -11,7 +11,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, blocks, layout, resolve_shortcut
 from resnet_flax.models.activation import relu
 from resnet_flax.models.norm import BatchNorm
-from resnet_flax.models.zoo import cifar_architecture
+from resnet_flax.models.zoo import cifar_architecture, get_architecture
 
 # depth: parameters with options A, B, C, and multiply-adds with option A.
 BASIC = {
@@ -132,7 +132,7 @@ def test_no_convolution_has_a_bias():
 
 
 def test_unknown_names_are_refused_with_help():
-    with pytest.raises(UserError, match=r"did you mean 'resnet20'.*plain110.*resnet1001_preact"):
+    with pytest.raises(UserError, match=r"did you mean 'resnet20'.*summary --list"):
         create_model("resnet_20")
     with pytest.raises(UserError, match="known: A, B, C"):
         create_model("resnet20", shortcut="D")
@@ -433,3 +433,13 @@ def test_branches_that_end_in_normalisation_say_so():
         params = init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))["params"]
         scales = [v["scale"] for k, v in params["stage1_block1"].items() if "bn" in k]
         assert any((s == 0).all() for s in scales) == block.ends_in_norm, name
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("resnet21", "resnet20"), ("ResNet56", "resnet56"), ("resnet110_preakt", "resnet110_preact")],
+)
+def test_an_unknown_name_suggests_a_net_of_its_depth_in_one_line(name, near):
+    with pytest.raises(UserError, match=f"did you mean '{near}'") as caught:
+        get_architecture(name)
+    assert len(str(caught.value)) < 160

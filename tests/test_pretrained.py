@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_names_that_are_not_published():
         ("resnet20x", r"did you mean 'resnet20'\?"),
         ("nothing", "no published weights are called 'nothing'; there are: plain20 "),
         ("no/such.safetensors", "weights file no/such.safetensors does not exist; of published"),
-        (ROOT, "weights file .* does not exist"),
+        (ROOT, "holds no weights.safetensors: finish the run first"),
     ):
         with pytest.raises(UserError, match=message):
             resnet_flax.load_pretrained(source)
@@ -165,9 +166,37 @@ def test_predict_takes_one_image_or_many_of_any_size(file, tmp_path):
         assert net.predict(one) == [want]
     assert net.predict([big, content], top=2) == [want[:2], want[:2]]
     assert net.predict([]) == []
-    for wrong in (tmp_path / "no.png", file, tmp_path, b"", big[0], big / 2):
+    for wrong in (tmp_path / "no.png", file, tmp_path, b""):
         with pytest.raises(UserError, match="cannot be read: "):
             net.predict([wrong])
+    cloudpickle = pytest.importorskip("cloudpickle")
+    assert pickle.loads(cloudpickle.dumps(net)).predict(big) == [want]  # After it has compiled.
+
+
+def test_predict_takes_images_of_pillow_and_arrays(file):
+    net = resnet_flax.load_pretrained(file)
+    colour = np.random.RandomState(1).randint(0, 256, (8, 16, 3), np.uint8)
+    grey, opaque = colour[..., 0], np.full((8, 16, 1), 255, np.uint8)
+    [want], [want_grey] = net.predict(colour), net.predict(np.stack([grey] * 3, axis=2))
+    assert want != want_grey
+    for same in (Image.fromarray(colour), jax.numpy.asarray(colour), np.dstack([colour, opaque])):
+        assert net.predict(same) == [want]
+    for same in (grey, grey[..., None], Image.fromarray(grey)):
+        assert net.predict(same) == [want_grey]
+    both = net.predict([grey, Image.fromarray(colour)])
+    assert both == net.predict(np.stack([np.stack([grey] * 3, axis=2), colour]))
+    np.testing.assert_allclose(
+        [both[0][0][1], both[1][0][1]], [want_grey[0][1], want[0][1]], rtol=1e-5
+    )
+    for wrong, message in (
+        (colour / 2, r"it is float64 \[8, 16, 3\]: give pixel values 0 to 255 as uint8"),
+        (colour[..., :2], r"it is uint8 \[8, 16, 2\]: give"),
+        (colour[:0], r"it is uint8 \[0, 16, 3\]: give"),
+        (3, "it is a int, and no path, image or array"),
+        ([None], "it is a NoneType"),
+    ):
+        with pytest.raises(UserError, match=message):
+            net.predict(wrong)
 
 
 def test_sizes_are_those_of_the_net_s_training():

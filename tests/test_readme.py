@@ -72,3 +72,11 @@ def test_the_results_that_readme_quotes_are_the_recorded_ones(readme, root, fold
     )
     assert f"{100 * result['test_error_last']:.2f} %" in row.split("|")[2]
     assert f"| {100 * result['train_error_last']:.2f} % |" in row
+
+
+def test_the_snippet_on_nets_runs(readme):
+    code = re.search(r"## The nets\n\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    code, names = code.replace("resnet56", "resnet8").replace("(8, 32, 32, 3)", "(2, 8, 8, 3)"), {}
+    exec(code, names)
+    assert names["logits"].shape == (2, 10)
+    assert "batch_stats" in names["updates"]

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import cpu, create_model, evaluate, optim, sharding, state, steps
+from resnet_flax import augment, cpu, create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
 from resnet_flax.devices import check_memory
 from resnet_flax.errors import UserError
 from resnet_flax.feed import ResidentFeed
-from resnet_flax.models import layout
+from resnet_flax.models import ablations, layout
 
 SHAPE = (8, 8, 3)
 
@@ -330,3 +330,48 @@ def test_initial_state_does_not_depend_on_layout_or_devices():
     jax.tree.map(np.testing.assert_array_equal, params, layout.to_canonical(stacked)["params"])
     different = one.state(seed=4).params
     assert not np.array_equal(params["stem_conv"]["kernel"], different["stem_conv"]["kernel"])
+
+
+STRICT = (
+    "resnet8 resnet20_bottleneck resnet20_preact resnet47_preact highway20 resnet20_keras_v1 "
+    "resnet56_keras_v2 resnet110_exclusive_gating resnet110_shortcut_gating"
+).split()
+
+
+@pytest.fixture
+def strict():
+    """No axis and no dtype is made up: users may set this for their own programs."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.mark.parametrize("name", [*STRICT, *(f"resnet110_{kind}" for kind in ablations.BLOCKS)])
+def test_strict_promotion_nets(name, strict):
+    def step(key, x):
+        for dtype in ("float32", "bfloat16"):
+            model = create_model(name, dtype=dtype).clone(stage_sizes=(1, 1, 1))
+            variables = model.init(key, x)
+            model.apply(variables, x)
+
+            def total(params, model=model, stats=variables["batch_stats"]):
+                options = {"train": True, "mutable": ["batch_stats"], "rngs": {"drop": key}}
+                return model.apply({"params": params, "batch_stats": stats}, x, **options)[0].sum()
+
+            jax.grad(total)(variables["params"])
+
+    jax.eval_shape(step, jax.random.key(0), jnp.zeros((2, *SHAPE)))
+
+
+def test_strict_promotion_training_and_evaluation(strict):
+    setup = Setup(ema_decay=0.5, warmup_steps=2, warmup_linear=True)
+    trained, _ = setup.train(setup.state(), batches(1))
+    evaluate.evaluate(setup.eval_chunk, trained.evaluated(), setup.feed, batch_size=16)
+    setup.statistics(trained.evaluated(), setup.resident, batches(1)[0], np.int32(0))
+    for kind in ("piecewise", "cosine", "constant"):
+        schedule = optim.make_schedule(kind, learning_rate=0.1, total_steps=9, boundaries=(3, 6))
+        rate = optim.scale_by_rate(schedule, warmup_steps=2)
+        rate.update({}, rate.init({}))
+    augment.color_shift(jax.random.key(0), 2)
+    images = jnp.zeros((2, 9, 9, 3), jnp.uint8)
+    resident = {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)}
+    steps.make_predict(SMALL, ten_crops=8)(trained.evaluated(), images, resident)

@@ -113,10 +113,15 @@ def decode(content: bytes, *, at_least: tuple[int, int] | None = None) -> Image.
         if at_least is not None and image.format in ("JPEG", "MPO"):
             turned = _orientation(image) >= 5
             image.draft(None, at_least[::-1] if turned else at_least)
-        image.load()
-        method = _TRANSPOSE.get(_orientation(image))
-        decoded = _rgb(image)
-        return decoded if method is None else decoded.transpose(method)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as `decode` returns it."""
+    image.load()
+    method = _TRANSPOSE.get(_orientation(image))
+    decoded = _rgb(image)
+    return decoded if method is None else decoded.transpose(method)
 
 
 def is_common_jpeg(content: bytes) -> bool:

@@ -29,7 +29,8 @@ def exclusive_gating(x, y, strides, conv, norm, *, gate_bias):
     """
     del norm
     g = gate(x, y.shape[-1], strides, conv, gate_bias)
-    return ((1 - g) * option_a(x, strides, y.shape[-1]) + g * y).astype(y.dtype)
+    x, wide_y = (v.astype(jnp.float32) for v in (x, y))
+    return ((1 - g) * option_a(x, strides, y.shape[-1]) + g * wide_y).astype(y.dtype)
 
 
 def shortcut_gating(x, y, strides, conv, norm, *, gate_bias):
@@ -39,7 +40,8 @@ def shortcut_gating(x, y, strides, conv, norm, *, gate_bias):
     """
     del norm
     g = gate(x, y.shape[-1], strides, conv, gate_bias)
-    return ((1 - g) * option_a(x, strides, y.shape[-1])).astype(y.dtype) + y
+    shortcut = option_a(x.astype(jnp.float32), strides, y.shape[-1])
+    return ((1 - g) * shortcut).astype(y.dtype) + y
 
 
 class DropoutShortcutBlock(BasicBlock):

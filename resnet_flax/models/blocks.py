@@ -65,7 +65,7 @@ class Conv(nn.Module):
         if self.bias_init is None:
             return y
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-        return y + bias.astype(self.dtype)
+        return y + jax.lax.broadcast_to_rank(bias.astype(self.dtype), y.ndim)
 
 
 def no_shortcut(x, y, strides, conv, norm):

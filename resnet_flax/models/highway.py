@@ -13,6 +13,7 @@ test errors tell the order of magnitude and no more.
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, gate
@@ -39,4 +40,5 @@ def highway(x, y, strides, conv, norm, *, gate_bias):
     """
     del norm
     transform = gate(x, y.shape[-1], strides, conv, gate_bias, kernel=3)
-    return (transform * y + (1 - transform) * x).astype(y.dtype)
+    wide_x, wide_y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return (transform * wide_y + (1 - transform) * wide_x).astype(y.dtype)

@@ -49,6 +49,7 @@ class BatchNorm(nn.Module):
         if not self.train:
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
+            factor, shift = (jax.lax.broadcast_to_rank(v, x.ndim) for v in (factor, shift))
             return (x.astype(jnp.float32) * factor + shift).astype(self.dtype)
 
         batch = x.shape[0]
@@ -58,6 +59,7 @@ class BatchNorm(nn.Module):
                 f"batch of {batch} examples does not divide into groups of bn_group_size={group}"
             )
         y = x.astype(jnp.float32).reshape(batch // group, group, *x.shape[1:])
+        scale, bias = (jax.lax.broadcast_to_rank(v, y.ndim) for v in (scale, bias))
         y, mean, var = _normalise(y, scale, bias, self.epsilon)
         if not self.is_initializing():
             keep = self.momentum
@@ -76,7 +78,10 @@ def _mean(x: jax.Array) -> jax.Array:
 # several arrays of the size of x, this one x alone, and half as many sums.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _normalise(x, scale, bias, epsilon):
-    """Float32 [G, B, H, W, C] normalised by group; means and variances [G, 1, 1, 1, C]."""
+    """Float32 [G, B, H, W, C] normalised by group; means and variances [G, 1, 1, 1, C].
+
+    `scale` and `bias` are [1, 1, 1, 1, C].
+    """
     mean = _mean(x)
     # Two passes: E[x^2] - E[x]^2 cancels where the mean is large against the deviation.
     var = _mean(jnp.square(x - mean))

@@ -136,13 +136,21 @@ def get_architecture(name: str) -> Architecture:
     """The architecture called `name`.
 
     Raises:
-      UserError: there is none; the message suggests the nearest name and lists all.
+      UserError: there is none; the message suggests the nearest name.
     """
     if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(str(name), ARCHITECTURES, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise UserError(f"unknown model {name!r}{hint}; known: {', '.join(ARCHITECTURES)}")
+        # Nearly all names are much alike: of the closest ones, that of the nearest depth.
+        close = difflib.get_close_matches(str(name).lower(), ARCHITECTURES, n=8)
+        near = min(close, key=lambda n: abs(_depth(n) - _depth(str(name))), default=None)
+        hint = f" (did you mean {near!r}?)" if near else ""
+        raise UserError(
+            f"unknown model {name!r}{hint}; python -m resnet_flax.tools.summary --list shows all"
+        )
     return ARCHITECTURES[name]
+
+
+def _depth(name: str) -> int:
+    return int("".join(filter(str.isdigit, name)) or 0)
 
 
 def resolve_shortcut(name: str, shortcut: str | None) -> str:

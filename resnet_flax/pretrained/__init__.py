@@ -35,8 +35,8 @@ _SIDE_IN_MEMORY = 32
 # A file with more bytes is no image that would be decoded: see `images.MAX_PIXELS`.
 _LARGEST_FILE = 2**30
 
-Picture = str | os.PathLike | bytes | np.ndarray
-"""An image: a file's path, a file's content, or uint8 [H, W, 3]."""
+Picture = str | os.PathLike | bytes | images.Image.Image | np.ndarray
+"""An image: a path, a file's content, one of Pillow, or uint8 [H, W] or [H, W, 1 | 3 | 4]."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,13 +130,14 @@ class Pretrained:
         """The likeliest classes of each image, with their probabilities, the likeliest first.
 
         Args:
-          pictures: one image, or several, of any sizes.
+          pictures: one image, or several, of any sizes; or uint8 [N, H, W, 1 | 3 | 4].
           top: number of classes; of fewer classes, all.
 
         Raises:
           UserError: an image cannot be read.
         """
-        if isinstance(pictures, (str, os.PathLike, bytes)) or getattr(pictures, "ndim", 0) == 3:
+        one = isinstance(pictures, (str, os.PathLike, bytes)) or not isinstance(pictures, Iterable)
+        if one or getattr(pictures, "ndim", 4) < 4:
             pictures = [pictures]
         crops = [self.crop(picture) for picture in pictures]
         if not crops:
@@ -150,10 +151,20 @@ class Pretrained:
 
 
 def _decode(picture: Picture, *, least: int) -> images.Image.Image:
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"it is {picture.dtype} {list(picture.shape)}, not uint8 [H, W, 3]")
-        return images.Image.fromarray(np.ascontiguousarray(picture))
+    if isinstance(picture, images.Image.Image):
+        return images.upright_rgb(picture)
+    if hasattr(picture, "__array__"):
+        array = np.asarray(picture)
+        fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+        if array.dtype != np.uint8 or not fits or not array.size:
+            raise ValueError(
+                f"it is {array.dtype} {list(array.shape)}: give pixel values 0 to 255 as uint8 "
+                "[H, W] or [H, W, 1 | 3 | 4]"
+            )
+        grey = array.ndim == 3 and array.shape[2] == 1
+        return images.upright_rgb(images.Image.fromarray(array[..., 0] if grey else array))
+    if not isinstance(picture, (bytes, str, os.PathLike)):
+        raise ValueError(f"it is a {type(picture).__name__}, and no path, image or array")
     if not isinstance(picture, bytes):
         path = pathlib.Path(picture)
         if not path.exists():
@@ -192,16 +203,23 @@ def load_pretrained(source: str | os.PathLike) -> Pretrained:
 
 
 def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
-    """The weights file that a published name, a path or a run's directory stands for; its SHA-256.
+    """The weights file that a path, a run's directory or a published name stands for; its SHA-256.
+
+    A file or directory of the user's own comes before published weights of that name.
 
     Raises:
       UserError: as `load_pretrained`.
     """
     index = read_index()
-    entry = index.get(str(source))
-    path = FOLDER / entry["file"] if entry else pathlib.Path(source).expanduser()
-    if path.is_dir() and (path / "weights.safetensors").exists():
+    path = pathlib.Path(source).expanduser()
+    entry = None if path.exists() else index.get(str(source))
+    path = FOLDER / entry["file"] if entry else path
+    if path.is_dir():
         path /= "weights.safetensors"
+        if not path.exists():
+            seeds = sorted(str(p.parent) for p in path.parent.glob(f"seed*/{path.name}"))
+            todo = f"name one of its runs, {', '.join(seeds)}" if seeds else "finish the run first"
+            raise UserError(f"{source} holds no weights.safetensors: {todo}")
     if not path.is_file():
         raise UserError(
             f"weights file {path} of {source!r} is missing: install the package again"

@@ -4,28 +4,25 @@ r"""Converts weights between this package's format and PyTorch's.
         --preprocess=imagenet --out=resnet20.safetensors
     python -m resnet_flax.tools.convert --to_torch=resnet20.safetensors --out=resnet20.pth
 
-PyTorch files are read with `weights_only`: nothing in them is ever executed. A `.safetensors` file
-with PyTorch's names is read and written without PyTorch.
-
 A state dict says nothing of what lies between its arrays. So only nets are converted whose layers
 PyTorch projects build too; stochastic depth, which scales branches at test, is folded into the
 arrays on the way to PyTorch.
 """
 
-import io
+import collections
+import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from resnet_flax import models, torch_names, weights
+from resnet_flax import models, pretrained, torch_names, weights
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
 from resnet_flax.models.resnet import without_survival
 from resnet_flax.state import abstract_variables
-from resnet_flax.tools import entry
-from resnet_flax.workdir import write_atomically
+from resnet_flax.tools import entry, torch_file
 
 # Mean and standard deviation of the channels, of pixel values from 0 to 1.
 PREPROCESS = {
@@ -57,51 +54,6 @@ def check_expressible(name: str) -> None:
         )
 
 
-def read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The state dict in a PyTorch or safetensors file; what PyTorch has as floats is float32.
-
-    Raises:
-      UserError: there is none, or it holds more than plain tensors.
-    """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        try:
-            return safetensors.numpy.load_file(path)
-        except (safetensors.SafetensorError, TypeError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-    torch = _torch()
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first = str(error).strip().partition("\n")[0][:160]
-        raise UserError(f"{path} cannot be read as weights only: {first}") from error
-    for key in ("state_dict", "model", "net", "model_state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no state dict")
-    tensors = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no tensors")
-    try:
-        return {
-            k: (v.detach().to(torch.float32) if v.is_floating_point() else v).numpy()
-            for k, v in tensors.items()
-        }
-    except (TypeError, RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().partition("\n")[0][:160]
-        raise UserError(f"{path} holds tensors that are not plain arrays: {first}") from error
-
-
-def _torch():
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("this needs PyTorch: pip install torch") from error
-    return torch
-
-
 def from_torch(
     state_dict: dict[str, np.ndarray],
     name: str,
@@ -110,6 +62,7 @@ def from_torch(
     std: np.ndarray,
     shortcut: str | None = None,
     stride_in_3x3: bool | None = None,
+    option_a_zeros: str | None = None,
     class_names: tuple[str, ...] | None = None,
     source: str = "",
 ) -> weights.Weights:
@@ -122,6 +75,8 @@ def from_torch(
       std: [C], divided by.
       shortcut: A, B or C; None: by the projections that the state dict has.
       stride_in_3x3: of bottlenecks; None: as torchvision has it in its ImageNet nets.
+      option_a_zeros: where a net with option A has the zeros of its new channels: "split", half
+        before and half after the old ones, or "after" them; None: split.
       class_names: one a class; None: numbers.
       source: where it comes from, for the record.
 
@@ -130,27 +85,64 @@ def from_torch(
     """
     check_expressible(name)
     architecture = models.get_architecture(name)
-    if shortcut is None and architecture.shortcut in models.OPTIONS:
-        shortcut = torch_names.shortcut_option(state_dict)
+    arrays = torch_names.canonical(state_dict)
     if stride_in_3x3 is None:
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
-    heads = [v for k, v in state_dict.items() if np.ndim(v) == 2 and k.endswith(".weight")]
-    num_classes = len(heads[-1]) if heads else architecture.num_classes
-    model = models.create_model(name, num_classes, shortcut=shortcut, stride_in_3x3=stride_in_3x3)
-    template = abstract_variables(model)
+    head = arrays.get("linear.weight", ())
+    num_classes = len(head) or architecture.num_classes
+    try:
+        shortcut, variables = _fitted(arrays, name, num_classes, shortcut)
+    except UserError as error:
+        fitting = list(_fitting(arrays, num_classes))
+        if fitting and name not in fitting:
+            raise UserError(f"{error}; it fits --model={' or '.join(fitting)}") from error
+        raise
+    _check_zeros(option_a_zeros, name, shortcut)
+    if option_a_zeros == "after":
+        variables = torch_names.move_zeros(variables, "split")
+    if class_names and len(class_names) != num_classes:
+        raise UserError(f"there are {len(class_names)} class names, but {num_classes} classes")
     return weights.Weights(
         model={
             "name": name,
-            "shortcut": models.resolve_shortcut(name, shortcut),
+            "shortcut": shortcut,
             "num_classes": num_classes,
             "stride_in_3x3": stride_in_3x3,
         },
-        variables=torch_names.from_torch(state_dict, template),
+        variables=variables,
         mean=np.asarray(mean, np.float32),
         std=np.asarray(std, np.float32),
         class_names=class_names or tuple(map(str, range(num_classes))),
         training={"source": source} if source else {},
     )
+
+
+def _fitted(
+    arrays: dict[str, np.ndarray], name: str, num_classes: int, shortcut: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The shortcut option and the variables of a net, from `torch_names.canonical` arrays."""
+    if shortcut is None and models.get_architecture(name).shortcut in models.OPTIONS:
+        shortcut = torch_names.shortcut_option(arrays)
+    template = abstract_variables(models.create_model(name, num_classes, shortcut=shortcut))
+    return models.resolve_shortcut(name, shortcut), torch_names.from_torch(arrays, template)
+
+
+def _fitting(arrays: dict[str, np.ndarray], num_classes: int) -> Iterator[str]:
+    """Names of the nets that have these arrays."""
+    stages = collections.Counter(stage for stage, _ in torch_names.blocks(arrays))
+    for name, architecture in models.ARCHITECTURES.items():
+        if architecture.stage_sizes == tuple(stages[s] for s in sorted(stages)):
+            with contextlib.suppress(UserError):
+                check_expressible(name)
+                _fitted(arrays, name, num_classes)
+                yield name
+
+
+def _check_zeros(option_a_zeros: str | None, name: str, shortcut: str) -> None:
+    if option_a_zeros and shortcut != "A":
+        raise UserError(
+            f"--option_a_zeros means nothing to {name} with shortcut={shortcut}: leave it out"
+        )
 
 
 def _numbers(text: str, flag: str, *, positive: bool = False) -> np.ndarray:
@@ -165,7 +157,7 @@ def _numbers(text: str, flag: str, *, positive: bool = False) -> np.ndarray:
 
 
 # Flags that only one of the two ways has.
-_FROM = ("model", "shortcut", "stride_in_3x3", "preprocess", "mean", "std")
+_FROM = ("model", "shortcut", "stride_in_3x3", "preprocess", "mean", "std", "class_names")
 _TO = ("names",)
 
 
@@ -173,14 +165,21 @@ def main(argv: list[str]) -> None:
     """Converts one file."""
     parser = entry.parser(__doc__)
     parser.add_argument("--from_torch", type=pathlib.Path, help="a PyTorch file to read")
-    parser.add_argument("--to_torch", type=pathlib.Path, help="a file of ours to read")
+    parser.add_argument("--to_torch", help="a published name, a file of ours, or a run, to read")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
     parser.add_argument("--model", help="the net's name (from_torch)")
     parser.add_argument("--shortcut", help="A, B or C; default: as the file has it")
     parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks")
+    parser.add_argument(
+        "--option_a_zeros",
+        choices=["split", "after"],
+        help="where the PyTorch net has option A's zeros: half before and half after the old "
+        "channels (the default), or all after them",
+    )
     parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects of images")
     parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1")
     parser.add_argument("--std", help="likewise")
+    parser.add_argument("--class_names", help="cat,dog,…: one a class (from_torch)")
     parser.add_argument("--names", choices=["cifar", "torchvision"], help="style (to_torch)")
     args = parser.parse_args(argv)
     if (args.from_torch is None) == (args.to_torch is None):
@@ -190,84 +189,106 @@ def main(argv: list[str]) -> None:
         if getattr(args, flag) is not None:
             raise UserError(f"--{flag} means nothing to --{way}: leave it out")
     try:
-        model = (_from if args.from_torch else _to)(args)
+        model, notes = (_from if args.from_torch else _to)(args)
     except OSError as error:
         raise UserError(f"cannot write {args.out}: {error.strerror}") from error
     print(f"wrote {args.out}")
-    if note := _unsaid(model):
+    for note in (*notes, *_unsaid(model, args.option_a_zeros)):
         print(f"note: {note}")
 
 
-def _unsaid(model: dict[str, Any]) -> str | None:
+def _unsaid(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[str]:
     """What the net in PyTorch must be like beyond what its state dict shows."""
     block = models.get_architecture(model["name"]).block
+    if model["shortcut"] == "none":
+        yield "taken to have no shortcuts, which a state dict does not show"
+    if model["shortcut"] == "A":
+        where = "after" if option_a_zeros == "after" else "half before and half after"
+        yield (
+            "taken to have shortcuts without parameters (option A), the zeros of new channels "
+            f"{where} the old ones (--option_a_zeros), which a state dict does not show"
+        )
     if block is blocks.BottleneckBlock:
         where = "the 3x3" if model["stride_in_3x3"] else "the first 1x1"
-        return (
+        yield (
             f"taken to have the stride of its bottlenecks in {where} convolution, which a state "
             "dict does not show"
         )
     if block.preactivation:
-        return (
+        yield (
             "taken to activate before branch and shortcut split, in the first block and where the "
             "shape changes (Identity Mappings, appendix), which a state dict does not show"
         )
-    return None
 
 
-def _from(args) -> dict[str, Any]:
+def _from(args) -> tuple[dict[str, Any], list[str]]:
     if not args.model:
         raise UserError("--from_torch needs --model=NAME")
     check_expressible(args.model)
     if args.preprocess and (args.mean or args.std):
         raise UserError("give --preprocess, or --mean and --std, not both")
+    given = None
     if args.preprocess:
-        mean, std = (np.array(v, np.float32) for v in PREPROCESS[args.preprocess])
+        given = [255 * np.array(v, np.float32) for v in PREPROCESS[args.preprocess]]
     elif args.mean and args.std:
-        mean, std = _numbers(args.mean, "--mean"), _numbers(args.std, "--std", positive=True)
-    else:
+        given = [_numbers(args.mean, "--mean"), _numbers(args.std, "--std", positive=True)]
+        given = [255 * v for v in given]
+    state_dict, beside = torch_file.read(args.from_torch)
+    notes = beside["notes"]
+    if not (given or args.mean or args.std) and "mean" in beside:
+        given = [np.array(beside[name], np.float32) for name in ("mean", "std")]
+        notes.append("took the preprocessing that the file has")
+    if not given:
         raise UserError(
             "say what the net expects of images: --preprocess="
             f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
         )
+    names = args.class_names.split(",") if args.class_names else beside.get("class_names", ())
     stride = None if args.stride_in_3x3 is None else args.stride_in_3x3 == "true"
     converted = from_torch(
-        read_torch(args.from_torch),
+        state_dict,
         args.model,
-        mean=255 * mean,
-        std=255 * std,
+        mean=given[0],
+        std=given[1],
         shortcut=args.shortcut,
         stride_in_3x3=stride,
+        option_a_zeros=args.option_a_zeros,
+        class_names=tuple(names),
         source=args.from_torch.name,
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     weights.save(args.out, converted)
-    return converted.model
+    return converted.model, notes
 
 
-def _to(args) -> dict[str, Any]:
-    loaded = weights.load(args.to_torch)
+def _to(args) -> tuple[dict[str, Any], list[str]]:
+    path, _ = pretrained.locate(args.to_torch)
+    loaded = weights.load(path)
     name = loaded.model["name"]
     check_expressible(name)
     try:
         model = models.create_model(**loaded.model)
     except TypeError as error:
-        raise UserError(f"{args.to_torch} is damaged: its net is {loaded.model}") from error
-    variables = weights.fit(loaded.variables, abstract_variables(model), str(args.to_torch))
+        raise UserError(f"{path} is damaged: its net is {loaded.model}") from error
+    variables = weights.fit(loaded.variables, abstract_variables(model), str(path))
     variables = without_survival(model, variables)
+    shortcut = models.resolve_shortcut(name, loaded.model.get("shortcut"))
+    _check_zeros(args.option_a_zeros, name, shortcut)
+    if args.option_a_zeros == "after":
+        variables = torch_names.move_zeros(variables, "after")
     cifar = models.get_architecture(name).image_size == 32
     style = args.names or ("cifar" if cifar else "torchvision")
     names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")
     arrays = torch_names.to_torch(variables, shortcut=names[0], head=names[1])
-    if args.out.suffix == ".safetensors":
-        content = safetensors.numpy.save(arrays)
-    else:
-        torch, buffer = _torch(), io.BytesIO()
-        torch.save({k: torch.from_numpy(v.copy()) for k, v in arrays.items()}, buffer)
-        content = buffer.getvalue()
+    beside = {"mean": loaded.mean, "std": loaded.std, "class_names": list(loaded.class_names)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.out, content)
-    return {"name": name, "stride_in_3x3": model.stride_in_3x3}
+    where = torch_file.write(args.out, arrays, beside)
+    shape = list(loaded.mean.shape)
+    note = (
+        f"the net expects (pixels - mean) / std of pixel values 0 to 255; mean {shape}, std and "
+        f"class names are in {where}"
+    )
+    return {"name": name, "shortcut": shortcut, "stride_in_3x3": model.stride_in_3x3}, [note]
 
 
 if __name__ == "__main__":

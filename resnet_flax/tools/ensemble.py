@@ -6,7 +6,6 @@ Each net is the directory of a finished run, a weights file, or the name of publ
 must be of the same classes and data. Says the error of each, their mean, and that of the ensemble.
 """
 
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -42,13 +41,12 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
     for source in sources:
         trained = loader.load(source)
         _check_alike((nets or [trained])[0], trained)
-        digest = hashlib.sha256(trained.file.read_bytes()).hexdigest()
-        if digest in digests:
-            raise UserError(f"{source} and {digests[digest]} are the same weights; name one")
-        digests[digest] = source
+        if twin := digests.get(trained.sha256):
+            raise UserError(f"{source} and {twin} are the same weights; name one")
+        digests[trained.sha256] = source
         nets.append(trained)
     total, members = np.zeros(()), []
-    for trained, digest in zip(nets, digests, strict=True):
+    for trained in nets:
         probabilities, labels = _predict(trained)
         total = total + probabilities.astype(np.float64)
         members.append(
@@ -56,7 +54,7 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
                 "source": str(trained.source),
                 "model": trained.run.config.model.name,
                 "seed": trained.weights.training.get("seed"),
-                "weights_sha256": digest,
+                "weights_sha256": trained.sha256,
                 **_scored(probabilities, labels),
             }
         )

@@ -8,7 +8,6 @@ the run's directory. Not for nets with another order of layers, such as pre-acti
 no batch normalisation stands at that place.
 """
 
-import hashlib
 import pathlib
 import sys
 
@@ -45,7 +44,7 @@ def measure(directory: pathlib.Path, loader: Loader) -> dict:
         "model": run.config.model.name,
         "data": run.dataset.name,
         "images": images,
-        "weights_sha256": hashlib.sha256(trained.file.read_bytes()).hexdigest(),
+        "weights_sha256": trained.sha256,
         "layers": [{"name": name, "std": deviations[name]} for name in layers],
     }
     workdir.write_json(directory / "responses.json", content)
