@@ -23,7 +23,6 @@ from resnet_flax import (
     weights,
 )
 from resnet_flax.data.dataset import Dataset
-from resnet_flax.errors import UserError
 from resnet_flax.experiment import Experiment
 from resnet_flax.validation import validate
 

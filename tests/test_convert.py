@@ -221,6 +221,15 @@ def test_published_weights_there_and_back_with_their_preprocessing(suffix, tmp_p
             convert.main(args)
 
 
+@pytest.mark.parametrize("said", ["7", '["mean"]', '{"mean": [0, 0, 0], "std": "big"}'])
+def test_damaged_preprocessing_of_a_file_is_refused(said, tmp_path):
+    arrays = torch_names.to_torch(random_variables(create_model("resnet8")))
+    path = tmp_path / "theirs.safetensors"
+    safetensors.numpy.save_file(arrays, path, {"resnet_flax": said})
+    with pytest.raises(UserError, match="what it says in 'resnet_flax' is no preprocessing"):
+        convert.main([f"--from_torch={path}", "--model=resnet8", f"--out={tmp_path}/out"])
+
+
 def test_a_directory_of_several_seeds_says_to_name_one(tmp_path):
     (tmp_path / "runs" / "seed0").mkdir(parents=True)
     args = [f"--to_torch={tmp_path}/runs", f"--out={tmp_path}/out.safetensors"]

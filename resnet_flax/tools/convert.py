@@ -236,7 +236,7 @@ def _from(args) -> tuple[dict[str, Any], list[str]]:
     state_dict, beside = torch_file.read(args.from_torch)
     notes = beside["notes"]
     if not (given or args.mean or args.std) and "mean" in beside:
-        given = [np.array(beside[name], np.float32) for name in ("mean", "std")]
+        given = [beside["mean"], beside["std"]]
         notes.append("took the preprocessing that the file has")
     if not given:
         raise UserError(

@@ -42,7 +42,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         try:
             with safetensors.safe_open(path, framework="numpy") as file:
                 said = json.loads((file.metadata() or {}).get(_BESIDE, "{}"))
-            return safetensors.numpy.load_file(path), {"notes": [], **said}
+            return safetensors.numpy.load_file(path), {**_checked(said, path), "notes": []}
         except safetensors.SafetensorError as error:
             raise UserError(f"{path} cannot be read: no safetensors, or damaged") from error
         except (TypeError, ValueError) as error:
@@ -77,14 +77,25 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     def array(value):
         return (value.detach().float() if value.is_floating_point() else value).numpy()
 
-    beside = getattr(state_dict, _BESIDE, {})
-    beside = {k: array(v) if isinstance(v, torch.Tensor) else v for k, v in beside.items()}
+    beside = _checked(getattr(state_dict, _BESIDE, {}), path)
     tensors = {k: v for k, v in state_dict.items() if isinstance(v, torch.Tensor)}
     try:
-        return {k: array(v) for k, v in tensors.items()}, {"notes": notes, **beside}
+        return {k: array(v) for k, v in tensors.items()}, {**beside, "notes": notes}
     except (TypeError, RuntimeError, NotImplementedError) as error:
         first = str(error).strip().partition("\n")[0][:160]
         raise UserError(f"{path} holds tensors that are not plain arrays: {first}") from error
+
+
+def _checked(beside: Any, path: pathlib.Path) -> dict[str, Any]:
+    if not beside:
+        return {}
+    try:
+        arrays = {name: np.array(beside[name], np.float32) for name in ("mean", "std")}
+        return arrays | {"class_names": tuple(map(str, beside["class_names"]))}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} is damaged: what it says in {_BESIDE!r} is no preprocessing"
+        ) from error
 
 
 def _harmless() -> list[Any]:
