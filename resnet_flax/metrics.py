@@ -153,7 +153,9 @@ class RunLog(Records):
         try:
             yield
         except Exception as error:
-            self._events = None
+            events, self._events = self._events, None
+            with contextlib.suppress(Exception):
+                events.close()
             reason = str(error).partition("\n")[0] or type(error).__name__
             print(f"note: nothing more is written for TensorBoard: {reason}", file=sys.stderr)
 

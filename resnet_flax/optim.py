@@ -170,9 +170,16 @@ def adam(
       decay_norm_and_bias: likewise.
     """
     mask: Callable[[Any], Any] | None = None if decay_norm_and_bias else kernels_only
+    scale = optax.scale_by_adam(b1=momentum, eps=1e-7)
+
+    def update(updates, state, params=None):
+        # optax raises a decay to a whole number of steps, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            return scale.update(updates, state, params)
+
     return optax.chain(
         optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_adam(b1=momentum, eps=1e-7),
+        optax.GradientTransformation(scale.init, update),
         rate,
     )
 

@@ -146,6 +146,29 @@ def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("main", *SMALL),
+        ("tools.predict", "--weights=resnet20", str(ROOT / "results/report/fig6.png")),
+    ],
+)
+def test_hardware_that_is_not_there_is_named_in_a_line(command, tmp_path):
+    name, *flags = command
+    flags += [f"--workdir={tmp_path}/run"] if name == "main" else []
+    done = subprocess.run(
+        [sys.executable, "-m", f"resnet_flax.{name}", *flags],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "nonsense"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: JAX_PLATFORMS=nonsense: jax finds no such devices here")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_argument_at_all_is_answered_with_what_to_try():
     command = [sys.executable, "-m", "resnet_flax.main"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

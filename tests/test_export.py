@@ -151,7 +151,7 @@ def test_wrong_arguments(file, tmp_path):
         ([], "give --weights=NAME|FILE and --out=FOLDER, or --check=FOLDER"),
         ([f"--weights={file}"], "give --weights"),
         ([f"--check={tmp_path}", f"--weights={file}"], "--check goes without"),
-        (["--weights=resnet20", f"--out={tmp_path}"], "no weights are published yet"),
+        (["--weights=resnet32", f"--out={tmp_path}"], "no weights are published yet"),
         ([f"--weights={file}", f"--out={tmp_path}", "--batch_size=0"], "must be at least 1"),
         ([f"--weights={file}", f"--out={tmp_path}", "--output=x"], "invalid choice: 'x'"),
         ([f"--weights={file}", f"--out={tmp_path}/taken"], "cannot write in .*taken: File exists"),

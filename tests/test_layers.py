@@ -3,7 +3,7 @@
 import ast
 
 LEVELS = [
-    {"errors"},
+    {"errors", "signals"},
     {
         "config",
         "models",
@@ -17,6 +17,8 @@ LEVELS = [
         "progress",
         "distributed",
         "file_list",
+        "commands",
+        "randomness",
     },
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed", "reporting"},
@@ -26,7 +28,7 @@ LEVELS = [
     {"account", "scoring"},
     {"loop", "handover"},
     {"train", "trained"},
-    {"main", "tools"},
+    {"main", "tools", "__main__"},
 ]
 
 

@@ -89,12 +89,12 @@ def test_tensorboard_never_ends_a_run(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorboardX", None)  # As one whose torch is half installed.
         log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=True)
-    log.write("train", 1, {"error": 0.5})
+    log.write("train", 1, {"error": 0.5, "examples": 1})
     log.close()
     log = metrics.RunLog(tmp_path, resume_step=1, tensorboard=True)
     monkeypatch.setattr(log._events, "write", lambda record: 1 / 0)
     for step in (2, 3):
-        log.write("train", step, {"error": 0.5})
+        log.write("train", step, {"error": 0.5, "examples": 1})
     log.sync()
     log.close()
     assert [r["step"] for r in metrics.read_records(tmp_path / "metrics.jsonl")] == [1, 2, 3]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from resnet_flax import (
+    account,
     checkpoint,
     distributed,
     experiment,
     handover,
     inputs,
-    loop,
     metrics,
     progress,
     scoring,
@@ -241,7 +241,7 @@ def test_a_kill_at_the_end_loses_nothing(finished, tmp_path, monkeypatch, moment
     directory = tmp_path / "runs"
     stages = {
         "hand_out": (checkpoint.Writer, "save"),
-        "result": (loop.Loop, "_finish"),
+        "result": (account.Account, "write_result"),
         "clear": (handover.shutil, "rmtree"),
     }
     owner, name = stages[moment]
@@ -251,7 +251,7 @@ def test_a_kill_at_the_end_loses_nothing(finished, tmp_path, monkeypatch, moment
         # In the middle of it: of the second net, or with the last checkpoints renamed.
         second = {
             "hand_out": lambda: "seed4" in str(getattr(first, "directory", "")),
-            "result": lambda: args == (1,),
+            "result": lambda: first.directory.name == "seed4",
             "clear": lambda: not kwargs,
         }
         if second[moment]():
@@ -435,7 +435,7 @@ def test_their_runs_are_counted_one_by_one(tmp_path):
         finish(job)
     text = reproduce.plan(fakes, 1)
     # Ten seconds for two together are five for each.
-    assert "seeds2-3: to do of 64000, about 00:10" in text
+    assert "seeds2-3: 64000 steps to do, about 00:10" in text
     assert text.endswith("4 runs, 2 done, 2 to do: about 00:10 with --jobs=1")
     said = []
     runner = Runner(fakes, tmp_path, parallel=1, say=said.append)

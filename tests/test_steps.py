@@ -371,6 +371,9 @@ def test_strict_promotion_training_and_evaluation(strict):
         schedule = optim.make_schedule(kind, learning_rate=0.1, total_steps=9, boundaries=(3, 6))
         rate = optim.scale_by_rate(schedule, warmup_steps=2)
         rate.update({}, rate.init({}))
+    params = {"kernel": jnp.ones((2, 2))}
+    adam = optim.adam(rate, momentum=0.9, weight_decay=1e-4)
+    adam.update(params, adam.init(params), params)
     augment.color_shift(jax.random.key(0), 2)
     images = jnp.zeros((2, 9, 9, 3), jnp.uint8)
     resident = {"mean": np.zeros(3, np.float32), "std": np.ones(3, np.float32)}

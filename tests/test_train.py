@@ -113,6 +113,25 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     assert [s["step"] for s in starts] == [0, stop_at]
 
 
+def test_a_signal_during_the_last_evaluation_ends_it(finished, tmp_path, monkeypatch):
+    config, uninterrupted, _ = finished
+    directory = tmp_path / "run"
+    original = loop.Loop._score
+
+    def signal_then_score(self, member):
+        if self.step == config.train.total_steps:
+            self.stop_signal = signal.SIGTERM
+        return original(self, member)
+
+    monkeypatch.setattr(loop.Loop, "_score", signal_then_score)
+    stopped = train.train(config, directory)
+    assert stopped == {"stopped": config.train.total_steps, "signal": "SIGTERM"}
+    assert not (directory / "result.json").exists()
+    monkeypatch.undo()
+    train.train(config, directory)
+    assert_same_end(directory, uninterrupted)
+
+
 class Crash(BaseException):
     pass
 
@@ -346,13 +365,13 @@ def test_a_kill_between_the_first_two_files_does_no_harm(finished, tmp_path):
 
 
 def test_stopped_twice_before_the_first_step(small_config, tmp_path, monkeypatch):
-    original = loop.Loop._signals
+    original = loop.Loop.run
 
     def signalled(self):
         self.stop_signal = signal.SIGTERM
         return original(self)
 
-    monkeypatch.setattr(loop.Loop, "_signals", signalled)
+    monkeypatch.setattr(loop.Loop, "run", signalled)
     for _ in range(2):
         stopped = train.train(small_config, tmp_path / "run")
         assert stopped == {"stopped": 0, "signal": "SIGTERM"}

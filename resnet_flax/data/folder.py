@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 
-from resnet_flax.data import dataset, images, streamed
+from resnet_flax.data import dataset, image_files, streamed
 from resnet_flax.errors import UserError
 
 # What folders that hold a split are called, in lower case and without the endings below.
@@ -69,7 +69,7 @@ def load(
     without `test` is the test set), or it has the classes themselves, `cats/1.jpg`: then a
     class-balanced tenth, the same for every seed, is the test set. Classes are numbered in the
     order of their names. Folders within a class's folder belong to the class; for what counts as an
-    image, see `images.find`.
+    image, see `image_files.find`.
 
     Raises:
       UserError: there is no such folder, or what is in it is not a data set of two classes or more.
@@ -153,12 +153,14 @@ def _unused(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
     if root in roots.values():
         return []
     others = [name for name in _folders(root) if root / name not in roots.values()]
-    return [name for name in others if any(images.find(root / name, set()))]
+    return [name for name in others if any(image_files.find(root / name, set()))]
 
 
 def _folders(root: pathlib.Path) -> list[str]:
     try:
-        return sorted(p.name for p in root.iterdir() if p.is_dir() and images.is_visible(p.name))
+        return sorted(
+            p.name for p in root.iterdir() if p.is_dir() and image_files.is_visible(p.name)
+        )
     except OSError as error:
         raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
 
@@ -189,10 +191,10 @@ def _find(
         raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
 
     files, labels = [], []
-    known = ", ".join(sorted(images.EXTENSIONS))
+    known = ", ".join(sorted(image_files.EXTENSIONS))
     for label, class_name in enumerate(class_names):
         folder = root / class_name
-        below = images.find(folder, seen, refuse) if folder.exists() else ()
+        below = image_files.find(folder, seen, refuse) if folder.exists() else ()
         found = sorted(pathlib.Path(path).relative_to(root).as_posix() for path in below)
         if not found and not may_lack:
             raise UserError(f"{folder} has no images ({known}); add some, or remove the folder")

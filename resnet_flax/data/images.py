@@ -6,10 +6,9 @@ Nothing here knows of data sets. [R] is Deep Residual Learning for Image Recogni
 import contextlib
 import functools
 import io
-import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
@@ -17,15 +16,6 @@ from PIL import Image, ImageCms
 
 MAX_PIXELS = 100_000_000
 """Images with more pixels are refused: decoded, one would fill 300 MB and more."""
-
-# Not what this version of Pillow can decode: the same folder must be the same data set everywhere.
-EXTENSIONS = frozenset(
-    ".avif .bmp .gif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff "
-    ".webp".split()
-)
-"""How the names of image files end, in lower case."""
-
-_SYSTEM_FOLDERS = frozenset({"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN"})
 
 # EPS is decoded by running Ghostscript; IPTC may hold an EPS; for the rest Pillow has no decoder.
 _REFUSED = frozenset({"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
@@ -54,32 +44,6 @@ class Random(Protocol):
 
     def random(self) -> float:
         """Returns a number from 0 to 1, 1 excluded."""
-
-
-def is_visible(name: str) -> bool:
-    """Whether a file or folder of this name is neither hidden nor made by an operating system."""
-    return not name.startswith(".") and name not in _SYSTEM_FOLDERS
-
-
-def find(
-    folder: str | os.PathLike, seen: set[str], onerror: Callable[[OSError], None] | None = None
-) -> Iterator[str]:
-    """Paths of the visible image files below a folder, in order of name.
-
-    Links are followed, into each folder once.
-
-    Args:
-      folder: where to begin.
-      seen: real paths of folders that are not entered from others; those that are, are added.
-      onerror: told of folders that cannot be listed; None: they are passed over.
-    """
-    for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = {os.path.realpath(os.path.join(place, f)): f for f in folders if is_visible(f)}
-        folders[:] = sorted(name for path, name in real.items() if path not in seen)
-        seen.update(real)
-        for file in sorted(filter(is_visible, files)):
-            if os.path.splitext(file)[1].lower() in EXTENSIONS:
-                yield os.path.join(place, file)
 
 
 def decode(content: bytes, *, at_least: tuple[int, int] | None = None) -> Image.Image:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from resnet_flax import pretrained
-from resnet_flax.data import images
+from resnet_flax.data import image_files
 from resnet_flax.errors import UserError
 from resnet_flax.tools import entry
 from resnet_flax.workdir import write_atomically
@@ -31,7 +31,7 @@ _STRIP, _COLUMNS, _SIDE = 64, 8, 112
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """The files among `paths` as they are, and the image files of the folders, see `images.find`.
+    """The files among `paths` as they are, and those that `image_files.find` finds in folders.
 
     A folder that cannot be listed comes out itself, to fail as a file would.
     """
@@ -40,7 +40,7 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
             yield path
             continue
         failed = []
-        yield from images.find(path, {os.path.realpath(path)}, failed.append)
+        yield from image_files.find(path, {os.path.realpath(path)}, failed.append)
         yield from (error.filename for error in failed)
 
 
