@@ -38,6 +38,7 @@ from resnet_flax import cpu
 from resnet_flax.config import base_config
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # Counted now: a test that asks for fewer must not decide for all after it.
 
 ROOT = pathlib.Path(__file__).parent.parent
 
