@@ -26,8 +26,8 @@ _WEIGHTS = flags.DEFINE_string(
     "weights",
     None,
     "evaluate: a weights file, the name of published weights, a run's directory, or one of its "
-    "checkpoints (default: the newest of --workdir). train: a weights file, or such a name, to "
-    "begin a new run from.",
+    "checkpoints (default: the newest of --workdir). train: a weights file, such a name, or a "
+    "finished run's directory, to begin a new run from.",
 )
 _CHECKPOINT_DIR = flags.DEFINE_string(
     "checkpoint_dir",
@@ -157,7 +157,7 @@ def _train(config: ConfigDict | None) -> None:
     place = _CHECKPOINT_DIR.value
     if place is not None and "://" not in place:
         place = os.path.abspath(_path(place))
-    result = train.train(config, path, _weights(), place)
+    result = train.train(config, path, _path(_WEIGHTS.value), place)
     if not distributed.is_first():
         return
     if loop.STOPPED in result:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import json
 import pathlib
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from resnet_flax import (
     inputs,
     loop,
     models,
+    pretrained,
     randomness,
     record,
     seeds,
@@ -56,7 +56,8 @@ def train(
     Args:
       config: see `config.base_config`.
       directory: the run's own, or that of the runs of several seeds.
-      init_weights: a weights file to initialise a new run from.
+      init_weights: what to initialise a new run from: a weights file, the directory of a finished
+        run, or the name of published weights.
       checkpoint_dir: where the checkpoints are to lie, a path or a URL that orbax can write to, of
         this run alone; None: in `directory`. A run whose directory was lost goes on from there.
 
@@ -182,9 +183,8 @@ def _load_initial(path: str | None) -> tuple[weights.Weights | None, str | None]
     """The weights to begin with, and the SHA-256 of their file."""
     if path is None:
         return None, None
-    file = pathlib.Path(path).expanduser()
-    loaded = weights.load(file)
-    return loaded, hashlib.sha256(file.read_bytes()).hexdigest()
+    file, digest = pretrained.locate(path)
+    return weights.load(file), digest
 
 
 def _model_of(config: ConfigDict, initial, directory: pathlib.Path) -> dict[str, Any]:

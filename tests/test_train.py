@@ -431,6 +431,16 @@ def test_every_option_of_the_modern_recipe_trains(small_config, tmp_path):
     assert f"({result['test_wrong_last']} of" in scoring.score(None, None, file)
 
 
+def test_a_run_begins_from_a_file_a_run_or_a_published_name(finished, tmp_path):
+    _, directory, _ = finished
+    by_file = train._load_initial(str(directory / "weights.safetensors"))
+    by_run = train._load_initial(str(directory))
+    assert by_run[1] == by_file[1]
+    assert train._load_initial("resnet20")[0].model["name"] == "resnet20"
+    with pytest.raises(UserError, match="holds no weights.safetensors: finish the run first"):
+        train._load_initial(str(tmp_path))
+
+
 def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):
     _, directory, _ = finished
     small_config.model.name = "resnet20"
