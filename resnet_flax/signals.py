@@ -10,6 +10,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
+
+# Those who answer, the one in force last: what to ask, the handlers before it by number, and the
+# numbers of signals that get a KeyboardInterrupt.
+_Answer = tuple[Callable[[int], bool], dict[int, Any], set[int]]
+_answers: list[_Answer] = []
+
+# Where Python writes the numbers of signals that arrive, for a thread that lives as long as the
+# process: one that ended beside those of other libraries has made processes abort at their end.
+_sink: int | None = None
 
 # What a program of ours does before it ends; None in a program that is not, as in a notebook.
 _farewell: Callable[[], None] | None = None
@@ -23,7 +33,7 @@ def end_on_interrupt(farewell: Callable[[], None] = lambda: None) -> None:
     """
     global _farewell
     if _farewell is None:
-        _listen(lambda number: True, (signal.SIGINT,))
+        _answer(lambda number: True, (signal.SIGINT,))
     _farewell = farewell
 
 
@@ -35,47 +45,54 @@ def answered_by(ask: Callable[[int], bool], *numbers: signal.Signals) -> Iterato
     Signals that are ignored, as under nohup, stay so. Outside of the main thread, where Python
     handles no signals, this does nothing.
     """
-    restore = _listen(ask, numbers)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    restore = _answer(ask, numbers)
     try:
         yield
     finally:
         restore()
 
 
-def _listen(ask: Callable[[int], bool], numbers: tuple[signal.Signals, ...]) -> Callable[[], None]:
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-    final = set()
+def _answer(ask: Callable[[int], bool], numbers: tuple[signal.Signals, ...]) -> Callable[[], None]:
+    global _sink
+    if _sink is None:
+        source, _sink = os.pipe()
+        os.set_blocking(_sink, False)
+        threading.Thread(target=_watch, args=(source,), daemon=True).start()
+    old, final = {}, set()
 
     def handle(number, frame):
         del frame
         if number in final:
             raise KeyboardInterrupt
 
-    def watch():
-        with open(source, "rb", buffering=0) as pipe:
-            while number := pipe.read(1):
-                if number[0] not in {*old} - final or not ask(number[0]):
-                    continue
-                if _farewell:
-                    with contextlib.suppress(OSError):
-                        os.write(2, b"interrupted\n")
-                    _farewell()
-                    os._exit(128 + number[0])
-                final.add(number[0])
-                _thread.interrupt_main(number[0])
-
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    heard = [n for n in numbers if signal.getsignal(n) is not signal.SIG_IGN]
-    before = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
-    old = {n: signal.signal(n, handle) for n in heard}
-    threading.Thread(target=watch, daemon=True).start()
+    before = signal.set_wakeup_fd(_sink, warn_on_full_buffer=False)
+    _answers.append((ask, old, final))
+    for number in numbers:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            old[number] = signal.signal(number, handle)
 
     def restore():
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        _answers.pop()
         signal.set_wakeup_fd(before)
-        for n, handler in old.items():
-            signal.signal(n, handler)
-        os.close(sink)
 
     return restore
+
+
+def _watch(source: int) -> None:
+    while True:
+        number = os.read(source, 1)[0]
+        ask, known, final = _answers[-1] if _answers else (None, (), set())
+        if number not in known or number in final or not ask(number):
+            continue
+        if _farewell:
+            with contextlib.suppress(OSError):
+                os.write(2, b"interrupted\n")
+            _farewell()
+            os._exit(128 + number)
+        final.add(number)
+        _thread.interrupt_main(number)
