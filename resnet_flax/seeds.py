@@ -3,8 +3,8 @@
 Where their number is a multiple of the devices, each device trains whole nets and none waits for
 another; else the nets lie on all devices, and every net's batch is split over them. On a CPU the
 nets of a device follow one another inside the program, elsewhere they are one vectorised
-computation (`jax.vmap`): grouped convolutions, which is what convolutions with a kernel a net
-become, fill an accelerator but are slow on a CPU.
+computation (`jax.vmap`). On a GPU that is slower than one net after the other, as was measured
+since: results/performance.md.
 """
 
 import dataclasses

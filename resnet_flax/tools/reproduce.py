@@ -169,7 +169,7 @@ def _parse(argv: list[str]):
         type=int,
         default=1,
         help="seeds of a net that one process trains at once (config.train.num_seeds); default: 1, "
-        "as it has not been measured on a GPU or TPU whether more pay",
+        "since more do not pay yet, on a CPU or a GPU",
     )
     parser.add_argument("--part", help="I/N: only every N-th run, where there are no locks")
     parser.add_argument(
