@@ -189,7 +189,7 @@ def read_index(folder: pathlib.Path = FOLDER) -> dict[str, dict[str, Any]]:
 def load_pretrained(source: str | os.PathLike) -> Pretrained:
     """Loads a published net by its name, or any weights file of this package by its path.
 
-        net = resnet_flax.load_pretrained("resnet20_cifar10_short")
+        net = resnet_flax.load_pretrained("resnet20")
         [[(name, probability), *others]] = net.predict("photo.jpg")
 
     Args:
