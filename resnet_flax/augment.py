@@ -60,19 +60,40 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) - mean) / std
 
 
-def crop_and_mirror(
-    key: jax.Array, images: jax.Array, *, pad: int, flip: bool, fill: str = "zero"
-) -> jax.Array:
-    """Random crop of the padded image or of its mirror image, drawn per image [R §4.2].
+def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str, jax.Array]:
+    """Draws what `crop_and_mirror` does to each image of a batch [R §4.2].
 
     The draws are a function of the key and of the position in the batch alone, so they do not
     depend on how a (global) batch is split over devices.
 
     Args:
       key: a typed PRNG key.
-      images: normalised, [B, H, W, C]: zero stands for the mean.
-      pad: pixels added on each side before cropping back to H x W; 0: no crop.
+      batch: number of images, B.
+      pad: pixels added on each side before cropping back; 0: no crop.
       flip: mirror each image with probability one half.
+
+    Returns:
+      Where there is a crop, `offsets`: int32 [B, 2], 0 to 2 * pad; with `flip`, `mirror`: bool
+      [B, 1, 1, 1].
+    """
+    offset_key, flip_key = jax.random.split(key)
+    draws = {}
+    if flip:
+        draws["mirror"] = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch, 1, 1, 1))
+    if pad:
+        draws["offsets"] = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1, jnp.int32)
+    return draws
+
+
+def crop_and_mirror(
+    images: jax.Array, draws: dict[str, jax.Array], *, pad: int, fill: str = "zero"
+) -> jax.Array:
+    """Crops the padded images, or their mirror images [R §4.2].
+
+    Args:
+      images: normalised, [B, H, W, C]: zero stands for the mean.
+      draws: from `draw_crops`, with the same `pad`.
+      pad: pixels added on each side.
       fill: what is added: "zero", or "edge": the nearest pixel of the image. The latter is what
         Keras's generator does when it shifts an image, but for one thing: it draws shifts of
         fractions of a pixel and interpolates, here they are of whole pixels.
@@ -80,20 +101,17 @@ def crop_and_mirror(
     Returns:
       [B, H, W, C], dtype of `images`.
     """
-    batch, height, width, channels = images.shape
-    offset_key, flip_key = jax.random.split(key)
-    if flip:
-        mirror = jax.random.bernoulli(flip_key, jnp.float32(0.5), (batch, 1, 1, 1))
-        images = jnp.where(mirror, images[:, :, ::-1], images)
-    if pad:
-        offsets = jax.random.randint(offset_key, (batch, 2), 0, 2 * pad + 1, jnp.int32)
+    height, width, channels = images.shape[1:]
+    if "mirror" in draws:
+        images = jnp.where(draws["mirror"], images[:, :, ::-1], images)
+    if "offsets" in draws:
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), _FILLS[fill])
 
         def crop(image, offset):
             start = (offset[0], offset[1], jnp.int32(0))
             return jax.lax.dynamic_slice(image, start, (height, width, channels))
 
-        images = jax.vmap(crop)(padded, offsets)
+        images = jax.vmap(crop)(padded, draws["offsets"])
     return images
 
 

@@ -58,13 +58,14 @@ def _spread(size: int, examples: int, batch_size: int) -> np.ndarray:
 
 def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
     """A `sharding.put` that places each array once, however many feeds ask for it."""
-    placed: dict[int, tuple[np.ndarray, jax.Array]] = {}
+    placed: dict[tuple, tuple[np.ndarray, jax.Array]] = {}
 
     def put(value: np.ndarray, where: NamedSharding) -> jax.Array:
-        if id(value) not in placed:
-            # Kept with its value: else another could come to have its id.
-            placed[id(value)] = value, sharding.put(value, where)
-        return placed[id(value)][1]
+        key = value.ctypes.data, value.shape
+        if key not in placed:
+            # Kept with its value: else another could come to have its address.
+            placed[key] = value, sharding.put(value, where)
+        return placed[key][1]
 
     return put
 
@@ -101,8 +102,9 @@ class ResidentFeed:
         # Of a part the whole lies there: other parts of it may be fed too.
         self._part = split.positions if isinstance(split, Part) else None
         whole = split.whole if isinstance(split, Part) else split
+        mean = np.broadcast_to(mean, whole.image_shape)
         self.resident = _statistics(mean, std, seed, mesh) | {
-            "images": put(whole.images, everywhere),
+            "images": put(whole.images.reshape(len(whole), -1), everywhere),
             "labels": put(whole.labels, everywhere),
         }
 

@@ -244,7 +244,7 @@ class Group:
 
             if not one_by_one:
                 return jax.vmap(step)(states, batches, own)
-            if len(batches) > 1:
+            if len(jax.tree.leaves(batches)[0]) > 1:
                 return jax.lax.map(lambda net: step(*net), (states, batches, own))
             alone = step(*jax.tree.map(lambda x: x[0], (states, batches, own)))
             return jax.tree.map(lambda x: x[None], alone)

@@ -1,8 +1,9 @@
 """The compiled functions: training steps, evaluation, batch-norm statistics.
 
 `resident` is what stays on the devices during a run: `mean` and `std` for `augment.normalize`,
-`key`, a typed PRNG key, and, where the whole data set is there, `images` uint8 [N, H, W, C] and
-`labels` int32 [N]. It is an argument, never a closure, which would bake the data set into the
+`key`, a typed PRNG key, and, where the whole data set is there, `images` uint8 [N, H * W * C] and
+`labels` int32 [N]; `mean` is [H, W, C] then. (A row an image: a TPU would lay out [N, H, W, C]
+anew at every call.) It is an argument, never a closure, which would bake the data set into the
 program.
 
 A `batch` is what the host sends for a step: int32 [B], positions in the resident data set, or,
@@ -10,6 +11,7 @@ where that is not there, a dict of `images` uint8 [B, H, W, C] and `labels` int3
 of k steps each array has an axis k in front.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +42,7 @@ def examples(resident, batch, sharding):
     if "images" not in resident:
         return batch["images"], batch["labels"]
     images = jnp.take(resident["images"], batch, axis=0, mode="clip")
+    images = images.reshape(-1, *resident["mean"].shape)
     labels = jnp.take(resident["labels"], batch, axis=0, mode="clip")
     if sharding is not None:
         images = jax.lax.with_sharding_constraint(images, sharding)
@@ -83,9 +86,9 @@ def make_train_chunk(
       model: the net.
       optimizer: as from `optim.sgd`.
       sharding: of a batch's first axis; None: a device has the whole of it.
-      pad: pixels, see `augment.crop_and_mirror`.
+      pad: pixels, see `augment.draw_crops`.
       flip: likewise.
-      fill: likewise.
+      fill: see `augment.crop_and_mirror`.
       color: whether to shift each image's colours, see `augment.color_shift`.
       label_smoothing: see `cross_entropy`.
       ema_decay: share of the averaged weights kept at each step, 0: no average.
@@ -102,15 +105,22 @@ def make_train_chunk(
       convolutions are slow, unless they are those of `models.cpu_convolution`.)
     """
 
-    def train_step(state: TrainState, batch: Any, resident: dict):
-        images, labels = examples(resident, batch, sharding)
-        key = jax.random.fold_in(resident["key"], state.step)
+    def draw(key, step, size):
+        key = jax.random.fold_in(key, step)
+        draws = {"crops": augment.draw_crops(key, size, pad=pad, flip=flip)}
         if color:
-            shift = augment.color_shift(jax.random.fold_in(key, _COLOR_KEY), len(images))
-            images = images.astype(jnp.float32) + shift
+            draws["color"] = augment.color_shift(jax.random.fold_in(key, _COLOR_KEY), size)
+        if model.draws:
+            draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
+        return draws
+
+    def train_step(state: TrainState, inputs: tuple[Any, dict], resident: dict):
+        batch, draws = inputs
+        images, labels = examples(resident, batch, sharding)
+        if color:
+            images = images.astype(jnp.float32) + draws["color"]
         images = augment.normalize(images, resident["mean"], resident["std"])
-        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
-        rngs = {"drop": jax.random.fold_in(key, _DROP_KEY)} if model.draws else None
+        images = augment.crop_and_mirror(images, draws["crops"], pad=pad, fill=fill)
 
         def objective(params):
             logits, new = model.apply(
@@ -118,7 +128,7 @@ def make_train_chunk(
                 images,
                 train=True,
                 mutable=["batch_stats"],
-                rngs=rngs,
+                rngs=draws.get("rngs"),
             )
             loss = jnp.mean(cross_entropy(logits, labels, label_smoothing))
             return loss, (logits, new["batch_stats"])
@@ -136,17 +146,27 @@ def make_train_chunk(
             now = {"params": params, "batch_stats": batch_stats}
             ema = optax.incremental_update(now, ema, 1 - ema_decay)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return state, {"loss": loss, "error": error, "rate": optim.last_rate(opt_state)}
+        return state, jnp.stack([loss, error, optim.last_rate(opt_state)])
 
     step = together(train_step)
 
     def train_chunk(state, resident, batches, wishes=None):
-        if _length(batches) == 1:
-            batch = jax.tree.map(lambda x: x[0], batches)
-            state, sums = step(state, batch, resident)
-            sums = jax.tree.map(lambda x: x[None], sums)
+        length, *_, size = jax.tree.leaves(batches)[0].shape[: state.step.ndim + 2]
+        draw_all = functools.partial(draw, size=size)
+        for _ in range(state.step.ndim):  # One axis where there are several nets.
+            draw_all = jax.vmap(draw_all)
+        numbers = state.step + jnp.arange(length, dtype=jnp.int32).reshape(-1, *[1] * state.step.ndim)
+        # Before the loop: inside, XLA would draw a crop's offsets again for each of its pixels.
+        draws = jax.vmap(draw_all, in_axes=(None, 0))(resident["key"], numbers)
+        if length == 1:
+            inputs = jax.tree.map(lambda x: x[0], (batches, draws))
+            state, sums = step(state, inputs, resident)
+            sums = sums[None]
         else:
-            state, sums = jax.lax.scan(lambda s, b: step(s, b, resident), state, batches)
+            state, sums = jax.lax.scan(
+                lambda state, inputs: step(state, inputs, resident), state, (batches, draws)
+            )
+        sums = {name: sums[..., i] for i, name in enumerate(("loss", "error", "rate"))}
         return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
 
     return jax.jit(
@@ -236,9 +256,9 @@ def make_batch_statistics(
     Args:
       model: the net.
       sharding: of a batch's first axis.
-      pad: pixels, see `augment.crop_and_mirror`.
+      pad: pixels, see `augment.draw_crops`.
       flip: likewise.
-      fill: likewise.
+      fill: see `augment.crop_and_mirror`.
 
     Returns:
       A jitted function; `draw` is an int32 scalar that numbers the batch.
@@ -249,7 +269,8 @@ def make_batch_statistics(
         images, _ = examples(resident, batch, sharding)
         images = augment.normalize(images, resident["mean"], resident["std"])
         key = jax.random.fold_in(resident["key"], _STATISTICS_KEYS + draw.astype(jnp.uint32))
-        images = augment.crop_and_mirror(key, images, pad=pad, flip=flip, fill=fill)
+        crops = augment.draw_crops(key, len(images), pad=pad, flip=flip)
+        images = augment.crop_and_mirror(images, crops, pad=pad, fill=fill)
         _, new = fresh.apply(variables, images, train=True, mutable=["batch_stats"])
         return new["batch_stats"]
 

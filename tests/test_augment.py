@@ -12,6 +12,11 @@ def images(count=64):
     return np.stack([one] * count)
 
 
+def crop_and_mirror(key, batch, *, pad, flip, fill="zero"):
+    draws = augment.draw_crops(key, len(batch), pad=pad, flip=flip)
+    return augment.crop_and_mirror(batch, draws, pad=pad, fill=fill)
+
+
 def possible_crops(image, pad, mode="constant"):
     height, width, _ = image.shape
     for mirrored in (False, True):
@@ -24,7 +29,7 @@ def possible_crops(image, pad, mode="constant"):
 
 def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs():
     batch = images(3000)
-    out = np.asarray(augment.crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True))
+    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True))
     names = {crop.tobytes(): name for name, crop in possible_crops(batch[0], 2)}
     assert len(names) == 50
     counts = {}
@@ -39,26 +44,25 @@ def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs():
 
 def test_edge_fill_repeats_the_nearest_pixel():
     batch = images(300)
-    crop = augment.crop_and_mirror
-    out = np.asarray(crop(jax.random.key(0), batch, pad=2, flip=True, fill="edge"))
+    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True, fill="edge"))
     names = {crop.tobytes() for _, crop in possible_crops(batch[0], 2, "edge")}
     assert {np.ascontiguousarray(image).tobytes() for image in out} <= names
 
 
 def test_draws_do_not_depend_on_the_batch_around_an_image():
     key = jax.random.key(1)
-    a = augment.crop_and_mirror(key, images(64), pad=2, flip=True)
-    b = augment.crop_and_mirror(key, images(64) * 2, pad=2, flip=True)
+    a = crop_and_mirror(key, images(64), pad=2, flip=True)
+    b = crop_and_mirror(key, images(64) * 2, pad=2, flip=True)
     np.testing.assert_array_equal(a * 2, b)
 
 
 def test_nothing_asked_nothing_done():
-    out = augment.crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
+    out = crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
     np.testing.assert_array_equal(out, images(4))
 
 
 def test_one_sided_options():
-    flipped = augment.crop_and_mirror(jax.random.key(0), images(64), pad=0, flip=True)
+    flipped = crop_and_mirror(jax.random.key(0), images(64), pad=0, flip=True)
     kinds = {np.asarray(i).tobytes() for i in flipped}
     assert kinds == {images(1)[0].tobytes(), np.ascontiguousarray(images(1)[0][:, ::-1]).tobytes()}
 

@@ -38,7 +38,8 @@ def test_keys_are_those_of_jax():
 def draws():
     key = randomness.make_key(3)
     images = np.arange(8 * 16, dtype=np.float32).reshape(8, 4, 4, 1)
-    return augment.crop_and_mirror(key, images, pad=2, flip=True), augment.color_shift(key, 8)
+    crops = augment.draw_crops(key, 8, pad=2, flip=True)
+    return augment.crop_and_mirror(images, crops, pad=2), augment.color_shift(key, 8)
 
 
 def test_64_bits_draw_the_same():
