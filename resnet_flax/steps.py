@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from resnet_flax import augment, optim
+from resnet_flax import augment, optim, packing
 from resnet_flax.data.batches import UNREADABLE
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.state import TrainState
@@ -114,8 +114,17 @@ def make_train_chunk(
             draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
         return draws
 
-    def train_step(state: TrainState, inputs: tuple[Any, dict], resident: dict):
-        batch, draws = inputs
+    def copy_kernels(params):
+        """The convolutions' kernels in the dtype of the computation, None for all else."""
+        return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else None, params)
+
+    def train_step(carry, inputs, resident, like=None):
+        (state, kernels), (batch, draws) = carry, inputs
+        params, batch_stats = state.params, state.batch_stats
+        if like is not None:
+            params = packing.unpack(params, like.params)
+            params = jax.tree.map(lambda x, k: x if k is None else k, params, kernels)
+            batch_stats = packing.unpack(batch_stats, like.batch_stats)
         images, labels = examples(resident, batch, sharding)
         if color:
             images = images.astype(jnp.float32) + draws["color"]
@@ -124,7 +133,7 @@ def make_train_chunk(
 
         def objective(params):
             logits, new = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": params, "batch_stats": batch_stats},
                 images,
                 train=True,
                 mutable=["batch_stats"],
@@ -134,7 +143,9 @@ def make_train_chunk(
             return loss, (logits, new["batch_stats"])
 
         gradient = jax.value_and_grad(objective, has_aux=True)
-        (loss, (logits, batch_stats)), grads = gradient(state.params)
+        (loss, (logits, batch_stats)), grads = gradient(params)
+        if like is not None:
+            grads, batch_stats = packing.pack(grads), packing.pack(batch_stats)
         error = jnp.mean(jnp.argmax(logits, axis=-1) != labels)
         # XLA's CPU backend takes max(NaN, 0) for 0: a net can be lost and its loss be finite.
         is_finite = jnp.isfinite(optax.tree.norm((grads, batch_stats)))
@@ -146,26 +157,34 @@ def make_train_chunk(
             now = {"params": params, "batch_stats": batch_stats}
             ema = optax.incremental_update(now, ema, 1 - ema_decay)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        return state, jnp.stack([loss, error, optim.last_rate(opt_state)])
-
-    step = together(train_step)
+        if like is not None:
+            kernels = copy_kernels(packing.unpack(params, like.params))
+        return (state, kernels), jnp.stack([loss, error, optim.last_rate(opt_state)])
 
     def train_chunk(state, resident, batches, wishes=None):
-        length, *_, size = jax.tree.leaves(batches)[0].shape[: state.step.ndim + 2]
-        draw_all = functools.partial(draw, size=size)
-        for _ in range(state.step.ndim):  # One axis where there are several nets.
-            draw_all = jax.vmap(draw_all)
-        numbers = state.step + jnp.arange(length, dtype=jnp.int32).reshape(-1, *[1] * state.step.ndim)
+        several = state.step.ndim  # 1 where there are several nets, else 0.
+        length, *_, size = jax.tree.leaves(batches)[0].shape[: several + 2]
+
+        def of_each(function, *arguments):
+            return (jax.vmap(function) if several else function)(*arguments)
+
+        def draw_step(i):
+            return of_each(functools.partial(draw, size=size), resident["key"], state.step + i)
+
         # Before the loop: inside, XLA would draw a crop's offsets again for each of its pixels.
-        draws = jax.vmap(draw_all, in_axes=(None, 0))(resident["key"], numbers)
+        draws = jax.vmap(draw_step)(jnp.arange(length, dtype=jnp.int32))
         if length == 1:
             inputs = jax.tree.map(lambda x: x[0], (batches, draws))
-            state, sums = step(state, inputs, resident)
+            (state, _), sums = together(train_step)((state, None), inputs, resident)
             sums = sums[None]
         else:
-            state, sums = jax.lax.scan(
-                lambda state, inputs: step(state, inputs, resident), state, (batches, draws)
+            like = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0] if several else x, state))
+            step = together(functools.partial(train_step, like=like))
+            carry = of_each(packing.pack, state), of_each(copy_kernels, state.params)
+            (state, _), sums = jax.lax.scan(
+                lambda carry, inputs: step(carry, inputs, resident), carry, (batches, draws)
             )
+            state = of_each(lambda packed: packing.unpack(packed, like), state)
         sums = {name: sums[..., i] for i, name in enumerate(("loss", "error", "rate"))}
         return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
 

@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models import deferred
+
+
+def relu(x: jax.Array | deferred.Normalized) -> jax.Array | deferred.Normalized:
+    """max(x, 0), elementwise, of [B, H, W, C]; see `deferred` for what is not computed yet."""
+    return x.relu() if isinstance(x, deferred.Normalized) else _relu(x)
+
 
 @jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
+def _relu(x: jax.Array) -> jax.Array:
     """max(x, 0), elementwise.
 
     Values and derivatives are those of `flax.linen.relu` (but at NaN, where a gradient passes here
@@ -16,7 +23,7 @@ def relu(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
-@relu.defjvp
+@_relu.defjvp
 def _relu_jvp(primals, tangents):
-    y = relu(*primals)
+    y = _relu(*primals)
     return y, jnp.where(y == 0, 0, tangents[0])

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models import cpu_convolution
+from resnet_flax.models import cpu_convolution, deferred
 from resnet_flax.models.activation import relu
 
 Shortcut = Callable[..., jax.Array]
@@ -49,6 +49,7 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
+        x = deferred.array(x)
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         pad = (self.kernel - 1) // 2
@@ -77,7 +78,7 @@ def no_shortcut(x, y, strides, conv, norm):
 def identity(x, y, strides, conv, norm):
     """The input itself; shapes must agree."""
     del strides, conv, norm
-    return x + y
+    return y + deferred.array(x)
 
 
 def option_a(x: jax.Array, strides: int, channels: int) -> jax.Array:
@@ -94,7 +95,7 @@ def pad_identity(x, y, strides, conv, norm):
     circulation; any other place gives the same net up to a renaming of channels.
     """
     del conv, norm
-    return option_a(x, strides, y.shape[-1]) + y
+    return option_a(deferred.array(x), strides, y.shape[-1]) + y
 
 
 def projection(x, y, strides, conv, norm):

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from resnet_flax.models import deferred
+
 
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) with float32 statistics.
@@ -25,6 +27,7 @@ class BatchNorm(nn.Module):
       group_size: examples per group, or None for the whole batch.
       dtype: dtype of the result; the arithmetic is float32 whatever it is.
       scale_init: initialiser of the scale.
+      defer: in training, leave it to what uses the result to compute it, see `deferred`.
     """
 
     train: bool
@@ -33,9 +36,10 @@ class BatchNorm(nn.Module):
     group_size: int | None = None
     dtype: DTypeLike = jnp.float32
     scale_init: nn.initializers.Initializer = nn.initializers.ones
+    defer: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array | deferred.Convolved) -> jax.Array | deferred.Normalized:
         """Normalises `x` [B, H, W, C].
 
         Raises:
@@ -47,6 +51,7 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (channels,), jnp.float32)
         if not self.train:
+            x = deferred.array(x)
             factor = scale * jax.lax.rsqrt(running_var.value + self.epsilon)
             shift = bias - running_mean.value * factor
             factor, shift = (jax.lax.broadcast_to_rank(v, x.ndim) for v in (factor, shift))
@@ -58,15 +63,21 @@ class BatchNorm(nn.Module):
             raise ValueError(
                 f"batch of {batch} examples does not divide into groups of bn_group_size={group}"
             )
-        y = x.astype(jnp.float32).reshape(batch // group, group, *x.shape[1:])
-        scale, bias = (jax.lax.broadcast_to_rank(v, y.ndim) for v in (scale, bias))
-        y, mean, var = _normalise(y, scale, bias, self.epsilon)
+        if self.defer:
+            sums = deferred.sums(x, batch // group)
+            y = deferred.Normalized(deferred.array(x), sums, scale, bias, self.epsilon)
+            mean, var = deferred.mean_and_variance(sums, x.shape)
+        else:
+            y = x.astype(jnp.float32).reshape(batch // group, group, *x.shape[1:])
+            scale, bias = (jax.lax.broadcast_to_rank(v, y.ndim) for v in (scale, bias))
+            y, mean, var = _normalise(y, scale, bias, self.epsilon)
+            y = y.reshape(x.shape).astype(self.dtype)
         if not self.is_initializing():
             keep = self.momentum
-            group_mean, group_var = (jnp.mean(v, axis=(0, 1, 2, 3)) for v in (mean, var))
-            running_mean.value = keep * running_mean.value + (1 - keep) * group_mean
-            running_var.value = keep * running_var.value + (1 - keep) * group_var
-        return y.reshape(x.shape).astype(self.dtype)
+            mean, var = (jnp.mean(v.reshape(-1, channels), axis=0) for v in (mean, var))
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean
+            running_var.value = keep * running_var.value + (1 - keep) * var
+        return y
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from resnet_flax.models import deferred
 from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, Conv, Shortcut, he_normal
 from resnet_flax.models.norm import BatchNorm
@@ -52,6 +53,8 @@ class ResNet(nn.Module):
         saves memory with `scan` only, see results/performance.md.
       cpu_convolutions: another way to compute convolutions, faster on a CPU and without
         forward-mode derivatives, see `cpu_convolution`.
+      defer: in training, compute normalised activations where they are used, see `deferred`; faster
+        on a GPU. Nets that cannot do so train as without.
     """
 
     stage_sizes: tuple[int, ...]
@@ -76,6 +79,12 @@ class ResNet(nn.Module):
     scan: bool = False
     remat: bool = False
     cpu_convolutions: bool = False
+    defer: bool = False
+
+    @property
+    def defers(self) -> bool:
+        """Whether training defers, where `defer` asks for it."""
+        return self.defer and not (self.scan or self.remat or self.draws)
 
     @property
     def draws(self) -> bool:
@@ -124,6 +133,7 @@ class ResNet(nn.Module):
             epsilon=self.bn_epsilon,
             group_size=self.bn_group_size,
             dtype=self.dtype,
+            defer=self.defers and train,
         )
         last_scale_init = nn.initializers.zeros if self.zero_init_last else nn.initializers.ones
         outputs = []
@@ -133,6 +143,7 @@ class ResNet(nn.Module):
         if self.block.stem_activation:
             x = relu(norm(name="stem_bn")(x))
         if self.stem_pool:
+            x = deferred.array(x)
             # Explicit padding: SAME would pad one side only, as with convolutions.
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         out_widths = self.out_widths or tuple(w * self.block.expansion for w in self.widths)
@@ -178,7 +189,8 @@ class ResNet(nn.Module):
         if self.block.preactivation:
             outputs[-1] = x = relu(x)
         if features:
-            return tuple(outputs)
+            return tuple(map(deferred.array, outputs))
+        x = deferred.array(x)
         if not train and jnp.dtype(self.dtype) != jnp.float32:
             # jaxlib 0.11.2 merges the last convolutions into this sum on a CPU, and what comes out
             # in bfloat16 is garbage: NaN, mostly.
