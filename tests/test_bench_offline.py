@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from resnet_flax import devices
 from resnet_flax.errors import UserError
 from resnet_flax.tools import bench, bench_offline
 
@@ -166,6 +167,15 @@ def test_what_stands_in_an_environment(monkeypatch):
     found = bench_offline.environment("h100", "/some/where")
     assert found["XLA_FLAGS"].split()[:2] == ["--xla_one=1", "--xla_dump_to=/some/where"]
     assert "XLA_FLAGS" not in bench_offline.environment("v5e", "/some/where")
+
+
+def test_compiler_options_are_the_platforms_own(monkeypatch):
+    assert list(devices.compiler_options("gpu")) == ["xla_gpu_enable_command_buffer"]
+    assert list(devices.compiler_options("cpu")) == ["xla_cpu_experimental_ynn_fusion_type"]
+    assert devices.compiler_options("tpu") is None
+    # An option that this XLA does not know.
+    monkeypatch.setitem(devices._COMPILER_OPTIONS, "gpu", {"xla_gpu_of_another_version": "1"})
+    assert devices.compiler_options("gpu") is None
 
 
 def has_compiler(target):
