@@ -13,11 +13,6 @@ from typing import Any
 
 import jax
 
-# XLA replaces elementwise chains and reductions by calls of its YNNPACK kernels, beside the
-# convolutions and products that it replaces by default: naming a list replaces the default one.
-_FUSION = "xla_cpu_experimental_ynn_fusion_type"
-_KINDS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
-
 # Fewer images than this on each core's device cost more in dispatch than the core gains.
 _MIN_EXAMPLES_PER_DEVICE = 16
 
@@ -120,16 +115,3 @@ def memory_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):  # No such file; "max".
             found.append(int(pathlib.Path("/sys/fs/cgroup", name).read_text()))
     return min(found)
-
-
-def compiler_options() -> dict[str, str] | None:
-    """Options of `jax.jit` for a training step; None where the backend is no CPU or knows none."""
-    if jax.default_backend() != "cpu":
-        return None
-    options = {_FUSION: ",".join(f"LIBRARY_FUSION_TYPE_{kind}" for kind in _KINDS)}
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
-    except Exception:
-        # An experimental option: another version of XLA may not have it.
-        return None
-    return options

@@ -13,6 +13,41 @@ from resnet_flax import cpu, distributed, sharding
 from resnet_flax.config import flatten
 from resnet_flax.errors import UserError
 
+# XLA replaces elementwise chains and reductions by calls of its YNNPACK kernels, beside the
+# convolutions and products that it replaces by default: naming a list replaces the default one.
+_LIBRARY_FUSIONS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
+
+# What may be part of a CUDA graph. With all of these a training step is one, where by default it
+# is many, and its convolutions are launched one by one.
+_GRAPH_PARTS = (
+    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,CONVOLUTION"
+)
+
+_COMPILER_OPTIONS = {
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": ",".join(
+            f"LIBRARY_FUSION_TYPE_{kind}" for kind in _LIBRARY_FUSIONS
+        )
+    },
+    "gpu": {"xla_gpu_enable_command_buffer": _GRAPH_PARTS},
+}
+
+
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """Options of `jax.jit` for a training step on "cpu", "gpu" or "tpu"; None where there are none.
+
+    Where this version of XLA does not know them, None too.
+    """
+    options = _COMPILER_OPTIONS.get(platform)
+    if options is None:
+        return None
+    try:
+        # Every backend reads the options of all, so that the platform's own need not be here.
+        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+    except Exception:
+        return None
+    return options
+
 
 def choose_mesh(config: ConfigDict) -> Mesh:
     """The devices to run on; a CPU is first split into several where that pays.

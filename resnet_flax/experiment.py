@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import (
     cpu,
+    devices,
     distributed,
     evaluate,
     feed,
@@ -29,10 +30,15 @@ from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
 
 
-def make_model(config: ConfigDict) -> ResNet:
-    """The configured net; `num_classes` must be resolved."""
+def make_model(config: ConfigDict, platform: str) -> ResNet:
+    """The configured net; `num_classes` must be resolved.
+
+    Args:
+      config: of the run.
+      platform: what it will run on, see `sharding.platform`.
+    """
     architecture = models.get_architecture(config.model.name)
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = platform == "cpu"
     dtype = config.model.dtype
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
@@ -207,7 +213,7 @@ class Experiment:
             color=c.data.color,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
-            compiler_options=cpu.compiler_options(),
+            compiler_options=devices.compiler_options(sharding.platform(self.mesh)),
         )
 
     def make_evaluated(self):
@@ -296,5 +302,5 @@ def build(
     # Of several processes all are here, and some may share a machine.
     cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
     workers = cpu.choose_workers(config.data.workers, cores)
-    model = make_model(config)
+    model = make_model(config, sharding.platform(mesh))
     return Experiment(config, dataset, mesh, model, mean, std, warn, workers, put)

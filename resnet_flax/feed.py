@@ -126,7 +126,8 @@ class ResidentFeed:
         """Positions of all examples: int32 [k, B], -1 for none."""
         index = self._in_whole(padded_rows(self.size, batch_size, self._mesh.size))
         # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
-        for chunk in index[:, None] if jax.default_backend() == "cpu" else index[None]:
+        on_cpu = sharding.platform(self._mesh) == "cpu"
+        for chunk in index[:, None] if on_cpu else index[None]:
             yield sharding.put(chunk, sharding.split(self._mesh, 1))
 
     def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
@@ -270,6 +271,6 @@ class StreamedFeed:
 Feed = ResidentFeed | StreamedFeed
 
 
-def chunk_steps(examples: Feed, requested: int) -> int:
-    """Steps to dispatch at once: `requested`, or where that is 0 as many as pay on this backend."""
-    return requested or (1 if jax.default_backend() == "cpu" else examples.default_chunk)
+def chunk_steps(examples: Feed, requested: int, platform: str) -> int:
+    """Steps to dispatch at once: `requested`, or where that is 0 as many as pay on a platform."""
+    return requested or (1 if platform == "cpu" else examples.default_chunk)

@@ -166,7 +166,9 @@ class Loop:
         Two lengths, not many: each is a program to compile.
         """
         c = self.config
-        chunk = feed.chunk_steps(self.experiment.train_feed, c.train.chunk_steps)
+        chunk = feed.chunk_steps(
+            self.experiment.train_feed, c.train.chunk_steps, sharding.platform(self.experiment.mesh)
+        )
         periods = c.log.every_steps, c.eval.every_steps, c.checkpoint.every_steps
         stops = [(self.step // p + 1) * p for p in periods]
         return chunk if self.step + chunk <= min(c.train.total_steps, *stops) else 1

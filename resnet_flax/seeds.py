@@ -233,7 +233,7 @@ class Group:
 
     def _together(self, train_step: Callable) -> Callable:
         # A CPU gains nothing from several nets in one operation, and its caches hold one better.
-        one_by_one = jax.default_backend() == "cpu"
+        one_by_one = sharding.platform(self.mesh) == "cpu"
 
         def steps(states, batches, resident):
             shared = {name: resident[name] for name in _SHARED}

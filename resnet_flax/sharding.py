@@ -27,6 +27,11 @@ def make_mesh(devices: Sequence[jax.Device], batch_size: int) -> Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def platform(mesh: Mesh) -> str:
+    """What the devices are: "cpu", "gpu" or "tpu"; they need not be here."""
+    return mesh.devices.flat[0].platform
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, PartitionSpec())

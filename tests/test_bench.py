@@ -165,8 +165,8 @@ def test_images_from_the_hosts_memory():
     assert [b["labels"][0].tolist() for b in examples.batches(4)] == [[0, 1, 2, 3], [4, -1, -1, -1]]
     with pytest.raises(ValueError, match="2 steps a dispatch"):
         examples.chunk(0, 2)
-    assert feed.chunk_steps(examples, 0) == 1
-    assert feed.chunk_steps(examples, 7) == 7
+    assert feed.chunk_steps(examples, 0, "gpu") == 1
+    assert feed.chunk_steps(examples, 7, "cpu") == 7
 
 
 @pytest.mark.slow

@@ -86,12 +86,12 @@ def test_a_net_s_own_shortcut_can_be_recorded():
 def test_zero_init_last_reaches_the_net():
     config = base_config()
     config.model.num_classes = 10
-    assert not experiment.make_model(config).zero_init_last
+    assert not experiment.make_model(config, "cpu").zero_init_last
     config.model.zero_init_last = True
-    assert experiment.make_model(config).zero_init_last
+    assert experiment.make_model(config, "cpu").zero_init_last
     config.model.name = "plain20"
     with pytest.raises(UserError, match="'plain20' has no branches that end in batch norm"):
-        experiment.make_model(config)
+        experiment.make_model(config, "cpu")
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -133,7 +133,7 @@ def test_every_config_validates_and_traces(name):
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
     # Equal blocks as one: in another form a thousand layers take as long as all other nets.
-    model = experiment.make_model(config).clone(scan=True)
+    model = experiment.make_model(config, "cpu").clone(scan=True)
     run = experiment.Experiment(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))

@@ -136,7 +136,7 @@ def test_on_accelerators_the_nets_are_one_computation(monkeypatch):
     losses, arguments = [], (group.train_feed.resident, group.train_feed.chunk(0, 2))
     for backend in ("cpu", "gpu"):
         state = group.create_state()
-        monkeypatch.setattr(seeds.jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(sharding, "platform", lambda mesh, backend=backend: backend)
         chunk = group.make_train_chunk().lower(state, *arguments)
         monkeypatch.undo()
         assert ("feature_group_count = 2" in chunk.as_text()) == (backend == "gpu")

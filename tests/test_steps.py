@@ -10,7 +10,7 @@ import pytest
 
 from resnet_flax import augment, cpu, create_model, evaluate, optim, sharding, state, steps
 from resnet_flax.data import Split
-from resnet_flax.devices import check_memory
+from resnet_flax.devices import check_memory, compiler_options
 from resnet_flax.errors import UserError
 from resnet_flax.feed import ResidentFeed
 from resnet_flax.models import ablations, layout
@@ -140,8 +140,8 @@ def test_what_is_fast_on_a_cpu_computes_the_same(fast):
     everything = fast == "all of it"
     options = {"model": NET}
     if fast == "kernels" or everything:
-        options["compiler_options"] = cpu.compiler_options()
-        assert options["compiler_options"], "this XLA has lost the option; see cpu.py"
+        options["compiler_options"] = compiler_options("cpu")
+        assert options["compiler_options"], "this XLA has lost the option; see devices.py"
     if fast == "pairs" or everything:
         options["model"] = NET.clone(cpu_convolutions=True)
     if everything:

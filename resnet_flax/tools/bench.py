@@ -13,8 +13,17 @@ and adding to a large array in place. "of matmul" is the multiply-adds of the ne
 dense layer, three times for forwards and backwards, as a share of the first. "of bandwidth" is what
 XLA counts as read and written by the program's instructions as a share of the second; it knows no
 caches. "x limit" is the time of a step over the larger of the two shares' times.
+
+python -m resnet_flax.tools.bench --compile_for=h100 --models=resnet20,resnet110
+python -m resnet_flax.tools.bench --compile_for=v5e --devices=8 --json
+
+Compiles, with the compiler of devices that are not there, the training steps that a run on them
+would dispatch at once (--compile_for: h100, v5e, v6e), and executes nothing. Of a GPU it counts
+what a step launches, also inside CUDA graphs, and what of that the host submits, where a graph is
+one. Of a TPU it adds up the cycles that the compiler expects, of a step and of the whole chunk.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -24,35 +33,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from resnet_flax import models, workdir
-from resnet_flax.config import base_config, flatten, nearest_key
+from resnet_flax.config import base_config, flatten, imagenet_config, nearest_key
 from resnet_flax.errors import UserError
-from resnet_flax.tools import bench_report, entry
+from resnet_flax.tools import bench_offline, bench_report, entry
 
 _DTYPES = "auto", "float32", "bfloat16"
 _PARTS = "train", "eval", "ceilings", "first_step"
 
 
 def run_worker(
-    case: dict[str, Any], *, timeout: float | None = None, cache: str | None = None
+    case: dict[str, Any],
+    *,
+    timeout: float | None = None,
+    cache: str | None = None,
+    module: str = "bench_worker",
+    variables: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What `tools.bench_worker` prints for a case, in a process of its own.
+    """What a module of `tools` prints for a case, in a process of its own.
 
     Args:
       case: see `bench_worker.Case`.
       timeout: seconds after which it is ended.
       cache: directory of its compilation cache; None: as the environment has it.
+      module: "bench_worker" or "bench_offline".
+      variables: of its environment, beside this process's.
 
     Raises:
       UserError: it failed, with the last line that it said.
     """
     # What an earlier run has left in the user's cache is no measure of compiling.
-    environment = os.environ | {"RESNET_FLAX_CACHE": ""}
+    environment = os.environ | {"RESNET_FLAX_CACHE": ""} | (variables or {})
     if cache:
         environment["JAX_COMPILATION_CACHE_DIR"] = cache
-    command = [sys.executable, "-m", "resnet_flax.tools.bench_worker"]
+    command = [sys.executable, "-m", f"resnet_flax.tools.{module}"]
     case = {**case, "started": time.time()}
     try:
         done = subprocess.run(
@@ -98,6 +115,27 @@ def run_case(case: dict[str, Any], *, timeout: float | None = None) -> dict[str,
     return row
 
 
+def compile_case(case: dict[str, Any], *, target: str, timeout: float | None = None):
+    """A row, see `bench_offline.KEYS`, of a case compiled for `target` in a process of its own.
+
+    Args:
+      case: see `bench_worker.Case`.
+      target: of `bench_offline.TARGETS`.
+      timeout: seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as folder:
+        try:
+            return run_worker(
+                {**case, "target": target, "folder": folder},
+                timeout=timeout,
+                module="bench_offline",
+                variables=bench_offline.environment(target, folder),
+            )
+        except UserError as error:
+            known = {"model": case["model"], "target": target, "devices": case["devices"]}
+            return dict.fromkeys(bench_offline.KEYS) | known | {"error": str(error)}
+
+
 def _numbers(flag: str, text: str, least: int) -> list[int]:
     try:
         values = [int(x) for x in text.split(",")]
@@ -140,7 +178,7 @@ def make_cases(args) -> list[dict[str, Any]]:
     names = args.models.split(",")
     for name in names:
         models.get_architecture(name)
-    batches = _numbers("--batch_sizes", args.batch_sizes, 1)
+    batches = _numbers("--batch_sizes", args.batch_sizes or "128", 1)
     counts = _numbers("--devices", args.devices, 0)
     dtypes = _words("--dtypes", args.dtypes, _DTYPES)
     for batch, count in itertools.product(batches, counts):
@@ -168,11 +206,29 @@ def make_cases(args) -> list[dict[str, Any]]:
     ]
 
 
+def make_offline_cases(args) -> list[dict[str, Any]]:
+    """The same with --compile_for: at least one device, and the recipes' batch sizes.
+
+    Raises:
+      UserError: a flag makes no sense, or there is no compiler.
+    """
+    if args.out:
+        raise UserError("--out is for measurements; with --compile_for print --json to a file")
+    cases = make_cases(args)
+    for case in cases:
+        case["devices"] = case["devices"] or 1
+        if not args.batch_sizes and models.get_architecture(case["model"]).image_size > 32:
+            case["batch_size"] = imagenet_config().data.batch_size
+    bench_offline.check(args.compile_for, [case["devices"] for case in cases])
+    return cases
+
+
 def _parser():
     parser = entry.parser(__doc__)
     add = parser.add_argument
     add("--models", default="resnet20", help="nets, separated by commas")
-    add("--batch_sizes", default="128", help="examples a step, over all devices")
+    add("--compile_for", metavar="DEVICE", help="compile only, for h100, v5e or v6e")
+    add("--batch_sizes", help="examples a step, over all devices; default: 128")
     add("--dtypes", default="auto", help="float32, bfloat16; auto: bfloat16 off the CPU")
     add("--devices", default="0", help="how many; 0: as many as a run would use")
     add("--parts", default=",".join(_PARTS), help="what to measure, of %(default)s")
@@ -193,6 +249,7 @@ def run_cases(
     path: pathlib.Path | None,
     *,
     timeout: float | None = None,
+    run: Callable[..., dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Measures all cases; tells of each on stderr as it begins.
 
@@ -201,6 +258,7 @@ def run_cases(
       path: a JSON file kept up to date row by row; what it holds already, but for failures, is not
         measured again. Its other content stays.
       timeout: see `run_case`.
+      run: makes other rows, which `path` cannot keep; None: `run_case`.
 
     Returns:
       `command`, and `rows`, see `run_case`.
@@ -214,7 +272,7 @@ def run_cases(
         if row is None:
             what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
             print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
-            row = run_case(case, timeout=timeout)
+            row = (run or run_case)(case, timeout=timeout)
         rows.append(row)
         if path:
             others = [r for r in old if r["case"] not in [x["case"] for x in rows]]
@@ -226,16 +284,17 @@ def run_cases(
 def main(argv: list[str]) -> None:
     """Measures what the flags ask for, and prints it."""
     args = _parser().parse_args(argv)
-    cases = make_cases(args)
+    if args.compile_for:
+        cases = make_offline_cases(args)
+        run = functools.partial(compile_case, target=args.compile_for)
+        describe = functools.partial(bench_offline.describe, cases)
+    else:
+        cases, run, describe = make_cases(args), None, bench_report.describe
     path = pathlib.Path(args.out) if args.out else None
     if path and not path.parent.is_dir():
         raise UserError(f"--out={path}: there is no directory {path.parent}")
-    content = run_cases(
-        cases,
-        path,
-        timeout=args.timeout or None,
-    )
-    print(json.dumps(content) if args.json else bench_report.describe(content["rows"]))
+    content = run_cases(cases, path, timeout=args.timeout or None, run=run)
+    print(json.dumps(content) if args.json else describe(content["rows"]))
     failed = sum("error" in row for row in content["rows"])
     if failed:
         raise UserError(f"{failed} of {len(cases)} combinations could not be measured")

@@ -106,7 +106,7 @@ def ceilings(mesh: Mesh, dtype: DTypeLike, *, repeats: int, seconds: float) -> d
       at the precision that the net's convolutions have; `bytes`: read and written per second, where
       1 is added to a large float32 array in place. One of each on every device at once.
     """
-    kind = "cpu" if mesh.devices.flat[0].platform == "cpu" else "accelerator"
+    kind = "cpu" if sharding.platform(mesh) == "cpu" else "accelerator"
     where, side, size = sharding.split(mesh), _MATRIX[kind], _ARRAY[kind] // 4
 
     def timed(step, value, work):

@@ -101,7 +101,7 @@ def make_experiment(case: Case) -> Experiment | seeds.Group:
     architecture = models.get_architecture(case.model)
     side, classes = architecture.image_size, architecture.num_classes
     is_resident = side == 32
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = sharding.platform(mesh) == "cpu"
     train_size = case.examples or (50_000 if is_resident else 2 * case.batch_size)
     test_size = case.eval_examples or (2_000 if on_cpu else 10_000)
     if not is_resident:
@@ -165,7 +165,8 @@ class Trainer:
     def __init__(self, run: Experiment | seeds.Group):
         """Compiles, and notes how long that took."""
         self._feed, self._step = run.train_feed, 0
-        self.length = feed.chunk_steps(self._feed, run.config.train.chunk_steps)
+        platform = sharding.platform(run.mesh)
+        self.length = feed.chunk_steps(self._feed, run.config.train.chunk_steps, platform)
         self.state = run.create_state()
         chunk = run.make_train_chunk()
         begin = time.perf_counter()
@@ -202,7 +203,7 @@ def measure(case: Case) -> dict[str, Any]:
     forward = sum(
         x.multiply_adds for x in count.layers(run.model, run.dataset.train.image_shape[0])
     )
-    platform = run.mesh.devices.flat[0].platform
+    platform = sharding.platform(run.mesh)
     found: dict[str, Any] = {
         "environment": environment,
         "platform": platform,

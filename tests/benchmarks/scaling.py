@@ -142,8 +142,8 @@ def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
     config.model.scan = "never"
     mesh = sharding.make_mesh(jax.devices(), batch)
     # It is accelerators that this is about.
-    config.model.cpu_convolutions = "never"
-    model, optimizer = experiment.make_model(config), experiment.make_optimizer(config)
+    model = experiment.make_model(config, "tpu")
+    optimizer = experiment.make_optimizer(config)
     everywhere = sharding.replicated(mesh)
 
     def abstract(shape, dtype, where=everywhere):
