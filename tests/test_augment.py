@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,6 +49,40 @@ def test_edge_fill_repeats_the_nearest_pixel():
     out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True, fill="edge"))
     names = {crop.tobytes() for _, crop in possible_crops(batch[0], 2, "edge")}
     assert {np.ascontiguousarray(image).tobytes() for image in out} <= names
+
+
+def lowered(pad, platform):
+    draws = augment.draw_crops(jax.random.key(0), 8, pad=pad, flip=True)
+    crop = jax.jit(functools.partial(augment.crop_and_mirror, pad=pad))
+    return crop.trace(jnp.asarray(images(8)), draws).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize("fill", ["zero", "edge"])
+@pytest.mark.parametrize(("height", "width", "pad"), [(32, 32, 4), (5, 7, 2), (7, 5, 1), (3, 4, 9)])
+def test_crops_of_a_tpu_are_the_same_to_the_bit(monkeypatch, height, width, pad, fill):
+    batch = np.random.RandomState(0).standard_normal((40, height, width, 3)).astype(np.float32)
+    batch[0, 0] = -0.0, np.inf, np.nan
+    key = jax.random.key(pad)
+    slices = crop_and_mirror(key, batch, pad=pad, flip=True, fill=fill)
+    monkeypatch.setattr(augment, "_crop_by_slices", augment._crop_by_selects)
+    selects = crop_and_mirror(key, batch, pad=pad, flip=True, fill=fill)
+    assert selects.dtype == np.float32
+    np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (selects, slices)))
+    # Several nets together, each with draws of its own.
+    both = jnp.stack([batch, 2 * batch])
+    keys = jax.random.split(key)
+    each = functools.partial(crop_and_mirror, pad=pad, flip=True, fill=fill)
+    monkeypatch.undo()
+    slices = jnp.stack([each(*x) for x in zip(keys, both, strict=True)])
+    monkeypatch.setattr(augment, "_crop_by_slices", augment._crop_by_selects)
+    np.testing.assert_array_equal(jax.vmap(each)(keys, both), slices)
+
+
+def test_only_a_tpu_selects_and_none_where_the_border_is_wide():
+    for platform, pad, sliced in (("cpu", 2, 1), ("cuda", 2, 1), ("tpu", 2, 0), ("tpu", 17, 1)):
+        assert ("gather" in lowered(pad, platform).as_text()) == sliced, (platform, pad)
+    # The choice is made before it runs.
+    assert " conditional(" not in lowered(2, "cpu").compile().as_text()
 
 
 def test_draws_do_not_depend_on_the_batch_around_an_image():
