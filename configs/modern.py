@@ -14,7 +14,6 @@ def get_config(name="resnet20"):
     """The recipe for the net called `name`."""
     config = base_config()
     config.model.name = name
-    config.model.dtype = "auto"
     config.data.batch_size = 128
     config.optim.schedule = "cosine"
     config.optim.warmup_rate = 0.0

@@ -27,7 +27,8 @@ def base_config() -> ConfigDict:
     c.model.name = "resnet20"  # one of resnet_flax.models.ARCHITECTURES; "auto": that of --weights
     c.model.shortcut = "auto"  # "A", "B", "C"; "auto": the paper's for this net
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
-    c.model.dtype = "float32"  # of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU
+    # of activations: "float32", "bfloat16"; "auto": bfloat16 on a GPU or TPU, float32 on a CPU
+    c.model.dtype = "auto"
     c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
     # probability that the last block takes part in a training step (stochastic depth); 1: off
     c.model.survival = 1.0
@@ -37,6 +38,9 @@ def base_config() -> ConfigDict:
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     # computed as is fast on a CPU, see models/cpu_convolution.py: "always", "never"; "auto": there
     c.model.cpu_convolutions = "auto"
+    # convolutions of 16 to 64 channels by own kernels on one GPU, in bfloat16, see
+    # models/kernels.py: "always", "never"; "auto": where it was measured that they win, so far never
+    c.model.kernels = "auto"
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets
     c.model.remat = False  # compute activations again in the backward pass, to save memory
 
@@ -122,7 +126,6 @@ def imagenet_config() -> ConfigDict:
     """
     c = base_config()
     c.model.name = "resnet50"
-    c.model.dtype = "auto"
     c.data.name = "imagenet2012"
     c.data.batch_size = 256
     c.data.pad = 0
@@ -141,7 +144,7 @@ LONGEST = 2**31
 # A run may go on with other values of these: none changes a result by more than rounding.
 OPERATIONAL_KEYS = frozenset(
     "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices eval.batch_size "
-    "model.cpu_convolutions data.workers checkpoint.keep checkpoint.every_steps "
+    "model.cpu_convolutions model.kernels data.workers checkpoint.keep checkpoint.every_steps "
     "checkpoint.every_epochs checkpoint.every_examples log.tensorboard".split()
 )
 

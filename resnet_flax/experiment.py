@@ -58,6 +58,8 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
         scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
         remat=config.model.remat,
         cpu_convolutions=cpu_convolutions == "always" or (cpu_convolutions == "auto" and on_cpu),
+        defer=platform == "gpu" or config.model.kernels == "always",
+        kernels=config.model.kernels == "always",
     )
 
 

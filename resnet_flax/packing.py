@@ -4,7 +4,9 @@ An optimizer works number by number. On a net's hundreds of arrays that is hundr
 kernels, most of which take longer to start than to run; on vectors it is a few.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,10 +22,22 @@ def pack(tree: Any) -> Any:
     return jax.tree.map(lambda x: _pack(x) if _is_dict(x) else x, tree, is_leaf=_is_dict)
 
 
-def unpack(packed: Any, like: Any) -> Any:
-    """The inverse of `pack`; `like` has the shapes of what was packed."""
+def slices(vector: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """Consecutive parts of a vector."""
+    ends = itertools.accumulate(sizes)
+    return [vector[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+
+
+def unpack(packed: Any, like: Any, split: Callable = slices) -> Any:
+    """The inverse of `pack`.
+
+    Args:
+      packed: from it.
+      like: has the shapes of what was packed.
+      split: cuts a vector into parts, as `slices` does, for all but the kernels.
+    """
     return jax.tree.map(
-        lambda x, y: _unpack(y, x) if _is_dict(x) else y, like, packed, is_leaf=_is_dict
+        lambda x, y: _unpack(y, x, split) if _is_dict(x) else y, like, packed, is_leaf=_is_dict
     )
 
 
@@ -44,13 +58,15 @@ def _pack(tree):
     return {name: jnp.concatenate(x) for name, x in parts.items() if x}
 
 
-def _unpack(packed, like):
-    at = {"kernel": 0, "other": 0}
+def _unpack(packed, like, split):
+    sizes = {"kernel": [], "other": []}
+    for path, x in jax.tree_util.tree_leaves_with_path(like):
+        sizes[_name(path)].append(math.prod(x.shape))
+    cut = {"kernel": slices, "other": split}
+    parts = {name: iter(cut[name](packed[name], sizes[name])) for name in packed}
 
     def take(path, x):
-        name, size = _name(path), math.prod(x.shape)
-        at[name] += size
-        part = packed[name][at[name] - size : at[name]]
+        part = next(parts[_name(path)])
         if x.ndim < 4:
             return part.reshape(x.shape)
         return jnp.moveaxis(part.reshape(x.shape[3], *x.shape[:3]), 0, 3)

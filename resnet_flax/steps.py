@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax import augment, optim, packing
 from resnet_flax.data.batches import UNREADABLE
+from resnet_flax.models import kernels
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.state import TrainState
 
@@ -114,16 +115,17 @@ def make_train_chunk(
             draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
         return draws
 
-    def copy_kernels(params):
-        """The convolutions' kernels in the dtype of the computation, None for all else."""
-        return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else None, params)
+    # XLA copies each part of a vector that a kernel of ours reads.
+    split = kernels.split if model.uses_kernels else packing.slices
+
+    def cast_kernels(params):
+        """The parameters as the net computes with them."""
+        return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else x, params)
 
     def train_step(carry, inputs, resident, like=None):
-        (state, kernels), (batch, draws) = carry, inputs
-        params, batch_stats = state.params, state.batch_stats
+        (state, params), (batch, draws) = carry, inputs
+        batch_stats = state.batch_stats
         if like is not None:
-            params = packing.unpack(params, like.params)
-            params = jax.tree.map(lambda x, k: x if k is None else k, params, kernels)
             batch_stats = packing.unpack(batch_stats, like.batch_stats)
         images, labels = examples(resident, batch, sharding)
         if color:
@@ -158,8 +160,8 @@ def make_train_chunk(
             ema = optax.incremental_update(now, ema, 1 - ema_decay)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         if like is not None:
-            kernels = copy_kernels(packing.unpack(params, like.params))
-        return (state, kernels), jnp.stack([loss, error, optim.last_rate(opt_state)])
+            params = cast_kernels(packing.unpack(params, like.params, split))
+        return (state, params), jnp.stack([loss, error, optim.last_rate(opt_state)])
 
     def train_chunk(state, resident, batches, wishes=None):
         several = state.step.ndim  # 1 where there are several nets, else 0.
@@ -175,12 +177,12 @@ def make_train_chunk(
         draws = jax.vmap(draw_step)(jnp.arange(length, dtype=jnp.int32))
         if length == 1:
             inputs = jax.tree.map(lambda x: x[0], (batches, draws))
-            (state, _), sums = together(train_step)((state, None), inputs, resident)
+            (state, _), sums = together(train_step)((state, state.params), inputs, resident)
             sums = sums[None]
         else:
             like = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0] if several else x, state))
             step = together(functools.partial(train_step, like=like))
-            carry = of_each(packing.pack, state), of_each(copy_kernels, state.params)
+            carry = of_each(packing.pack, state), of_each(cast_kernels, state.params)
             (state, _), sums = jax.lax.scan(
                 lambda carry, inputs: step(carry, inputs, resident), carry, (batches, draws)
             )

@@ -17,6 +17,7 @@ _CHOICES = {
     "model.shortcut": ("auto", "A", "B", "C", "none", *_OWN_SHORTCUTS),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.cpu_convolutions": ("auto", "always", "never"),
+    "model.kernels": ("auto", "always", "never"),
     "model.scan": ("auto", "always", "never"),
     "data.normalize": ("pixel_mean", "pixel_mean_255", "channel", "imagenet"),
     "data.fill": ("zero", "edge"),

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models import cpu_convolution, deferred
+from resnet_flax.models import cpu_convolution, deferred, kernels
 from resnet_flax.models.activation import relu
 
 Shortcut = Callable[..., jax.Array]
@@ -35,6 +35,7 @@ class Conv(nn.Module):
       bias_init: initialiser of a bias; None: there is none, as in the papers' nets.
       same: pad as TensorFlow's and XLA's `SAME` does all the same, for the Keras nets.
       cpu_convolutions: compute by `cpu_convolution.convolve`, faster on a CPU.
+      kernels: compute by `kernels.convolve` where that can, faster on a GPU.
     """
 
     features: int
@@ -45,18 +46,21 @@ class Conv(nn.Module):
     bias_init: nn.initializers.Initializer | None = None
     same: bool = False
     cpu_convolutions: bool = False
+    kernels: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
-        x = deferred.array(x)
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         pad = (self.kernel - 1) // 2
         strides, padding = (self.strides, self.strides), ((pad, pad), (pad, pad))
         if self.same:
             padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME"))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        kernel = kernel.astype(self.dtype)
+        if self.kernels and self.bias_init is None and kernels.fits(x, shape):
+            return kernels.convolve(x, kernel, self.strides)
+        x = deferred.array(x).astype(self.dtype)
         if self.cpu_convolutions:
             y = cpu_convolution.convolve(x, kernel, self.strides, padding)
         else:

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import math
 import operator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +28,11 @@ class Convolved:
 
     Attributes:
       y: [B, H, W, C].
-      sums: float32 [B, 2, C], of the pixels of each example and of their squares.
+      sums: see `sums`.
     """
 
     y: jax.Array
-    sums: jax.Array
+    sums: tuple[jax.Array, jax.Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,6 +42,11 @@ class Convolved:
     def compute(self) -> jax.Array:
         """The output itself."""
         return self.y
+
+    def __add__(self, other) -> jax.Array:
+        return self.y + array(other)
+
+    __radd__ = __add__
 
 
 @dataclasses.dataclass(eq=False)
@@ -98,10 +102,7 @@ def array(x: jax.Array | Convolved | Normalized) -> jax.Array:
 
 def sums(x: jax.Array | Convolved, groups: int) -> tuple[jax.Array, jax.Array]:
     """Sums of each channel and of its squares in consecutive groups of examples: float32 [G, C]."""
-    if not isinstance(x, Convolved):
-        return _sums_of(groups, x)
-    both = jnp.sum(x.sums.reshape(groups, -1, *x.sums.shape[1:]), axis=1)
-    return both[:, 0], both[:, 1]
+    return x.sums if isinstance(x, Convolved) else _sums_of(groups, x)
 
 
 def mean_and_variance(
@@ -118,7 +119,7 @@ def mean_and_variance(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums_of(groups, x):
     y = _grouped(x, groups)
-    return _sums(y, jnp.square(y))
+    return add_up(y, jnp.square(y))
 
 
 def _sums_of_backward(groups, x, gradients):
@@ -152,7 +153,7 @@ def _normalize_backward(epsilon, rectified, saved, gradient):
     if rectified:
         gradient = jnp.where(value > 0, gradient, 0)
     g = _grouped(gradient, len(sums[0]))
-    totals = _sums(g, g * _grouped(y, len(g)))
+    totals = add_up(g, g * _grouped(y, len(g)))
     _, inverse = _mean_and_inverse(_again((sums, totals))[0], y.shape, epsilon)
     of_y = (g * inverse * scale[None, None]).reshape(y.shape).astype(y.dtype)
     of_rest = normalize_backward(sums, scale, totals, shape=y.shape, epsilon=epsilon)
@@ -162,7 +163,7 @@ def _normalize_backward(epsilon, rectified, saved, gradient):
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-def normalize_backward(sums, scale, totals, *, shape, epsilon):
+def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
     """Gradients of `Normalized.sums`, `scale` and `bias`.
 
     Args:
@@ -173,7 +174,7 @@ def normalize_backward(sums, scale, totals, *, shape, epsilon):
       shape: (B, H, W, C).
       epsilon: added to the variance.
     """
-    (sums_1, totals_1), (totals_2, sums_2) = _again((sums, totals)), _again((totals, sums))
+    (sums_1, totals_1), (totals_2, sums_2) = again((sums, totals)), again((totals, sums))
     mean, inverse = (v[:, 0] for v in _mean_and_inverse(sums_1, shape, epsilon))
     first, second = totals_1
     share = scale[None] * inverse * (1 / _count(shape, sums))
@@ -196,7 +197,7 @@ def _grouped(x, groups):
     return x.astype(jnp.float32).reshape(groups, -1, x.shape[-1])
 
 
-def _sums(*arrays):
+def add_up(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Sums over the pixels of several [G, pixels, C], in one reduction: [G, C] each."""
     zeros = (np.float32(0),) * len(arrays)
     return jax.lax.reduce(arrays, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))

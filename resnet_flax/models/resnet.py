@@ -55,6 +55,7 @@ class ResNet(nn.Module):
         forward-mode derivatives, see `cpu_convolution`.
       defer: in training, compute normalised activations where they are used, see `deferred`; faster
         on a GPU. Nets that cannot do so train as without.
+      kernels: with `defer`, compute 3x3 convolutions of 16 to 64 channels by `kernels`.
     """
 
     stage_sizes: tuple[int, ...]
@@ -80,11 +81,17 @@ class ResNet(nn.Module):
     remat: bool = False
     cpu_convolutions: bool = False
     defer: bool = False
+    kernels: bool = False
 
     @property
     def defers(self) -> bool:
         """Whether training defers, where `defer` asks for it."""
         return self.defer and not (self.scan or self.remat or self.draws)
+
+    @property
+    def uses_kernels(self) -> bool:
+        """Whether training uses `kernels`."""
+        return self.kernels and self.defers
 
     @property
     def draws(self) -> bool:
@@ -124,7 +131,10 @@ class ResNet(nn.Module):
           Logits; without `num_classes` the pooled features, float32 [B, D].
         """
         conv = functools.partial(
-            self.conv, dtype=self.dtype, cpu_convolutions=self.cpu_convolutions
+            self.conv,
+            dtype=self.dtype,
+            cpu_convolutions=self.cpu_convolutions,
+            kernels=self.uses_kernels and train,
         )
         norm = functools.partial(
             BatchNorm,

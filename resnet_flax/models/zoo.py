@@ -192,6 +192,8 @@ def create_model(
     scan: bool = False,
     remat: bool = False,
     cpu_convolutions: bool = False,
+    defer: bool = False,
+    kernels: bool = False,
 ) -> ResNet:
     """Builds a net by name: `create_model("resnet20").init(key, images)`.
 
@@ -215,6 +217,8 @@ def create_model(
       scan: run equal blocks as one scan; see `ResNet` for what that does to the variables.
       remat: trade computation for memory in the backward pass.
       cpu_convolutions: another way to compute convolutions, faster on a CPU; see `ResNet`.
+      defer: another way to compute batch normalisation, faster on a GPU; see `ResNet`.
+      kernels: another way to compute convolutions, for one GPU; see `ResNet`.
 
     Returns:
       A linen module mapping [B, H, W, C] to float32 logits [B, num_classes]; its call takes
@@ -270,4 +274,6 @@ def create_model(
         scan=scan,
         remat=remat,
         cpu_convolutions=cpu_convolutions,
+        defer=defer,
+        kernels=kernels,
     )

@@ -151,12 +151,14 @@ def compile_chunk(case: bench_worker.Case, target: str, folder: str) -> dict[str
         )
         steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
         everywhere = sharding.replicated(mesh)
-        lowered = run.make_train_chunk().lower(
+        arguments = (
             _abstract(run.abstract_state(), everywhere),
             _abstract(here.train_feed.resident, everywhere),
             _abstract(here.train_feed.chunk(0, steps), sharding.split(mesh, 1)),
-            None,
         )
+        # Pallas asks what it compiles for.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = run.make_train_chunk().lower(*arguments, None)
         begin = time.perf_counter()
         compiled = lowered.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
