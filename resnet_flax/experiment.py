@@ -215,6 +215,7 @@ class Experiment:
             color=c.data.color,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
+            pack=sharding.platform(self.mesh) == "gpu",
             compiler_options=devices.compiler_options(sharding.platform(self.mesh)),
         )
 

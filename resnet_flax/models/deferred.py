@@ -173,6 +173,7 @@ def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
         the array.
       shape: (B, H, W, C).
       epsilon: added to the variance.
+      again: see above; inside a kernel there is nothing to keep apart.
     """
     (sums_1, totals_1), (totals_2, sums_2) = again((sums, totals)), again((totals, sums))
     mean, inverse = (v[:, 0] for v in _mean_and_inverse(sums_1, shape, epsilon))
