@@ -159,6 +159,7 @@ def make_train_chunk(
         ema = state.ema
         if ema_decay:
             now = {"params": params, "batch_stats": batch_stats}
+            now = now if like is None else packing.pack(now)
             ema = optax.incremental_update(now, ema, 1 - ema_decay)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         if like is not None:
