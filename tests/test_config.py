@@ -150,7 +150,7 @@ def test_every_config_validates_and_traces(name):
         }
     else:
         batches = jax.ShapeDtypeStruct(chunk, jnp.int32)
-        resident["images"] = jax.ShapeDtypeStruct((50_000, side, side, 3), jnp.uint8)
+        resident["images"] = jax.ShapeDtypeStruct((50_000, side * side * 3), jnp.uint8)
         resident["labels"] = jax.ShapeDtypeStruct((50_000,), jnp.int32)
     after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, batches)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(

@@ -9,6 +9,7 @@ LEVELS = [
         "models",
         "augment",
         "optim",
+        "packing",
         "sharding",
         "cache",
         "cpu",

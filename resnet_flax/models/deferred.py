@@ -87,17 +87,19 @@ class Normalized:
 
     def relu(self) -> "Normalized":
         """With ReLU."""
-        return dataclasses.replace(self, rectified=True)
+        return dataclasses.replace(self, rectified=True, computed=None)
 
-    def __add__(self, shortcut) -> "Normalized":
-        return dataclasses.replace(self, shortcut=array(shortcut))
+    def __add__(self, shortcut) -> "Normalized | jax.Array":
+        if self.rectified or self.shortcut is not None:
+            return self.compute() + array(shortcut)
+        return dataclasses.replace(self, shortcut=array(shortcut), computed=None)
 
     __radd__ = __add__
 
 
 def array(x: jax.Array | Convolved | Normalized) -> jax.Array:
     """The value of `x`, computed now if it was not before."""
-    return x if isinstance(x, jax.Array) else x.compute()
+    return x.compute() if isinstance(x, Convolved | Normalized) else x
 
 
 def sums(x: jax.Array | Convolved, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from resnet_flax.models import deferred
 from resnet_flax.models.activation import relu
 from resnet_flax.models.blocks import Block, gate
 
@@ -39,6 +40,7 @@ def highway(x, y, strides, conv, norm, *, gate_bias):
     that the input passes.
     """
     del norm
+    x, y = deferred.array(x), deferred.array(y)
     transform = gate(x, y.shape[-1], strides, conv, gate_bias, kernel=3)
     wide_x, wide_y = x.astype(jnp.float32), y.astype(jnp.float32)
     return (transform * wide_y + (1 - transform) * wide_x).astype(y.dtype)
