@@ -1,0 +1,234 @@
+"""Parameters as two vectors: the same numbers, and training that does not differ."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from resnet_flax import create_model, optim, packing, seeds, sharding, state, steps
+from resnet_flax.models import kernels
+from tests.test_seeds import make_config
+from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches
+
+
+def rate(value=0.05):
+    return optim.scale_by_rate(optax.constant_schedule(value))
+
+
+OPTIMIZERS = {
+    "sgd": optim.sgd(rate()),
+    "masked": optim.sgd(rate(), weight_decay=0.01, nesterov=True, decay_norm_and_bias=False),
+    "adam": optim.adam(rate(1e-3), weight_decay=0.01),
+}
+
+
+@functools.cache
+def drawn_state(optimizer="sgd", model=SMALL):
+    """A state whose numbers are all different."""
+    abstract = jax.eval_shape(
+        lambda: state.create_state(
+            model, OPTIMIZERS[optimizer], seed=0, image_shape=SHAPE, ema=True
+        )
+    )
+    random = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda x: jnp.asarray(random.standard_normal(x.shape) + 3, x.dtype), abstract
+    )
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("split", [packing.slices, kernels.split])
+@pytest.mark.parametrize("name", ["resnet8", "resnet20_keras_v1", "scanned"])
+def test_unpacking_is_the_inverse_to_the_bit(optimizer, split, name):
+    scanned = SMALL.clone(scan=True, stage_sizes=(3, 1))
+    nets = {"resnet8": SMALL, "scanned": scanned}
+    full = drawn_state(optimizer, nets.get(name) or create_model(name))
+    packed = packing.pack(full)
+    again = packing.unpack(packed, jax.eval_shape(lambda: full), split)
+    assert jax.tree.structure(again) == jax.tree.structure(full)
+    jax.tree.map(np.testing.assert_array_equal, full, again)
+    assert {str(x.dtype) for x in jax.tree.leaves(again.params)} == {"float32"}
+
+
+def test_a_vector_each_for_kernels_and_for_the_rest():
+    full = drawn_state()
+    packed = packing.pack(full)
+    assert set(packed.params) == set(packed.ema) == {"kernel", "other"}
+    assert set(packed.batch_stats) == {"other"}
+    assert packed.step is full.step
+    flat = jax.tree_util.tree_leaves_with_path(full.params)
+    sizes = {True: 0, False: 0}
+    for path, x in flat:
+        sizes[path[-1].key == "kernel"] += x.size
+    assert packed.params["kernel"].shape == (sizes[True],)
+    assert packed.params["other"].shape == (sizes[False],)
+    # The optimizer's state has vectors where it had parameters.
+    vectors = [x.shape for x in jax.tree.leaves(packed.opt_state) if x.ndim]
+    assert vectors == [(sizes[True],), (sizes[False],)]
+
+
+def test_parts_of_a_vector():
+    vector = np.arange(10.0)
+    parts = packing.slices(vector, [3, 1, 6])
+    assert [list(p) for p in parts] == [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9]]
+
+
+def test_weight_decay_takes_the_same_numbers():
+    params = drawn_state().params
+    mask = jax.tree.map(
+        lambda x, is_kernel: np.full(x.shape, is_kernel, np.float32),
+        params,
+        optim.kernels_only(params),
+    )
+    packed = packing.pack(mask)
+    assert optim.kernels_only(packed) == {"kernel": True, "other": False}
+    assert float(packed["kernel"].min()) == 1
+    assert float(packed["other"].max()) == 0
+
+
+def make_chunk(setup, pack, **options):
+    defaults = {"pad": 2, "flip": True, "label_smoothing": 0.0, "ema_decay": 0.0}
+    return steps.make_train_chunk(
+        setup.model,
+        setup.optimizer,
+        sharding=sharding.split(setup.mesh),
+        pack=pack,
+        **defaults | options,
+    )
+
+
+def assert_same(one, other):
+    """Of what comes from a chunk of steps, states and sums."""
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    one, other = jax.device_get((one, other))
+    assert_close(one[0], other[0], rtol=2e-4, atol=2e-5)
+    assert_close(one[1], other[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "model", "options"),
+    [
+        ("sgd", SMALL, {"ema_decay": 0.9}),
+        ("masked", SMALL.clone(defer=True), {"label_smoothing": 0.1, "ema_decay": 0.5}),
+        ("adam", SMALL, {}),
+        ("masked", SMALL.clone(survival=0.5), {"color": True}),
+        ("sgd", SMALL.clone(stage_sizes=(3, 1), scan=True), {}),
+    ],
+)
+def test_a_chunk_of_steps_is_the_same_packed(optimizer, model, options):
+    setup = Setup(model=model, ema_decay=options.get("ema_decay", 0.0))
+    setup.optimizer = OPTIMIZERS[optimizer]
+    found = []
+    for pack in (False, True):
+        setup.chunk = make_chunk(setup, pack, **options)
+        found.append(setup.train(setup.state(), batches(3)))
+    assert int(found[0][0].step) == 3
+    assert_same(*found)
+
+
+def test_packed_chunks_on_eight_devices_equal_one():
+    found = []
+    for devices, pack in ((1, False), (8, True)):
+        setup = Setup(devices)
+        setup.chunk = make_chunk(setup, pack)
+        found.append(setup.train(setup.state(), batches(2)))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize(("count", "devices"), [(2, 2), (3, 1)])
+def test_several_seeds_are_the_same_packed(count, devices, monkeypatch):
+    config = make_config(count, devices)
+    mesh = sharding.make_mesh(jax.devices()[:devices], config.data.batch_size)
+    configs = seeds.member_configs(config)
+    group = seeds.build(configs, seeds.load_data(configs), mesh)
+    small = [dataclasses.replace(m, model=SMALL) for m in group.members]
+    group = seeds.Group(tuple(small))
+    original, found = steps.make_train_chunk, []
+    for pack in (False, True):
+
+        def make(*arguments, pack=pack, **options):
+            return original(*arguments, **options | {"pack": pack})
+
+        monkeypatch.setattr(steps, "make_train_chunk", make)
+        batch = group.train_feed.chunk(0, 3)
+        found.append(
+            group.make_train_chunk()(group.create_state(), group.train_feed.resident, batch)
+        )
+    assert found[0][1]["loss"].shape == (3, count)
+    assert_same(*found)
+
+
+def test_several_nets_as_one_computation_are_the_same_packed():
+    setup, found = Setup(), []
+    nets = [setup.state(seed) for seed in (0, 1)]
+    keys = {"key": jnp.stack([setup.resident["key"], jax.random.key(3)])}
+    resident, index = setup.resident | keys, np.stack([batches(3), batches(3)[::-1]], axis=1)
+
+    def together(train_step):
+        axes = {name: 0 if name == "key" else None for name in resident}
+        return jax.vmap(train_step, in_axes=(0, 0, axes))
+
+    for pack in (False, True):
+        chunk = make_chunk(setup, pack, together=together)
+        both = jax.tree.map(lambda *x: jnp.stack(x), *jax.device_get(nets))
+        found.append(chunk(both, resident, jnp.asarray(index)))
+    assert_same(*found)
+
+
+class Poisoned:
+    """A net in which one number of one array's gradient is not finite in bright steps."""
+
+    def __init__(self, layer, name, value):
+        self.layer, self.name, self.value = layer, name, value
+
+    def __getattr__(self, attribute):
+        return getattr(SMALL, attribute)
+
+    def apply(self, variables, images, **options):
+        bright = jnp.min(images) > 1.9
+
+        @jax.custom_vjp
+        def poison(x, bright):
+            return x
+
+        def backward(bright, gradient):
+            bad = gradient.ravel().at[-1].set(self.value).reshape(gradient.shape)
+            return jnp.where(bright, bad, gradient), None
+
+        poison.defvjp(lambda x, bright: (x, bright), backward)
+        params = variables["params"]
+        first, *rest = self.layer
+        layer = params[first][rest[0]] if rest else params[first]
+        layer = {**layer, self.name: poison(layer[self.name], bright)}
+        layer = {**params[first], rest[0]: layer} if rest else layer
+        return SMALL.apply({**variables, "params": {**params, first: layer}}, images, **options)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize(
+    ("layer", "name", "value"),
+    [
+        (("stem_conv",), "kernel", np.nan),
+        (("stage2_block1", "conv2"), "kernel", np.inf),
+        (("stage1_block1", "bn1"), "scale", np.nan),
+        (("head",), "bias", -np.inf),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_told_of_its_step(layer, name, value, pack):
+    setup = Setup(pad=0)
+    images = np.asarray(setup.resident["images"]).copy()
+    images[32:48] = 255
+    resident = setup.resident | {"images": jax.device_put(images, setup.everywhere)}
+    index = np.stack([np.arange(16) + 16 * i for i in (0, 1, 2, 3)]).astype(np.int32)
+    finite = {}
+    for model in (SMALL, Poisoned(layer, name, value)):
+        setup.model = model
+        chunk = make_chunk(setup, pack, pad=0)
+        _, sums = chunk(setup.state(), resident, sharding.put(index, setup.by_row))
+        finite[model] = list(np.isfinite(sums["loss"]))
+        assert np.all(np.isfinite(sums["error"]))
+    assert list(finite.values()) == [[True] * 4, [True, True, False, False]]
