@@ -67,7 +67,7 @@ def _unpack(packed, like, split):
 
     def take(path, x):
         part = next(parts[_name(path)])
-        if x.ndim < 4:
+        if x.ndim != 4:
             return part.reshape(x.shape)
         return jnp.moveaxis(part.reshape(x.shape[3], *x.shape[:3]), 0, 3)
 

@@ -109,7 +109,9 @@ def _convolve_backward(options, saved, gradients):
     of_value, of_out, of_sums = gradients
     # Of what nothing else uses: nothing is read then.
     of_value = [] if _is_zero(of_value) else [of_value]
-    of_sums = [jnp.zeros(x.shape) if _is_zero(x) else x for x in of_sums]
+    of_out, *of_sums = (
+        jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in (of_out, *of_sums)
+    )
     body = _body(_backward_kernel, options, y.shape, len(sums[0]))
     body = functools.partial(body, extra=len(of_value))
     of_out, of_y, first, second, *of_shortcut = _launch(
