@@ -266,6 +266,18 @@ def test_a_gpus_step_is_one_graph(capsys):
     assert row["cycles_per_step"] is row["cycles_per_chunk"] is None
 
 
+def test_kernels_of_our_own_make_a_step_shorter(capsys):
+    launches = {}
+    for kernels in ("never", "always"):
+        flags = "--models=resnet8,resnet20", f"--set=model.kernels={kernels}"
+        rows = compiled("h100", capsys, *flags)
+        assert [row["host_submissions"] for row in rows] == [1, 1]
+        launches[kernels] = [row["launches"] for row in rows]
+    assert launches["always"][0] < launches["never"][0]
+    assert launches["always"][1] <= 150
+    assert launches["never"][1] <= 240
+
+
 def test_several_gpus_and_nets_whose_blocks_are_a_loop(capsys):
     flags = "--models=resnet20", "--devices=2", "--set=model.scan=always"
     (row,) = compiled("h100", capsys, *flags)

@@ -94,6 +94,39 @@ def test_zero_init_last_reaches_the_net():
         experiment.make_model(config, "cpu")
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_dtype_is_the_platform_s_own(name):
+    assert load(name).model.dtype == "auto"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_what_is_fast_goes_by_the_platform(platform, dtype):
+    config = base_config()
+    config.model.num_classes = 10
+    model = experiment.make_model(config, platform)
+    assert model.dtype == jnp.dtype(dtype)
+    assert model.cpu_convolutions == (platform == "cpu")
+    assert model.defer == model.defers == (platform == "gpu")
+    # Until they were measured.
+    assert not model.kernels
+    config.model.dtype = "float32"
+    assert experiment.make_model(config, platform).dtype == jnp.float32
+
+
+def test_kernels_everywhere_if_they_must_be():
+    config = base_config()
+    config.model.num_classes = 10
+    for choice, used in (("auto", False), ("always", True), ("never", False)):
+        config.model.kernels = choice
+        validate(config)
+        for platform in ("cpu", "gpu", "tpu"):
+            model = experiment.make_model(config, platform)
+            assert model.kernels == model.uses_kernels == used
+            assert model.defers == (used or platform == "gpu")
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_configs_are_the_papers_recipe(name):
     c = load(name)
@@ -182,6 +215,7 @@ def changed(**changes):
         ({"model__survival": 0.0}, "survival=0.0 must lie in"),
         ({"model__bn_group_size": 48}, "bn_group_size=48 does not divide"),
         ({"model__dtype": "float16"}, "must be one of auto, float32, bfloat16"),
+        ({"model__kernels": "yes"}, "kernels='yes' must be one of auto, always, never"),
         ({"optim__schedule": "linear"}, "must be one of piecewise, cosine"),
         ({"seed": -1}, "seed=-1 must lie in"),
         ({"train__total_steps": 3_000_000_000}, "below 2147483648"),

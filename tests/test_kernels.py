@@ -127,6 +127,16 @@ def test_it_is_the_same_to_the_bit_each_time():
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+def test_only_what_is_made_for_a_gpu_calls_its_compiler():
+    arguments = arguments_of((2, 5, 6, 16), 16, True)
+    traced = jax.jit(functools.partial(ours, 1, 1)).trace(*arguments)
+    for platform, calls in (("cpu", False), ("cuda", True)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("triton" in text) == calls
+        # Interpreted, a kernel is a loop over its programs.
+        assert ("stablehlo.while" in text) != calls
+
+
 def test_several_at_once_equal_one_by_one():
     arguments = arguments_of((2, 5, 6, 16), 16, True)
     both = [jnp.stack([x, 2 * x]) for x in arguments]
