@@ -86,6 +86,7 @@ def environment(target: str, folder: str) -> dict[str, str]:
 
 
 def devices(target: str, count: int) -> list[Any]:
+    """Devices of a target that are not here, to compile for."""
     if TARGETS[target] == "tpu":
         slice_name = f"{target}:{_SLICES[count]}"
         return list(topologies.get_topology_desc(slice_name, platform="tpu").devices)[:count]

@@ -1,11 +1,14 @@
 """What the compilers make of `models.kernels` for an H100, without one.
 
-python -m tests.benchmarks.kernel_code [--json]     (needs `pip install '.[offline_gpu]'`, nvdisasm)
+python -m tests.benchmarks.kernel_code [--json]
 
-For each layer of a CIFAR net at batch 128, forwards, backwards and the kernel's gradient: registers,
-spills, instructions that a warp executes, by the loops in the machine code, and bytes read and
-written. The estimate is arithmetic, not a time: instructions of all warps of a multiprocessor at
-half an instruction a cycle and scheduler, or the bytes at 3.35 TB/s, whichever is longer.
+Needs `pip install '.[offline_gpu]' nvidia-cuda-nvdisasm`.
+
+For each layer of a CIFAR net at batch 128, forwards, backwards and the kernel's gradient:
+registers, spills, instructions that a warp executes, by the loops in the machine code, and bytes
+read and written. The estimate is arithmetic, not a time: instructions of all warps of a
+multiprocessor at half an instruction a cycle and scheduler, or the bytes at 3.35 TB/s, whichever is
+longer.
 """
 
 import argparse
