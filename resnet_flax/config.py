@@ -27,7 +27,9 @@ def base_config() -> ConfigDict:
     c.model.name = "resnet20"  # one of resnet_flax.models.ARCHITECTURES; "auto": that of --weights
     c.model.shortcut = "auto"  # "A", "B", "C"; "auto": the paper's for this net
     c.model.num_classes = 0  # outputs; 0: as many as the data set has classes
-    # of activations: "float32", "bfloat16"; "auto": bfloat16 on a GPU or TPU, float32 on a CPU
+    # of activations: "float32", "bfloat16"; "auto": bfloat16 on a GPU or TPU, float32 on a CPU.
+    # A GPU multiplies float32 as TF32, with 10 bits after the point, as in PyTorch's convolutions;
+    # a TPU as bfloat16
     c.model.dtype = "auto"
     c.model.stride_in_3x3 = False  # bottlenecks: stride in the 3x3, not in the first 1x1
     # probability that the last block takes part in a training step (stochastic depth); 1: off

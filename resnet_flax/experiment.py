@@ -306,4 +306,9 @@ def build(
     cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
     workers = cpu.choose_workers(config.data.workers, cores)
     model = make_model(config, sharding.platform(mesh))
+    if model.uses_kernels and mesh.size > 1:
+        raise UserError(
+            f"config.model.kernels=always is for one device, and there are {mesh.size}: set "
+            "CUDA_VISIBLE_DEVICES=0 (on a CPU --config.train.cpu_devices=1), or leave it out"
+        )
     return Experiment(config, dataset, mesh, model, mean, std, warn, workers, put)

@@ -23,7 +23,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from resnet_flax import augment, optim, packing
 from resnet_flax.data.batches import UNREADABLE
-from resnet_flax.models import kernels
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.state import TrainState
 
@@ -117,8 +116,12 @@ def make_train_chunk(
             draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
         return draws
 
-    # XLA copies each part of a vector that a kernel of ours reads.
-    split = kernels.split if model.uses_kernels else packing.slices
+    split = packing.slices
+    if model.uses_kernels:
+        from resnet_flax.models import kernels
+
+        # XLA would copy each part of a vector that a kernel of ours reads.
+        split = kernels.split
 
     def cast_kernels(params):
         """The parameters as the net computes with them."""

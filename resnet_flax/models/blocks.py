@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models import cpu_convolution, deferred, kernels
+from resnet_flax.models import cpu_convolution, deferred
 from resnet_flax.models.activation import relu
 
 Shortcut = Callable[..., jax.Array]
@@ -58,8 +58,12 @@ class Conv(nn.Module):
         if self.same:
             padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME"))
         kernel = kernel.astype(self.dtype)
-        if self.kernels and self.bias_init is None and kernels.fits(x, shape):
-            return kernels.convolve(x, kernel, self.strides)
+        if self.kernels and self.bias_init is None:
+            # Only here: another jax may not have what they are written in.
+            from resnet_flax.models import kernels
+
+            if kernels.fits(x, shape):
+                return kernels.convolve(x, kernel, self.strides)
         x = deferred.array(x).astype(self.dtype)
         if self.cpu_convolutions:
             y = cpu_convolution.convolve(x, kernel, self.strides, padding)

@@ -29,9 +29,9 @@ from resnet_flax.models import deferred
 CHANNELS = (16, 32, 64)
 
 # Pixels of a tile and warps of a program, by the width of its products.
-_TILE = {16: (256, 8), 32: (128, 4), 64: (64, 4)}
+TILES = {16: (256, 8), 32: (128, 4), 64: (64, 4)}
 # Slices that a kernel's gradient is summed in, and pixels of their tiles.
-_SLICES = {16: (128, 128), 32: (128, 64), 64: (64, 64)}
+SLICES = {16: (128, 128), 32: (128, 64), 64: (64, 64)}
 # Asynchronous copies in flight.
 _STAGES = 4
 
@@ -92,7 +92,7 @@ def _convolve(options, y, sums, scale, bias, shortcut, kernel):
         (len(y),),
         [(y.shape, y.dtype), (below, y.dtype), *[((len(y), kernel.shape[3]), jnp.float32)] * 2],
         [y, *sums, scale[None], bias[None], _by_output(kernel), *_given(shortcut)],
-        warps=_TILE[y.shape[3]][1],
+        warps=TILES[y.shape[3]][1],
         name="normalize_convolve",
     )
     return value, out, _of_groups(len(sums[0]), first, second)
@@ -124,7 +124,7 @@ def _convolve_backward(options, saved, gradients):
             *[(y.shape, y.dtype)] * has_shortcut,
         ],
         [of_out, out, *of_sums, _by_output(kernel), value, y, *sums, scale[None], *of_value],
-        warps=_TILE[y.shape[3]][1],
+        warps=TILES[y.shape[3]][1],
         name="convolve_backward",
     )
     of_sums, of_scale, of_bias = _finish(first, second, sums, scale, y.shape, options[0])
@@ -178,7 +178,7 @@ def _body(kernel, options, shape, groups):
     """One of the two kernels below, with what is static of it."""
     epsilon, strides = options
     static = {"shape": shape, "groups": groups, "strides": strides, "epsilon": epsilon}
-    return functools.partial(kernel, tile=_TILE[shape[3]][0], **static)
+    return functools.partial(kernel, tile=TILES[shape[3]][0], **static)
 
 
 def _by_output(kernel):
@@ -378,7 +378,7 @@ def _backward_kernel(
 def _kernel_gradient(x, of_out, strides):
     """float32 [3, 3, C, K] of input x [B, H, W, C] and the output's gradient [B, H', W', K]."""
     (*_, channels), (*_, outputs) = x.shape, of_out.shape
-    slices, tile = _SLICES[max(channels, outputs)]
+    slices, tile = SLICES[max(channels, outputs)]
     pixels = math.prod(of_out.shape[:3])
     slices = min(slices, pl.cdiv(pixels, tile))
     steps = pl.cdiv(pixels, tile * slices)

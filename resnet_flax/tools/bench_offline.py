@@ -85,7 +85,8 @@ def environment(target: str, folder: str) -> dict[str, str]:
     return variables | {"XLA_FLAGS": " ".join(flags)}
 
 
-def _devices(target: str, count: int) -> list[Any]:
+def devices(target: str, count: int) -> list[Any]:
+    """Devices of a target that are not here, to compile for."""
     if TARGETS[target] == "tpu":
         slice_name = f"{target}:{_SLICES[count]}"
         return list(topologies.get_topology_desc(slice_name, platform="tpu").devices)[:count]
@@ -145,7 +146,7 @@ def compile_chunk(case: bench_worker.Case, target: str, folder: str) -> dict[str
         TARGETS[target],
     )
     try:
-        mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
+        mesh = sharding.make_mesh(devices(target, case.devices), case.batch_size)
         run = dataclasses.replace(
             here, mesh=mesh, model=experiment.make_model(here.config, platform)
         )

@@ -4,6 +4,9 @@
 #
 #     tests/benchmarks/gpu_session.sh OUT [SECONDS]
 #
+# The first parts, three minutes of an H100, say whether `model.kernels` may be on: it is where the
+# kernels are right and faster. PLATFORM=cpu tries the same commands without a GPU.
+#
 # Needs a Python (default python3, else $PYTHON) with jax for the GPU and what the package imports;
 # PyTorch where it is to be compared with. Leaves JSON files and log.txt in OUT. Exit status 75:
 # something is left to do.
@@ -41,7 +44,7 @@ side() {  # NAME FLAGS...
     [[ -e $out/side_$1.json ]] && return
     local name=$1
     shift
-    part "side $name" tests.benchmarks.side_by_side --platform=gpu --seconds=0.5 --timeout=240 \
+    part "side $name" tests.benchmarks.side_by_side --platform="${PLATFORM:-gpu}" --seconds=0.5 --timeout=240 \
         --out="$out/side_$name.json" "$@"
 }
 
@@ -55,16 +58,24 @@ growth() {  # NAME FLAGS...
 { nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   nproc; git -C "$root" log -1 --format=%H; } >>"$log" 2>&1
 speed=--parts=train,eval,ceilings
+ours='this package bfloat16,this package bfloat16 with kernels,PyTorch bfloat16 whole-step graph'
+# In three minutes: right? how fast, beside PyTorch? several seeds? the first step?
+part "kernels right" tests.benchmarks.kernel_check
+side resnet20_kernels --rounds=5 --variants="$ours"
+side resnet110_kernels --model=resnet110 --rounds=5 --variants="$ours"
+bench seeds --models=resnet20 --dtypes=bfloat16 --parts=train --set=train.num_seeds=5
+bench start --models=resnet20 --dtypes=bfloat16 --parts=first_step
+# And then:
 bench resnet20 --models=resnet20 --dtypes=bfloat16 $speed
+bench kernels --models=resnet20,resnet56,resnet110_preact --dtypes=bfloat16 --parts=train \
+    --set=model.kernels=always
 side resnet20_bfloat16 --variants='*bfloat16*'
 bench resnet110 --models=resnet110 --dtypes=bfloat16 $speed
-bench start --models=resnet20 --dtypes=bfloat16 --parts=first_step
 bench float32 --models=resnet20 --dtypes=float32 $speed
 side resnet20_float32 --variants='*float32*'
 bench batch1024 --models=resnet20,resnet110 --dtypes=bfloat16 --batch_sizes=1024 $speed
 bench imagenet --models=resnet50 --dtypes=bfloat16 --batch_sizes=256 $speed
 growth batch
-side resnet110_bfloat16 --model=resnet110 --variants='*bfloat16*' --rounds=5
 growth start --repeats=1
 growth depth --depth_batch=128
 exit $((left ? 75 : 0))

@@ -51,6 +51,7 @@ VARIANTS = {
     "this package float32 on one device": Variant("ours", "float32", ("cpu",), ("one device",)),
     "this package float32": Variant("ours", "float32"),
     "this package bfloat16": Variant("ours", "bfloat16"),
+    "this package bfloat16 with kernels": Variant("ours", "bfloat16", ("gpu",), ("kernels",)),
     # With models/cpu_convolution.py or not: each platform's runs do what is not named here.
     "this package float32 without CPU convolutions": Variant(
         "ours", "float32", ("cpu",), ("never",)
@@ -189,6 +190,8 @@ def this_package(name: str, batch: int, dtype: str, options: tuple[str, ...]) ->
     devices = 1 if "one device" in options else 0
     how = next((option for option in options if option in ("always", "never")), "auto")
     overrides = {"model.cpu_convolutions": how}
+    if "kernels" in options:
+        overrides["model.kernels"] = "always"
     case = bench_worker.Case(name, batch, dtype, devices, overrides=overrides)
     run = bench_worker.make_experiment(case)
     about = record.environment(run.mesh)
