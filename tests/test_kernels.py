@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from resnet_flax import create_model
-from resnet_flax.models import deferred, kernels
+from resnet_flax.models import blocks, deferred, kernels
 from tests.test_deferred import distance, draw, results
 from tests.test_packing import make_chunk
 from tests.test_steps import SHAPE, Setup, batches
@@ -142,7 +142,10 @@ def test_several_at_once_equal_one_by_one():
     both = [jnp.stack([x, 2 * x]) for x in arguments]
 
     def value(*arguments):
-        loss = lambda *a: sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in ours(1, 1, *a))  # noqa: E731
+        def loss(*arguments):
+            parts = ours(1, 1, *arguments)
+            return sum(jnp.sum(jnp.sin(x.astype(jnp.float32))) for x in parts)
+
         return jax.value_and_grad(loss, tuple(range(5)))(*arguments)
 
     together = jax.jit(jax.vmap(value))(*both)
@@ -169,6 +172,15 @@ def test_what_the_kernels_can_compute():
         replace(computed=y),
     ):
         assert not kernels.fits(other, (3, 3, 16, 16))
+
+
+def test_padding_on_one_side_is_left_to_others():
+    y = jnp.ones((2, 4, 4, 16), jnp.bfloat16)
+    x = deferred.Normalized(y, deferred.sums(y, 1), jnp.ones(16), jnp.ones(16), EPSILON).relu()
+    variables = {"params": {"kernel": jnp.ones((3, 3, 16, 16))}}
+    plain = blocks.Conv(16, strides=2, same=True, dtype=jnp.bfloat16)
+    found = plain.clone(kernels=True).apply(variables, x)
+    np.testing.assert_array_equal(found, plain.apply(variables, x.compute()))
 
 
 def test_a_vector_is_split_to_the_bit():

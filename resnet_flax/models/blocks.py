@@ -58,7 +58,7 @@ class Conv(nn.Module):
         if self.same:
             padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME"))
         kernel = kernel.astype(self.dtype)
-        if self.kernels and self.bias_init is None:
+        if self.kernels and self.bias_init is None and not self.same:
             # Only here: another jax may not have what they are written in.
             from resnet_flax.models import kernels
 
