@@ -38,6 +38,7 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
       platform: what it will run on, see `sharding.platform`.
     """
     m, on_cpu = config.model, platform == "cpu"
+    chosen = {"always": True, "never": False}
     deep = models.get_architecture(m.name).scan_pays
     dtype = ("float32" if on_cpu else "bfloat16") if m.dtype == "auto" else m.dtype
     return models.create_model(
@@ -51,10 +52,9 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
         survival=m.survival,
         bn_momentum=m.bn_momentum,
         bn_group_size=m.bn_group_size or None,
-        scan=m.scan == "always" or (m.scan == "auto" and deep),
+        scan=chosen.get(m.scan, deep),
         remat=m.remat,
-        cpu_convolutions=m.cpu_convolutions == "always"
-        or (m.cpu_convolutions == "auto" and on_cpu),
+        cpu_convolutions=chosen.get(m.cpu_convolutions, on_cpu),
         defer=platform == "gpu" or m.kernels == "always",
         kernels=m.kernels == "always",
     )
