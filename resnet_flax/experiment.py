@@ -37,8 +37,7 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
       config: of the run.
       platform: what it will run on, see `sharding.platform`.
     """
-    m, on_cpu = config.model, platform == "cpu"
-    chosen = {"always": True, "never": False}
+    m, on_cpu, chosen = config.model, platform == "cpu", {"always": True, "never": False}
     deep = models.get_architecture(m.name).scan_pays
     dtype = ("float32" if on_cpu else "bfloat16") if m.dtype == "auto" else m.dtype
     return models.create_model(
