@@ -37,29 +37,26 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
       config: of the run.
       platform: what it will run on, see `sharding.platform`.
     """
-    architecture = models.get_architecture(config.model.name)
-    on_cpu = platform == "cpu"
-    dtype = config.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    scan = config.model.scan
-    cpu_convolutions = config.model.cpu_convolutions
+    m, on_cpu = config.model, platform == "cpu"
+    chosen = {"always": True, "never": False}
+    deep = models.get_architecture(m.name).scan_pays
+    dtype = ("float32" if on_cpu else "bfloat16") if m.dtype == "auto" else m.dtype
     return models.create_model(
-        config.model.name,
-        config.model.num_classes,
-        shortcut=config.model.shortcut,
+        m.name,
+        m.num_classes,
+        shortcut=m.shortcut,
         dtype=dtype,
-        stride_in_3x3=config.model.stride_in_3x3,
-        gate_bias=config.model.gate_bias,
-        zero_init_last=config.model.zero_init_last,
-        survival=config.model.survival,
-        bn_momentum=config.model.bn_momentum,
-        bn_group_size=config.model.bn_group_size or None,
-        scan=scan == "always" or (scan == "auto" and architecture.scan_pays),
-        remat=config.model.remat,
-        cpu_convolutions=cpu_convolutions == "always" or (cpu_convolutions == "auto" and on_cpu),
-        defer=platform == "gpu" or config.model.kernels == "always",
-        kernels=config.model.kernels == "always",
+        stride_in_3x3=m.stride_in_3x3,
+        gate_bias=m.gate_bias,
+        zero_init_last=m.zero_init_last,
+        survival=m.survival,
+        bn_momentum=m.bn_momentum,
+        bn_group_size=m.bn_group_size or None,
+        scan=chosen.get(m.scan, deep),
+        remat=m.remat,
+        cpu_convolutions=chosen.get(m.cpu_convolutions, on_cpu),
+        defer=platform == "gpu" or m.kernels == "always",
+        kernels=m.kernels == "always",
     )
 
 

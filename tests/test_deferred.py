@@ -7,10 +7,8 @@ import pytest
 
 from resnet_flax import create_model
 from resnet_flax.models import ablations, deferred
+from tests.test_models import ONCE
 from tests.test_steps import SHAPE, SMALL, Setup, batches
-
-# Each program of these tests runs once.
-ONCE = {"xla_backend_optimization_level": 0}
 
 
 def small(name, **options):
@@ -153,7 +151,8 @@ def test_nets_with_dropout_do_not_defer():
 def test_eight_devices_equal_one(group):
     losses, statistics = [], []
     for devices in (1, 8):
-        setup = Setup(devices, model=SMALL.clone(defer=True, bn_group_size=group))
+        model = SMALL.clone(defer=True, bn_group_size=group)
+        setup = Setup(devices, model=model, compiler_options=ONCE)
         state, sums = setup.train(setup.state(), batches(1))
         losses.append(float(sums["loss"][0]))
         statistics.append(jax.device_get(state.batch_stats))

@@ -10,6 +10,7 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.models import blocks, deferred, kernels
 from tests.test_deferred import distance, draw, results
+from tests.test_models import ONCE
 from tests.test_packing import make_chunk
 from tests.test_steps import SHAPE, Setup, batches
 
@@ -81,7 +82,7 @@ def gradients(function, used, arguments):
 
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
         value = jax.grad(loss, tuple(range(len(arguments))), has_aux=True)
-        return jax.jit(value)(*arguments)
+        return jax.jit(value, compiler_options=ONCE)(*arguments)
 
 
 ALL = (0, 1, 2, 3)
@@ -92,14 +93,12 @@ ALL = (0, 1, 2, 3)
     [
         ((3, 7, 9, 16), 16, 1, 1, True, ALL),
         ((2, 20, 14, 16), 16, 1, 2, False, (1, 2, 3)),
-        ((4, 8, 8, 16), 32, 2, 2, True, (0, 1)),
+        ((4, 8, 8, 16), 32, 2, 2, True, (1,)),
         ((1, 7, 9, 16), 32, 2, 1, False, ALL),
-        ((5, 5, 3, 32), 32, 1, 5, True, (1,)),
+        ((5, 5, 3, 32), 32, 1, 5, True, (0, 1)),
         ((3, 6, 5, 32), 64, 2, 1, False, (1, 2)),
-        ((2, 16, 12, 32), 32, 1, 1, True, (0, 3)),
         ((2, 9, 9, 64), 64, 1, 1, True, ALL),
         ((3, 4, 4, 64), 16, 1, 3, False, (0,)),
-        ((6, 1, 1, 64), 64, 1, 2, True, (1, 3)),
     ],
 )
 def test_values_and_gradients_by_definition(shape, outputs, strides, groups, has_shortcut, used):
@@ -148,9 +147,9 @@ def test_several_at_once_equal_one_by_one():
 
         return jax.value_and_grad(loss, tuple(range(5)))(*arguments)
 
-    together = jax.jit(jax.vmap(value))(*both)
+    together = jax.jit(jax.vmap(value), compiler_options=ONCE)(*both)
     for i in range(2):
-        alone = jax.jit(value)(*(x[i] for x in both))
+        alone = jax.jit(value, compiler_options=ONCE)(*(x[i] for x in both))
         mine = jax.tree.map(lambda x, i=i: x[i], together)
         assert distance(alone, mine) < 0.01
 

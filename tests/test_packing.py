@@ -11,6 +11,7 @@ import pytest
 
 from resnet_flax import create_model, optim, packing, seeds, sharding, state, steps
 from resnet_flax.models import kernels
+from tests.test_models import ONCE
 from tests.test_seeds import make_config
 from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches
 
@@ -92,6 +93,7 @@ def test_weight_decay_takes_the_same_numbers():
 
 def make_chunk(setup, pack, **options):
     defaults = {"pad": 2, "flip": True, "label_smoothing": 0.0, "ema_decay": 0.0}
+    defaults["compiler_options"] = ONCE
     return steps.make_train_chunk(
         setup.model,
         setup.optimizer,
@@ -151,7 +153,7 @@ def test_several_seeds_are_the_same_packed(count, devices, monkeypatch):
     for pack in (False, True):
 
         def make(*arguments, pack=pack, **options):
-            return original(*arguments, **options | {"pack": pack})
+            return original(*arguments, **options | {"pack": pack, "compiler_options": ONCE})
 
         monkeypatch.setattr(steps, "make_train_chunk", make)
         batch = group.train_feed.chunk(0, 3)
