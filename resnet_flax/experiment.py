@@ -304,7 +304,6 @@ def build(
     model = make_model(config, sharding.platform(mesh))
     if model.uses_kernels and mesh.size > 1:
         raise UserError(
-            f"config.model.kernels=always is for one device, and there are {mesh.size}: set "
-            "CUDA_VISIBLE_DEVICES=0 (on a CPU --config.train.cpu_devices=1), or leave it out"
+            f"config.model.kernels=always is for one device, not {mesh.size}: leave it out"
         )
     return Experiment(config, dataset, mesh, model, mean, std, warn, workers, put)

@@ -116,21 +116,22 @@ def make_train_chunk(
             draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
         return draws
 
-    split = packing.slices
     if model.uses_kernels:
-        from resnet_flax.models import kernels
-
         # XLA would copy each part of a vector that a kernel of ours reads.
-        split = kernels.split
+        from resnet_flax.models.kernels import split
+    else:
+        split = packing.slices
 
     def cast_kernels(params):
-        """The parameters as the net computes with them."""
-        return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else x, params)
+        """The convolutions' kernels as the net computes with them; None for all else."""
+        return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else None, params)
 
     def train_step(carry, inputs, resident, like=None):
-        (state, params), (batch, draws) = carry, inputs
-        batch_stats = state.batch_stats
+        (state, kernels), (batch, draws) = carry, inputs
+        params, batch_stats = state.params, state.batch_stats
         if like is not None:
+            params = packing.unpack(params, like.params, split)
+            params = jax.tree.map(lambda x, k: x if k is None else k, params, kernels)
             batch_stats = packing.unpack(batch_stats, like.batch_stats)
         images, labels = examples(resident, batch, sharding)
         if color:
@@ -166,8 +167,8 @@ def make_train_chunk(
             ema = optax.incremental_update(now, ema, 1 - ema_decay)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         if like is not None:
-            params = cast_kernels(packing.unpack(params, like.params, split))
-        return (state, params), jnp.stack([loss, error, optim.last_rate(opt_state)])
+            kernels = cast_kernels(packing.unpack(params, like.params))
+        return (state, kernels), jnp.stack([loss, error, optim.last_rate(opt_state)])
 
     def train_chunk(state, resident, batches, wishes=None):
         several = state.step.ndim  # 1 where there are several nets, else 0.
@@ -181,7 +182,7 @@ def make_train_chunk(
 
         # Before the loop: inside, XLA would draw a crop's offsets again for each of its pixels.
         draws = jax.vmap(draw_step)(jnp.arange(length, dtype=jnp.int32))
-        carry, like = (state, state.params), None
+        carry, like = (state, None), None
         if pack and length > 1:
             like = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0] if several else x, state))
             carry = of_each(packing.pack, state), of_each(cast_kernels, state.params)

@@ -23,7 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from resnet_flax.models import deferred, programs
+from resnet_flax.models import deferred
+from resnet_flax.models.kernels import programs
 
 CHANNELS = (16, 32, 64)
 
