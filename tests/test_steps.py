@@ -348,8 +348,8 @@ def strict():
 @pytest.mark.parametrize("name", [*STRICT, *(f"resnet110_{kind}" for kind in ablations.BLOCKS)])
 def test_strict_promotion_nets(name, strict):
     def step(key, x):
-        for dtype in ("float32", "bfloat16"):
-            model = create_model(name, dtype=dtype).clone(stage_sizes=(1, 1, 1))
+        for options in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "defer": True}):
+            model = create_model(name, **options).clone(stage_sizes=(1, 1, 1))
             variables = model.init(key, x)
             model.apply(variables, x)
 
