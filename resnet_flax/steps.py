@@ -95,8 +95,8 @@ def make_train_chunk(
       ema_decay: share of the averaged weights kept at each step, 0: no average.
       pack: keep parameters as `packing.pack` does inside a loop of steps, faster on a GPU.
       compiler_options: of `jax.jit`.
-      together: makes of the step of one net, a function of (state, batch, resident), that of
-        several, whose results have a first axis of nets, see `seeds.Group`.
+      together: makes of the step of one net, a function of (carry, inputs, resident), that of
+        several, whose arguments and results have a first axis of nets, see `seeds.Group`.
       out_shardings: of the state and of the dict; None: replicated.
 
     Returns:

@@ -1,7 +1,7 @@
 """Normalisation, ReLU and a 3x3 convolution in one kernel, for the narrow nets of CIFAR on a GPU.
 
 cuDNN's tiles are made for 64 channels and more: at 16 it takes ten times as long as the memory
-traffic. These are three kernels in Pallas (Triton). One program takes one image, all its channels:
+traffic. These are kernels in Pallas (Triton). One program takes one image, all its channels:
 
 - forwards it normalises, adds the shortcut, applies ReLU, writes that, convolves it, and sums the
   result for the batch normalisation that follows;
