@@ -10,9 +10,11 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import cache, cpu, distributed, progress, signals
+from resnet_flax import signals
 from resnet_flax.config import base_config, flatten, nearest_key, parse
+from resnet_flax.devices import cache, cpu, distributed
 from resnet_flax.errors import UserError
+from resnet_flax.runs import progress
 from resnet_flax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -149,7 +151,7 @@ def _directory(config: ConfigDict) -> str:
 
 def _train(config: ConfigDict | None) -> None:
     # Imported here: jax takes a second that a mistyped flag need not wait for.
-    from resnet_flax import loop, train
+    from resnet_flax.training import loop, train
 
     if config is None:
         raise UserError("no configuration given; try --config=configs/quickstart.py")
@@ -180,7 +182,7 @@ def _weights() -> str | None:
 
 
 def _evaluate(config: ConfigDict | None) -> None:
-    from resnet_flax import scoring
+    from resnet_flax.training import scoring
 
     directory, source = _path(_WORKDIR.value), _weights()
     if config is not None and not (directory or source):
@@ -250,9 +252,9 @@ def _catch(function, *args):
         where = f": {error.filename}" if error.filename else ""
         _end(f"error: {error.strerror or error}{where}", 1)
     except Exception as error:
-        from resnet_flax import devices
+        from resnet_flax.devices import hardware
 
-        if reason := devices.why_none():
+        if reason := hardware.why_none():
             _end(f"error: {reason}", 1)
         if distributed.count() == 1:
             raise

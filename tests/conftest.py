@@ -34,8 +34,8 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 import jax
 import pytest
 
-from resnet_flax import cpu
 from resnet_flax.config import base_config
+from resnet_flax.devices import cpu
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()  # Counted now: a test that asks for fewer must not decide for all after it.
@@ -96,7 +96,7 @@ def small_config():
 
 def stop_at_step(config, directory, step, **options):
     """Trains until `step`, where a SIGTERM ends it."""
-    from resnet_flax import loop, train
+    from resnet_flax.training import loop, train
 
     original = loop.Loop._train
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from resnet_flax import augment
+from resnet_flax.training import augment
 
 
 def images(count=64):

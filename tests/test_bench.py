@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import feed, sharding
 from resnet_flax.data.dataset import Split
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.tools import bench, bench_limits, bench_report, bench_worker
+from resnet_flax.training import feed
 
 # 100 multiply-adds an image, 10 images: 6,000 operations a step. Half of the ceiling for 0.2 s.
 MEASURED = {

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from resnet_flax import devices
+from resnet_flax.devices import hardware
 from resnet_flax.errors import UserError
 from resnet_flax.tools import bench, bench_offline
 
@@ -170,12 +170,12 @@ def test_what_stands_in_an_environment(monkeypatch):
 
 
 def test_compiler_options_are_the_platforms_own(monkeypatch):
-    assert list(devices.compiler_options("gpu")) == ["xla_gpu_enable_command_buffer"]
-    assert list(devices.compiler_options("cpu")) == ["xla_cpu_experimental_ynn_fusion_type"]
-    assert devices.compiler_options("tpu") is None
+    assert list(hardware.compiler_options("gpu")) == ["xla_gpu_enable_command_buffer"]
+    assert list(hardware.compiler_options("cpu")) == ["xla_cpu_experimental_ynn_fusion_type"]
+    assert hardware.compiler_options("tpu") is None
     # An option that this XLA does not know.
-    monkeypatch.setitem(devices._COMPILER_OPTIONS, "gpu", {"xla_gpu_of_another_version": "1"})
-    assert devices.compiler_options("gpu") is None
+    monkeypatch.setitem(hardware._COMPILER_OPTIONS, "gpu", {"xla_gpu_of_another_version": "1"})
+    assert hardware.compiler_options("gpu") is None
 
 
 def has_compiler(target):

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import cache
 from resnet_flax.data import decoded
+from resnet_flax.devices import cache
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_make_room_deletes_the_oldest(tmp_path):
 
 def test_a_second_process_finds_the_program_of_the_first(kept):
     program = (
-        "import jax, resnet_flax.cache as c; c._WORTH_KEEPING = 0.0; c.keep_programs();"
+        "import jax, resnet_flax.devices.cache as c; c._WORTH_KEEPING = 0.0; c.keep_programs();"
         "hits = []; jax.monitoring.register_event_listener(lambda e, **k: hits.append(e));"
         "jax.jit(lambda x: x @ x.T + 1)(jax.numpy.ones((4, 3))).block_until_ready();"
         "print(sum('cache_hits' in h for h in hits))"

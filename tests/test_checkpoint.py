@@ -7,8 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import checkpoint, create_model, optim, sharding, state
+from resnet_flax import create_model
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
+from resnet_flax.runs import checkpoint
+from resnet_flax.training import optim, state
 
 MESH = sharding.make_mesh(jax.devices()[:1], 1)
 

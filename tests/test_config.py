@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import pytest
 
 from resnet_flax import config as config_lib
-from resnet_flax import data, experiment, inputs, sharding
+from resnet_flax import data
 from resnet_flax.config import base_config, flatten, resolve_steps
 from resnet_flax.data import streamed
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, get_architecture
+from resnet_flax.training import experiment, inputs
 from resnet_flax.validation import validate
 from tests.conftest import ROOT
 

@@ -11,21 +11,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from resnet_flax import (
-    augment,
-    create_model,
-    evaluate,
-    pretrained,
-    sharding,
-    steps,
-    torch_names,
-    weights,
-)
+from resnet_flax import create_model, pretrained
 from resnet_flax.data import dataset
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.feed import ResidentFeed
 from resnet_flax.models import blocks
-from resnet_flax.tools import convert, torch_file
+from resnet_flax.runs import weights
+from resnet_flax.tools import convert, torch_file, torch_names
+from resnet_flax.training import augment, evaluate, steps
+from resnet_flax.training.feed import ResidentFeed
 from tests import pytorch_net, test_data_helpers
 from tests.conftest import ROOT
 from tests.test_models import ONCE

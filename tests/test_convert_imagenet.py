@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import create_model, torch_names, weights
+from resnet_flax import create_model
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES
-from resnet_flax.tools import convert, torch_file
+from resnet_flax.runs import weights
+from resnet_flax.tools import convert, torch_file, torch_names
 from tests.test_convert import random_variables
 from tests.test_models import ONCE
 

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from resnet_flax import create_model, models, torch_names, weights
+from resnet_flax import create_model, models
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES
 from resnet_flax.models.resnet import without_survival
-from resnet_flax.tools import convert, torch_file
+from resnet_flax.runs import weights
+from resnet_flax.tools import convert, torch_file, torch_names
 from tests.test_convert import random_variables
 from tests.test_models import ONCE
 
@@ -181,7 +182,7 @@ def test_what_a_state_dict_does_not_show_is_said(tmp_path, capsys):
 
 def test_presets_are_pytorch_s_preprocessing():
     """ToTensor and Normalize: (x / 255 - mean) / std."""
-    from resnet_flax import augment
+    from resnet_flax.training import augment
 
     pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     for mean, std in convert.PREPROCESS.values():

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import checkpoint, cpu, train
-from resnet_flax.distributed import Place, find_place, rollcall
+from resnet_flax.devices import cpu
+from resnet_flax.devices.distributed import Place, find_place, rollcall
 from resnet_flax.errors import UserError
+from resnet_flax.runs import checkpoint
+from resnet_flax.training import train
 from tests import conftest, processes
 
 slow = pytest.mark.slow

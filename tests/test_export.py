@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax import export as jax_export
 
-from resnet_flax import pretrained, weights
+from resnet_flax import pretrained
 from resnet_flax.errors import UserError
+from resnet_flax.runs import weights
 from resnet_flax.tools import export
 from tests.test_pretrained import small_weights
 

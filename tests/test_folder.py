@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from configs import finetune_folder
-from resnet_flax import data, feed, metrics, scoring, sharding, train, weights
+from resnet_flax import data
 from resnet_flax.data import Split, batches, stream, streamed
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
+from resnet_flax.runs import metrics, weights
 from resnet_flax.tools import predict
+from resnet_flax.training import feed, scoring, train
 from tests.conftest import stop_at_step
 from tests.test_pretrained import small_weights
 from tests.test_train import assert_same_end

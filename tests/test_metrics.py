@@ -5,8 +5,8 @@ import sys
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from resnet_flax import metrics, workdir
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files, metrics
 
 
 def write(path, steps, split="train", tail=""):
@@ -144,27 +144,27 @@ def test_lost_training_records_are_counted(tmp_path):
 
 def test_json_is_replaced_whole_and_reads_back(tmp_path):
     value = {"a": [1, 2.5, None], "b": {"c": ["x  y", "[ ]"], "d": {}}, "e": [[1, 2], [3, 4]]}
-    workdir.write_json(tmp_path / "f.json", {"old": 1})
-    workdir.write_json(tmp_path / "f.json", value)
-    assert workdir.read_json(tmp_path / "f.json") == value
+    files.write_json(tmp_path / "f.json", {"old": 1})
+    files.write_json(tmp_path / "f.json", value)
+    assert files.read_json(tmp_path / "f.json") == value
     assert "[1, 2]" in (tmp_path / "f.json").read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
-    assert workdir.read_json(tmp_path / "absent.json") is None
+    assert files.read_json(tmp_path / "absent.json") is None
     (tmp_path / "f.json").write_text("[1]")
     with pytest.raises(UserError, match="holds no object"):
-        workdir.read_json(tmp_path / "f.json")
+        files.read_json(tmp_path / "f.json")
     (tmp_path / "f.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
-        workdir.read_json(tmp_path / "f.json")
+        files.read_json(tmp_path / "f.json")
 
 
 def claim_and(directory, action=lambda: None):
-    with workdir.claim(directory):
+    with files.claim(directory):
         action()
 
 
 def test_a_directory_is_held_by_one(tmp_path):
-    with workdir.claim(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+    with files.claim(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         claim_and(tmp_path / "run")
     claim_and(tmp_path / "run")
 

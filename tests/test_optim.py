@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import optim
+from resnet_flax.training import optim
 
 PARAMS = {"conv": {"kernel": np.array([[1.0, -2.0]], np.float32)}, "bn": {"scale": np.float32([3])}}
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import tqdm
 
-from resnet_flax import data, experiment, models, outputs, record, scoring, sharding, weights
+from resnet_flax import data, models
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
+from resnet_flax.runs import record, weights
 from resnet_flax.tools import ensemble, responses
-from resnet_flax.trained import Loader
+from resnet_flax.training import experiment, outputs, scoring
+from resnet_flax.training.trained import Loader
 from tests.conftest import make_small_config
 
 MEAN = np.zeros(3, np.float32)

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import create_model, optim, packing, seeds, sharding, state, steps
+from resnet_flax import create_model
+from resnet_flax.devices import sharding
 from resnet_flax.models import kernels
+from resnet_flax.training import optim, packing, seeds, state, steps
 from tests.test_models import ONCE
 from tests.test_seeds import make_config
 from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches

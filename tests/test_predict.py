@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_flax import pretrained, weights
+from resnet_flax import pretrained
 from resnet_flax.errors import UserError
+from resnet_flax.runs import weights
 from resnet_flax.tools import predict
 from tests.conftest import ROOT
 from tests.test_pretrained import small_weights

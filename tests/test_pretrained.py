@@ -17,10 +17,11 @@ import safetensors.numpy
 from PIL import Image
 
 import resnet_flax
-from resnet_flax import create_model, pretrained, torch_names, weights
+from resnet_flax import create_model, pretrained
 from resnet_flax.errors import UserError
-from resnet_flax.state import abstract_variables
-from resnet_flax.tools import convert, publish
+from resnet_flax.runs import weights
+from resnet_flax.tools import convert, publish, torch_names
+from resnet_flax.training.state import abstract_variables
 from tests.conftest import ROOT
 from tests.test_convert import random_variables
 

@@ -2,7 +2,7 @@
 
 import time
 
-from resnet_flax import progress
+from resnet_flax.runs import progress
 
 
 def test_time_left_does_not_count_what_came_before_the_first_steps(monkeypatch, capsys):

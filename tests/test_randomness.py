@@ -6,7 +6,9 @@ import flax
 import jax
 import numpy as np
 
-from resnet_flax import augment, randomness, train, weights
+from resnet_flax.devices import randomness
+from resnet_flax.runs import weights
+from resnet_flax.training import augment, train
 from tests.conftest import make_small_config
 
 SWITCHES = {

@@ -14,13 +14,14 @@ import time
 
 import pytest
 
-from resnet_flax import models, workdir
+from resnet_flax import models
 from resnet_flax.config import flatten
 from resnet_flax.errors import UserError
 from resnet_flax.grid import experiments, locks, plan
 from resnet_flax.grid.durations import scaled
 from resnet_flax.grid.experiments import Run, runs_of
 from resnet_flax.grid.runner import Runner
+from resnet_flax.runs import files
 from resnet_flax.tools import reproduce
 from tests.conftest import ROOT, make_small_config
 
@@ -200,7 +201,7 @@ def test_all_runs_are_made_and_a_failed_one_does_not_stop_the_rest(tmp_path):
     # The directory of the last one belongs to another configuration.
     jobs[4].directory.mkdir(parents=True)
     other = flatten(make_small_config()) | {"optim.learning_rate": 0.5}
-    workdir.write_json(jobs[4].directory / "config.json", other)
+    files.write_json(jobs[4].directory / "config.json", other)
     runner = run_all(jobs, tmp_path, say=said.append)
     assert list(runner.done) == ["a/seed0", "d/seed0"]
     assert sorted(runner.failed) == ["b/seed0", "c/seed0", "e/seed0"]
@@ -251,7 +252,7 @@ def test_a_run_that_another_process_has_is_waited_for(tmp_path, monkeypatch):
     said = []
     jobs[0].directory.mkdir(parents=True)
     # As if by hand: somebody's own main.
-    with workdir.claim(jobs[0].directory):
+    with files.claim(jobs[0].directory):
         runner = Runner(jobs, tmp_path, parallel=1, say=said.append)
         thread = threading.Thread(target=runner.run)
         thread.start()
@@ -268,14 +269,14 @@ def test_what_others_have_finished_is_noticed_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr("resnet_flax.grid.runner._LOOK_AT_OTHERS", 0.1)
     jobs = make_fakes(tmp_path, {"a": "", "b": "wait"})
     jobs[0].directory.mkdir(parents=True)
-    with workdir.claim(jobs[0].directory):
+    with files.claim(jobs[0].directory):
         runner = Runner(jobs, tmp_path, parallel=1, say=str)
         thread = threading.Thread(target=runner.run)
         thread.start()
         wait_for(jobs[1].directory / "ready")
         (jobs[0].directory / "weights.safetensors").touch()
         result = {"steps": 12, "test_error_last": 0.5}
-        workdir.write_json(jobs[0].directory / "result.json", result)
+        files.write_json(jobs[0].directory / "result.json", result)
         end = time.monotonic() + 60
         while "a/seed0" not in runner.done and time.monotonic() < end:
             time.sleep(0.02)
@@ -379,7 +380,7 @@ def test_the_time_left_goes_by_what_is_done(tmp_path):
     done.directory.mkdir(parents=True)
     (done.directory / "weights.safetensors").touch()
     result = {"steps": 64_000, "test_error_last": 0.1, "seconds": 3600.0}
-    workdir.write_json(done.directory / "result.json", result)
+    files.write_json(done.directory / "result.json", result)
     finished = [(done, result)]
     assert plan.estimate(same, plan.State(0, 64_000), finished) == 3600
     assert plan.estimate(same, plan.State(48_000, 64_000), finished) == 900

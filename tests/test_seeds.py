@@ -9,31 +9,18 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import (
-    account,
-    checkpoint,
-    distributed,
-    experiment,
-    handover,
-    inputs,
-    metrics,
-    progress,
-    scoring,
-    seeds,
-    sharding,
-    train,
-    weights,
-    workdir,
-)
 from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Part
+from resnet_flax.devices import distributed, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.grid import plan
 from resnet_flax.grid.experiments import runs_of
 from resnet_flax.grid.groups import together
 from resnet_flax.grid.runner import Runner
 from resnet_flax.reporting import records
+from resnet_flax.runs import checkpoint, files, metrics, progress, weights
 from resnet_flax.tools import reproduce
+from resnet_flax.training import account, experiment, handover, inputs, scoring, seeds, train
 from tests import conftest
 from tests.test_train import Crash, assert_same_end
 
@@ -352,14 +339,14 @@ def make_jobs(directory, count=5):
 
 def begin(job, **record):
     job.directory.mkdir(parents=True)
-    workdir.write_json(job.directory / "config.json", flatten(job.config))
-    workdir.write_json(job.directory / "run.json", record)
+    files.write_json(job.directory / "config.json", flatten(job.config))
+    files.write_json(job.directory / "run.json", record)
 
 
 def finish(job):
     (job.directory / "weights.safetensors").touch()
     result = {"steps": job.steps, "test_error_last": 0.25, "seconds": 10.0, "seeds_in_program": 2}
-    workdir.write_json(job.directory / "result.json", result)
+    files.write_json(job.directory / "result.json", result)
 
 
 def names(jobs):
@@ -440,7 +427,7 @@ def test_their_runs_are_counted_one_by_one(tmp_path):
     said = []
     runner = Runner(fakes, tmp_path, parallel=1, say=said.append)
     assert runner.share(fakes[1]) == 0
-    with workdir.claim(jobs[3].directory):
+    with files.claim(jobs[3].directory):
         assert runner._is_held(fakes[1])
     runner.run()
     assert sorted(runner.done) == [job.name for job in jobs]

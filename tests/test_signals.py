@@ -91,10 +91,10 @@ def test_commands_are_listed_and_other_modules_refused():
     assert (code, err) == (0, "")
     assert "python -m resnet_flax.main " in out
     assert "python -m resnet_flax.tools.predict " in out
-    assert run("resnet_flax.steps") == (
+    assert run("resnet_flax.training.steps") == (
         1,
         "",
-        "error: resnet_flax.steps is no command; python -m resnet_flax lists them\n",
+        "error: resnet_flax.training.steps is no command; python -m resnet_flax lists them\n",
     )
     code, out, err = run("resnet_flax.main", "--help")
     assert (code, err) == (0, "")

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from resnet_flax import augment, cpu, create_model, evaluate, optim, sharding, state, steps
+from resnet_flax import create_model
 from resnet_flax.data import Split
-from resnet_flax.devices import check_memory, compiler_options
+from resnet_flax.devices.hardware import check_memory, compiler_options, cpu, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.feed import ResidentFeed
 from resnet_flax.models import ablations, layout
+from resnet_flax.training import augment, evaluate, optim, state, steps
+from resnet_flax.training.feed import ResidentFeed
 
 SHAPE = (8, 8, 3)
 

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax import checkpoint, loop, metrics, scoring, train, weights
 from resnet_flax.errors import UserError
+from resnet_flax.runs import checkpoint, metrics, weights
+from resnet_flax.training import loop, scoring, train
 from tests import conftest
 
 

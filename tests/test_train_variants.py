@@ -6,7 +6,8 @@ import time
 import numpy as np
 import pytest
 
-from resnet_flax import checkpoint, loop, scoring, train, weights
+from resnet_flax.runs import checkpoint, weights
+from resnet_flax.training import loop, scoring, train
 from tests.conftest import make_small_config
 from tests.test_train import assert_same_end
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from resnet_flax import cache
+from resnet_flax.devices import cache
 
 Arrays = dict[str, np.ndarray]
 

@@ -5,9 +5,9 @@ import itertools
 import pathlib
 from collections.abc import Iterable
 
-from resnet_flax import identity, workdir
 from resnet_flax.errors import UserError
 from resnet_flax.grid.plan import Job, state_of
+from resnet_flax.runs import files, identity
 
 
 def together(jobs: list[Job], seeds_per_run: int) -> list[Job]:
@@ -53,7 +53,7 @@ def together(jobs: list[Job], seeds_per_run: int) -> list[Job]:
 def _begun(job: Job) -> dict | None:
     """What a run says of its beginning, {} where that cannot be read; None: it has not begun."""
     try:
-        return workdir.read_json(job.directory / "run.json")
+        return files.read_json(job.directory / "run.json")
     except UserError:
         return {}
 

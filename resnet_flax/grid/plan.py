@@ -14,12 +14,13 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import resnet_flax
-from resnet_flax import identity, models, workdir
+from resnet_flax import models
 from resnet_flax.config import flatten, nearest_key, override
 from resnet_flax.errors import UserError
 from resnet_flax.grid.durations import scaled
 from resnet_flax.grid.experiments import Run
 from resnet_flax.models import count
+from resnet_flax.runs import files, identity
 from resnet_flax.validation import validate
 
 # What tells the runs of a grid apart is not for everybody to override.
@@ -213,10 +214,10 @@ def state_of(job: Job) -> State:
         )
     try:
         identity.check_same_config(job.directory, job.config)
-        run = workdir.read_json(job.directory / "run.json") or {}
+        run = files.read_json(job.directory / "run.json") or {}
         total = job.steps or run.get("total_steps")
         try:
-            result = workdir.read_json(job.directory / "result.json") or {}
+            result = files.read_json(job.directory / "result.json") or {}
         except UserError:
             result = {}  # The run makes it again from its last checkpoint.
         done = total is not None and result.get("steps") == total

@@ -15,14 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from resnet_flax import augment, data, inputs, models, weights
+from resnet_flax import data, models
 from resnet_flax.config import base_config
 from resnet_flax.data import images
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
-from resnet_flax.state import abstract_variables
-from resnet_flax.workdir import read_json
+from resnet_flax.runs import weights
+from resnet_flax.runs.files import read_json
+from resnet_flax.training import augment, inputs
+from resnet_flax.training.state import abstract_variables
 
 FOLDER = pathlib.Path(__file__).parent
 """Where the published weights lie."""

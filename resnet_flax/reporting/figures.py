@@ -4,12 +4,12 @@ import json
 import math
 import statistics
 
-from resnet_flax.metrics import of_split
 from resnet_flax.reporting import classes, published
 from resnet_flax.reporting.picture import COLORS, Picture, draw_grid
 from resnet_flax.reporting.recipe import PAPER_STEPS
 from resnet_flax.reporting.records import Group
 from resnet_flax.reporting.tables import label
+from resnet_flax.runs.metrics import of_split
 
 _DEPTHS = 20, 32, 44, 56, 110, 1202
 # Points of a training curve; more are averaged, as they would not be seen.

@@ -8,10 +8,11 @@ import pathlib
 import statistics
 from typing import Any
 
-from resnet_flax import metrics, models, workdir
+from resnet_flax import models
 from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 from resnet_flax.errors import UserError
 from resnet_flax.reporting.recipe import Recipe, describe
+from resnet_flax.runs import files, metrics
 
 _FILES = ("config.json", "run.json", "result.json")
 # Of a result: what must be a number from 0 to 1, or null where it may.
@@ -75,9 +76,9 @@ def find(roots: list[pathlib.Path]) -> list[pathlib.Path]:
     for root in roots:
         if not root.is_dir():
             raise UserError(f"{root} is no directory: give a run's, or one that holds runs")
-        for path, folders, files in os.walk(root):
+        for path, folders, names in os.walk(root):
             folders.sort()
-            if any(name in files for name in _FILES):
+            if any(name in names for name in _FILES):
                 found.setdefault(pathlib.Path(path).resolve(), pathlib.Path(path))
                 folders.clear()
     return list(found.values())
@@ -89,7 +90,7 @@ def load(directory: pathlib.Path) -> Record:
     Raises:
       UserError: a file is missing or damaged.
     """
-    read = {name: workdir.read_json(directory / name) for name in _FILES}
+    read = {name: files.read_json(directory / name) for name in _FILES}
     for name in _FILES[:2]:
         if read[name] is None:
             raise UserError(f"{directory} holds no {name}")
@@ -145,7 +146,7 @@ def _check(record: Record) -> None:
 
 
 def _responses(directory: pathlib.Path) -> list[float] | None:
-    content = workdir.read_json(directory / "responses.json")
+    content = files.read_json(directory / "responses.json")
     if content is None:
         return None
     try:

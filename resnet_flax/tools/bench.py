@@ -36,9 +36,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resnet_flax import models, workdir
+from resnet_flax import models
 from resnet_flax.config import base_config, flatten, imagenet_config, nearest_key
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files
 from resnet_flax.tools import bench_offline, bench_report, entry
 
 _DTYPES = "auto", "float32", "bfloat16"
@@ -263,7 +264,7 @@ def run_cases(
     Returns:
       `command`, and `rows`, see `run_case`.
     """
-    content = (workdir.read_json(path) if path else None) or {}
+    content = (files.read_json(path) if path else None) or {}
     old = content.get("rows", [])
     rows: list[dict[str, Any]] = []
     command = shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]])
@@ -277,7 +278,7 @@ def run_cases(
         if path:
             others = [r for r in old if r["case"] not in [x["case"] for x in rows]]
             content |= {"command": command, "rows": rows + others}
-            workdir.write_json(path, content)
+            files.write_json(path, content)
     return {"command": command, "rows": rows}
 
 

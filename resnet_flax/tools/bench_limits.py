@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from resnet_flax import sharding
+from resnet_flax.devices import sharding
 
 # Sizes for the ceilings: side of the matrices, bytes of the array that is added to.
 _MATRIX = {"cpu": 1024, "accelerator": 8192}

@@ -19,9 +19,10 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from resnet_flax import experiment, feed, sharding
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.tools import bench_program, bench_report, bench_worker, entry
+from resnet_flax.training import experiment, feed
 
 TARGETS = {"h100": "gpu", "v5e": "tpu", "v6e": "tpu"}
 """What can be compiled for, and the platform of each."""

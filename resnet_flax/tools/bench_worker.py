@@ -19,13 +19,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import cpu, devices, experiment, feed, models, record, seeds, sharding
+from resnet_flax import models
 from resnet_flax.config import base_config, imagenet_config, override
 from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.devices import cpu, hardware, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.experiment import Experiment
 from resnet_flax.models import count
+from resnet_flax.runs import record
 from resnet_flax.tools import bench_limits, entry
+from resnet_flax.training import experiment, feed, seeds
+from resnet_flax.training.experiment import Experiment
 from resnet_flax.validation import validate
 
 
@@ -80,7 +83,7 @@ def make_config(case: Case) -> ConfigDict:
 
 
 def _mesh(case: Case, config: ConfigDict) -> Mesh:
-    mesh = devices.choose_mesh(config)
+    mesh = hardware.choose_mesh(config)
     if not case.devices or mesh.size == case.devices:
         return mesh
     if mesh.size < case.devices:

@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax import models, pretrained, torch_names, weights
+from resnet_flax import models, pretrained
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
 from resnet_flax.models.resnet import without_survival
-from resnet_flax.state import abstract_variables
-from resnet_flax.tools import entry, torch_file
+from resnet_flax.runs import weights
+from resnet_flax.tools import entry, torch_file, torch_names
+from resnet_flax.training.state import abstract_variables
 
 # Mean and standard deviation of the channels, of pixel values from 0 to 1.
 PREPROCESS = {

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax import outputs, record, sharding, workdir
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
+from resnet_flax.runs import files, record
 from resnet_flax.tools import entry
-from resnet_flax.trained import Loader, Trained
+from resnet_flax.training import outputs
+from resnet_flax.training.trained import Loader, Trained
 
 
 def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
@@ -127,7 +129,7 @@ def main(argv: list[str]) -> None:
     result = evaluate(sources, Loader(args.data_dir))
     if args.out:
         try:
-            workdir.write_json(pathlib.Path(args.out).expanduser(), result)
+            files.write_json(pathlib.Path(args.out).expanduser(), result)
         except OSError as error:
             raise UserError(f"cannot write {args.out}: {error.strerror}") from error
     print(json.dumps(result, indent=2) if args.json else _text(result))

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from resnet_flax import cache
+from resnet_flax.devices import cache
 from resnet_flax.errors import UserError
 
 
@@ -40,9 +40,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         # The reader of a pipe has seen enough; Python would complain once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
-        from resnet_flax import devices
+        from resnet_flax.devices import hardware
 
-        if not (reason := devices.why_none()):
+        if not (reason := hardware.why_none()):
             raise
         print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)

@@ -22,8 +22,9 @@ import jax
 import numpy as np
 from jax import export
 
-from resnet_flax import pretrained, workdir
+from resnet_flax import pretrained
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files
 from resnet_flax.tools import entry
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -75,7 +76,7 @@ def export_net(
         # Without it the rest counts for nothing.
         (directory / DESCRIPTION).unlink(missing_ok=True)
         for name, content in contents.items():
-            workdir.write_atomically(directory / name, content)
+            files.write_atomically(directory / name, content)
         read = {name: (directory / name).read_bytes() for name in contents}
         for run, batch in (
             (lambda x: _run(read[PROGRAM], x, directory, jax.__version__), _COMPARED),
@@ -90,7 +91,7 @@ def export_net(
                     f"{differences[-1]:.3g}: it was removed"
                 )
         description = _describe(net, output, batch_size, read, differences)
-        workdir.write_json(directory / DESCRIPTION, description)
+        files.write_json(directory / DESCRIPTION, description)
     except OSError as error:
         raise UserError(f"cannot write in {directory}: {error.strerror}") from error
     except UserError:
@@ -165,7 +166,7 @@ def check(directory: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: something is missing or damaged, or this version of jax cannot read it.
     """
-    description = workdir.read_json(directory / DESCRIPTION)
+    description = files.read_json(directory / DESCRIPTION)
     if description is None:
         raise UserError(
             f"{directory} holds no {DESCRIPTION}: nothing was exported to it, or in part"

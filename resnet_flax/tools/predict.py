@@ -23,8 +23,8 @@ import numpy as np
 from resnet_flax import pretrained
 from resnet_flax.data import image_files
 from resnet_flax.errors import UserError
+from resnet_flax.runs.files import write_atomically
 from resnet_flax.tools import entry
-from resnet_flax.workdir import write_atomically
 
 # The picture of predictions: most images on it, images in a row, side of an image in pixels.
 _STRIP, _COLUMNS, _SIDE = 64, 8, 112

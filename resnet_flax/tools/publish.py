@@ -14,8 +14,9 @@ from typing import Any
 
 import jax
 
-from resnet_flax import metrics, pretrained, weights, workdir
+from resnet_flax import pretrained
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files, metrics, weights
 from resnet_flax.tools import entry
 
 MOST_BYTES = 16_000_000
@@ -80,16 +81,16 @@ def publish(
             "test_error": result["test_error_last"],
             "results": _below_results(results),
         }
-        workdir.write_json(folder / "index.json", dict(sorted(index.items())))
+        files.write_json(folder / "index.json", dict(sorted(index.items())))
     except BaseException:
         # The index must go on describing the files that are there.
-        path.unlink() if old is None else workdir.write_atomically(path, old)
+        path.unlink() if old is None else files.write_atomically(path, old)
         raise
     return index[name]
 
 
 def _record(results: pathlib.Path, name: str) -> dict[str, Any]:
-    content = workdir.read_json(results / name)
+    content = files.read_json(results / name)
     if content is None:
         raise UserError(f"{results} holds no {name}: give the folder of a recorded run")
     return content

@@ -9,7 +9,6 @@ report.md, and the pictures as PNG.
 
 import pathlib
 
-from resnet_flax import workdir
 from resnet_flax.errors import UserError
 from resnet_flax.reporting import figures, page, records, tables
 from resnet_flax.tools import entry
@@ -62,7 +61,7 @@ def write(report: page.Report, directory: pathlib.Path) -> list[pathlib.Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            workdir.write_atomically(directory / name, content)
+            files.write_atomically(directory / name, content)
     except OSError as error:
         raise UserError(
             f"cannot write in {directory}: {error.strerror}; choose another --out"

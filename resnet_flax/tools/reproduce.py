@@ -20,13 +20,13 @@ import time
 
 from tqdm import tqdm
 
-from resnet_flax import inputs
 from resnet_flax.errors import UserError
 from resnet_flax.grid.experiments import runs_of
 from resnet_flax.grid.groups import together
 from resnet_flax.grid.plan import Job, estimate, make_jobs, state_of
 from resnet_flax.grid.runner import Runner
 from resnet_flax.tools import entry
+from resnet_flax.training import inputs
 
 # Between lines of progress where there is no terminal, and between looks at the runs.
 _SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_LOOKS = 60.0, 2.0

@@ -11,10 +11,12 @@ no batch normalisation stands at that place.
 import pathlib
 import sys
 
-from resnet_flax import outputs, sharding, workdir
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files
 from resnet_flax.tools import entry
-from resnet_flax.trained import Loader
+from resnet_flax.training import outputs
+from resnet_flax.training.trained import Loader
 
 
 def measure(directory: pathlib.Path, loader: Loader) -> dict:
@@ -47,7 +49,7 @@ def measure(directory: pathlib.Path, loader: Loader) -> dict:
         "weights_sha256": trained.sha256,
         "layers": [{"name": name, "std": deviations[name]} for name in layers],
     }
-    workdir.write_json(directory / "responses.json", content)
+    files.write_json(directory / "responses.json", content)
     return content
 
 

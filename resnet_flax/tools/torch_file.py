@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from resnet_flax.errors import UserError
-from resnet_flax.workdir import write_atomically
+from resnet_flax.runs.files import write_atomically
 
 # What a converted file says beside its arrays: attribute of the state dict, or metadata.
 _BESIDE = "resnet_flax"

@@ -25,7 +25,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from resnet_flax import models, workdir
+from resnet_flax import models
+from resnet_flax.runs import files
 from resnet_flax.tools import bench, bench_report
 
 PARTS = "depth", "batch", "devices", "seeds", "start"
@@ -227,14 +228,14 @@ def main(argv: list[str] | None = None) -> None:
         if part == "seeds":
             texts.append(nets_an_hour(rows))
     if "start" in parts:
-        content = workdir.read_json(args.out) or {}
+        content = files.read_json(args.out) or {}
         flags = [f"--config={args.start_config}"]
         flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
         found = content.get("start", {}).get(args.start_config)
         if not found or "error" in found:
             found = measure_start(flags, args.repeats, args.timeout or 3600.0)
             starts = {**content.get("start", {}), args.start_config: found}
-            workdir.write_json(args.out, {"rows": [], **content, "start": starts})
+            files.write_json(args.out, {"rows": [], **content, "start": starts})
         texts.append(f"{args.start_config}\n{describe_start(found)}")
     text = "\n\n".join(texts)
     print(text)

@@ -35,7 +35,7 @@ def compile_layer(side, channels, outputs, strides):
     import jax
     import jax.numpy as jnp
 
-    from resnet_flax import sharding
+    from resnet_flax.devices import sharding
     from resnet_flax.models import deferred, kernels
     from resnet_flax.tools import bench_offline
 

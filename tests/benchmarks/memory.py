@@ -44,7 +44,7 @@ def watch(most: int) -> None:
 
 def measure(name: str, batch: int, remat: bool, scan: str) -> dict:
     """Compiles and runs one step."""
-    from resnet_flax import cpu
+    from resnet_flax.devices import cpu
     from resnet_flax.tools import bench_worker
 
     cpu.keep_freed_memory()

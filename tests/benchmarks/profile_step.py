@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from resnet_flax import cpu, devices
+from resnet_flax.devices import cpu, hardware
 from resnet_flax.models import cpu_convolution
 from resnet_flax.tools import bench_worker
 
@@ -86,7 +86,7 @@ def profile(model: str, batch: int, dtype: str) -> str:
 
 
 def _rate(operations: float, function, *args) -> str:
-    function = jax.jit(function, compiler_options=devices.compiler_options(jax.default_backend()))
+    function = jax.jit(function, compiler_options=hardware.compiler_options(jax.default_backend()))
     jax.block_until_ready(function(*args))
     times = []
     while len(times) < 3 or sum(times) < 0.5:

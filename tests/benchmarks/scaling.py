@@ -132,8 +132,9 @@ def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
     import jax
     import jax.numpy as jnp
 
-    from resnet_flax import experiment, sharding, state, steps
     from resnet_flax.config import base_config
+    from resnet_flax.devices import sharding
+    from resnet_flax.training import experiment, state, steps
 
     config = base_config()
     config.model.name, config.model.num_classes = name, classes

@@ -184,7 +184,7 @@ def this_package(name: str, batch: int, dtype: str, options: tuple[str, ...]) ->
     """What a training run executes, on the number of devices that it chooses."""
     import jax
 
-    from resnet_flax import record
+    from resnet_flax.runs import record
     from resnet_flax.tools import bench_worker
 
     devices = 1 if "one device" in options else 0
@@ -219,7 +219,7 @@ def _touch(variant: Variant, platform: str) -> str | None:
             torch.zeros(1, device="cuda")
         return None
     # As `main` does, before anything large is allocated.
-    from resnet_flax import cpu
+    from resnet_flax.devices import cpu
 
     if variant.kind == "ours":
         cpu.keep_freed_memory()

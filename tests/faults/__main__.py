@@ -62,7 +62,7 @@ class Recorder:
 def _header() -> list[str]:
     import jax
 
-    from resnet_flax import record
+    from resnet_flax.runs import record
 
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     here = record.environment(mesh)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from resnet_flax import checkpoint, metrics
+from resnet_flax.runs import checkpoint, metrics
 from tests.conftest import ROOT
 
 STEPS, SAVE_EVERY, EVALUATE_EVERY = 40, 5, 10

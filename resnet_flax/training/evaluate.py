@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from resnet_flax.errors import UserError
-from resnet_flax.feed import Feed
+from resnet_flax.training.feed import Feed
 
 # Batches that may be on their way to the devices while the sums of one are read.
 _SENT_AHEAD = 2

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from resnet_flax.distributed.place import Place, find_place
+from resnet_flax.devices.distributed.place import Place, find_place
 
 __all__ = [
     "Place",
@@ -50,8 +50,8 @@ def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> 
     if place.count == 1:
         return
     # Imported here: they take a while, and most runs are of one process.
-    from resnet_flax.distributed.group import Group
-    from resnet_flax.distributed.rollcall import meet
+    from resnet_flax.devices.distributed.group import Group
+    from resnet_flax.devices.distributed.rollcall import meet
 
     _group = Group(place.index, place.count, meet(place, connect_timeout), peer_timeout)
     # Signals are the loop's business; JAX would take SIGTERM for itself.

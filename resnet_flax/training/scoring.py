@@ -9,26 +9,16 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-    checkpoint,
-    devices,
-    distributed,
-    experiment,
-    identity,
-    inputs,
-    models,
-    randomness,
-    record,
-    sharding,
-    weights,
-    workdir,
-)
 from resnet_flax import config as config_lib
+from resnet_flax import models
 from resnet_flax.config import base_config, flatten
+from resnet_flax.devices import distributed, hardware, randomness, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.evaluate import Score
-from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
+from resnet_flax.runs import checkpoint, files, identity, record, weights
+from resnet_flax.training import experiment, inputs
+from resnet_flax.training.evaluate import Score
+from resnet_flax.training.experiment import Experiment
 from resnet_flax.validation import validate
 
 
@@ -65,7 +55,7 @@ def score(
     beginning = distributed.share(begin)
     config = fill(base_config(), json.loads(beginning["config"]))
     path = pathlib.Path(source or directory)
-    mesh = devices.choose_mesh(config)
+    mesh = hardware.choose_mesh(config)
     dataset = inputs.load_data(config)
     if beginning["is_file"]:
         weights.check_preprocessing(
@@ -82,7 +72,7 @@ def score(
     scores, step = run.make_scorer()(variables), found["step"]
     if directory and distributed.is_first():
         content = {name: record.describe_score(s) for name, s in scores.items()}
-        workdir.write_json(
+        files.write_json(
             pathlib.Path(directory) / "evaluation.json",
             {"source": str(path), "step": step, **content, **record.environment(mesh)},
         )
@@ -161,7 +151,7 @@ def own_config(path: pathlib.Path, loaded: weights.Weights | None) -> ConfigDict
         # Where the data lay on the machine that made the file says nothing here.
         elsewhere = "data.data_dir", "data.archive", "data.mirror"
     else:
-        stored = workdir.read_json(_run_of(path) / "config.json")
+        stored = files.read_json(_run_of(path) / "config.json")
         if stored is None:
             raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
     return fill(config, {k: v for k, v in stored.items() if k not in elsewhere})

@@ -5,10 +5,10 @@ import math
 import pathlib
 from typing import Any
 
-from resnet_flax import record
-from resnet_flax.evaluate import Score
-from resnet_flax.experiment import Experiment
-from resnet_flax.metrics import Records
+from resnet_flax.runs import record
+from resnet_flax.runs.metrics import Records
+from resnet_flax.training.evaluate import Score
+from resnet_flax.training.experiment import Experiment
 
 
 @dataclasses.dataclass

@@ -11,16 +11,18 @@ import jax
 import numpy as np
 from etils import epath
 
-from resnet_flax import checkpoint, cpu, devices, distributed, feed, sharding
-from resnet_flax.account import Account
+from resnet_flax.devices import cpu, distributed, hardware, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.evaluate import Score
-from resnet_flax.experiment import Experiment
-from resnet_flax.metrics import Records, RunLog
-from resnet_flax.progress import Progress
-from resnet_flax.seeds import Group
+from resnet_flax.runs import checkpoint
+from resnet_flax.runs.metrics import Records, RunLog
+from resnet_flax.runs.progress import Progress
 from resnet_flax.signals import answered_by
-from resnet_flax.state import TrainState
+from resnet_flax.training import feed
+from resnet_flax.training.account import Account
+from resnet_flax.training.evaluate import Score
+from resnet_flax.training.experiment import Experiment
+from resnet_flax.training.seeds import Group
+from resnet_flax.training.state import TrainState
 
 # Key of what a stopped run returns, to tell it from a finished one.
 STOPPED = "stopped"
@@ -180,7 +182,7 @@ class Loop:
         if length not in self.compiled:
             self._drain()
             self.compiled[length] = self.train_chunk.lower(*arguments).compile()
-            devices.check_memory(self.compiled[length], self.config.data.batch_size)
+            hardware.check_memory(self.compiled[length], self.config.data.batch_size)
             cpu.limit_kept_memory(self.compiled[length])
         if not self.pending:
             self.train_clock = time.monotonic()

@@ -21,11 +21,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from resnet_flax import randomness, sharding
 from resnet_flax.data import batches as streaming
 from resnet_flax.data import stream
 from resnet_flax.data.dataset import Part, Split
 from resnet_flax.data.streamed import StreamedSplit, why_unreadable
+from resnet_flax.devices import randomness, sharding
 from resnet_flax.errors import UserError
 
 

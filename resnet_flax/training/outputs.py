@@ -9,12 +9,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from resnet_flax import augment, steps
 from resnet_flax.errors import UserError
-from resnet_flax.feed import Feed
 from resnet_flax.models import blocks
 from resnet_flax.models.norm import BatchNorm
 from resnet_flax.models.resnet import ResNet
+from resnet_flax.training import augment, steps
+from resnet_flax.training.feed import Feed
 
 
 def _each_batch(step: Callable, feed: Feed, batch_size: int, mesh, *arguments) -> Iterator[Any]:

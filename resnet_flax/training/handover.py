@@ -15,9 +15,9 @@ from typing import Any
 
 from etils import epath
 
-from resnet_flax import checkpoint, identity, record
-from resnet_flax.account import Account
 from resnet_flax.errors import UserError
+from resnet_flax.runs import checkpoint, identity, record
+from resnet_flax.training.account import Account
 
 _DOOMED = "checkpoints.deleting"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import flax.serialization
 
-from resnet_flax.distributed.place import Place
+from resnet_flax.devices.distributed.place import Place
 from resnet_flax.errors import UserError
 
 _PROGRAM = "resnet_flax"

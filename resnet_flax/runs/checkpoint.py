@@ -24,10 +24,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import v1 as ocp_v1
 
-from resnet_flax import file_list
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.state import TrainState
+from resnet_flax.runs import file_list
+from resnet_flax.training.state import TrainState
 
 
 class NotFiniteError(Exception):

@@ -19,13 +19,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import distributed, models, weights, workdir
+from resnet_flax import models
 from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Dataset
+from resnet_flax.devices import distributed
 from resnet_flax.errors import UserError
-from resnet_flax.evaluate import Score
-from resnet_flax.experiment import Experiment
-from resnet_flax.metrics import draw_curves, of_split, recent_error
+from resnet_flax.runs import files, weights
+from resnet_flax.runs.metrics import draw_curves, of_split, recent_error
+from resnet_flax.training.evaluate import Score
+from resnet_flax.training.experiment import Experiment
 
 # From here on the top-5 error says more than a table of every class.
 MANY_CLASSES = 100
@@ -72,18 +74,18 @@ def write_start(
       group: those that it is trained with, see `handover.group_of`; None: it is alone.
     """
     path = directory / "run.json"
-    old = workdir.read_json(path) or {}
+    old = files.read_json(path) or {}
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     start = {"time": now, "step": step, **environment}
     if old:
-        workdir.write_json(path, old | {"starts": [*old.get("starts", []), start]})
+        files.write_json(path, old | {"starts": [*old.get("starts", []), start]})
         return
-    workdir.write_json(directory / "config.json", flatten(config))
+    files.write_json(directory / "config.json", flatten(config))
     preprocess = directory / "preprocess.safetensors"
     weights.save_preprocessing(preprocess, run.mean, run.std)
     dataset, usual = run.dataset, directory / "checkpoints"
     draw = dataset.validation_draw
-    workdir.write_json(
+    files.write_json(
         path,
         {
             "model": run.config.model.name,
@@ -205,7 +207,7 @@ def _details(score: Score) -> dict[str, Any]:
 def finished(directory: pathlib.Path, total_steps: int) -> dict[str, Any] | None:
     """The result of a run that has ended, or None: it is made again from the last checkpoint."""
     try:
-        result = workdir.read_json(directory / "result.json") or {}
+        result = files.read_json(directory / "result.json") or {}
         weights.load(directory / "weights.safetensors")
     except UserError:
         return None
@@ -261,7 +263,7 @@ def write_result(
             raise
         # Matplotlib has found no place for its cache of fonts: no picture, but a result.
         print(f"note: curves.png could not be drawn: {error}", file=sys.stderr)
-    workdir.write_json(directory / "result.json", result)
+    files.write_json(directory / "result.json", result)
     return result
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from resnet_flax.distributed.rollcall import Link
+from resnet_flax.devices.distributed.rollcall import Link
 
 # How long the first process, at its end, waits for the others to have read why, in seconds.
 _LAST_WORDS = 5.0

@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.workdir import write_atomically
+from resnet_flax.runs.files import write_atomically
 
 FORMAT = "resnet_flax 1"
 

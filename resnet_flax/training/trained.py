@@ -8,22 +8,12 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-    data,
-    devices,
-    experiment,
-    feed,
-    identity,
-    inputs,
-    models,
-    pretrained,
-    record,
-    scoring,
-    sharding,
-    weights,
-)
+from resnet_flax import data, models, pretrained
 from resnet_flax.data.dataset import Dataset
-from resnet_flax.experiment import Experiment
+from resnet_flax.devices import hardware, sharding
+from resnet_flax.runs import identity, record, weights
+from resnet_flax.training import experiment, feed, inputs, scoring
+from resnet_flax.training.experiment import Experiment
 from resnet_flax.validation import validate
 
 
@@ -89,7 +79,7 @@ class Loader:
             config.data.data_dir = self._data_dir
         validate(config)
         models.resolve_shortcut(config.model.name, config.model.shortcut)
-        self._mesh = self._mesh or devices.choose_mesh(config)
+        self._mesh = self._mesh or hardware.choose_mesh(config)
         dataset = self._load_data(config)
         if is_run:
             identity.check_same_data(source, dataset)

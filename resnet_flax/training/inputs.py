@@ -7,10 +7,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import augment, data, feed, models
+from resnet_flax import data, models
 from resnet_flax.data import streamed
 from resnet_flax.data.dataset import Dataset, Part, Split
 from resnet_flax.errors import UserError
+from resnet_flax.training import augment, feed
 
 # Training images from which the statistics of a streamed data set are estimated.
 _SAMPLE = 2048

@@ -21,10 +21,10 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from resnet_flax import augment, optim, packing
 from resnet_flax.data.batches import UNREADABLE
 from resnet_flax.models.resnet import ResNet
-from resnet_flax.state import TrainState
+from resnet_flax.training import augment, optim, packing
+from resnet_flax.training.state import TrainState
 
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
 _STATISTICS_KEYS = np.uint32(2**31)

@@ -9,8 +9,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import cpu, distributed, sharding
 from resnet_flax.config import flatten
+from resnet_flax.devices import cpu, distributed, sharding
 from resnet_flax.errors import UserError
 
 # XLA replaces elementwise chains and reductions by calls of its YNNPACK kernels, beside the

@@ -10,30 +10,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-    checkpoint,
-    devices,
-    distributed,
-    experiment,
-    handover,
-    identity,
-    inputs,
-    loop,
-    models,
-    pretrained,
-    randomness,
-    record,
-    seeds,
-    weights,
-    workdir,
-)
-from resnet_flax.account import Account, History
+from resnet_flax import models, pretrained
 from resnet_flax.data.dataset import Dataset
+from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
-from resnet_flax.experiment import Experiment
 from resnet_flax.models import layout
-from resnet_flax.progress import SEEDS, Progress
-from resnet_flax.state import TrainState
+from resnet_flax.runs import checkpoint, files, identity, record, weights
+from resnet_flax.runs.progress import SEEDS, Progress
+from resnet_flax.training import experiment, handover, inputs, loop, seeds
+from resnet_flax.training.account import Account, History
+from resnet_flax.training.experiment import Experiment
+from resnet_flax.training.state import TrainState
 from resnet_flax.validation import validate
 
 
@@ -75,13 +62,13 @@ def train(
     config.model.update(distributed.share(lambda: _model_of(config, initial, directories[0])))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
     configs = seeds.member_configs(config)
-    mesh = devices.choose_mesh(config)
+    mesh = hardware.choose_mesh(config)
     environment = record.environment(mesh) | ({"seeds_in_program": len(configs)} if group else {})
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
         if distributed.is_first():
             for own, one in zip(directories, configs, strict=True):
-                stack.enter_context(workdir.claim(own))
+                stack.enter_context(files.claim(own))
                 identity.check_same_config(own, one)
                 if not group:
                     identity.check_same_group(own, None)

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from resnet_flax.errors import UserError
-from resnet_flax.workdir import write_atomically
+from resnet_flax.runs.files import write_atomically
 
 
 def read_records(path: pathlib.Path) -> list[dict[str, Any]]:

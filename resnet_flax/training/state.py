@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Sharding
 
-from resnet_flax import randomness
+from resnet_flax.devices import randomness
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
 

@@ -10,24 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import (
-    cpu,
-    devices,
-    distributed,
-    evaluate,
-    feed,
-    inputs,
-    models,
-    optim,
-    sharding,
-    state,
-    steps,
-)
+from resnet_flax import models
 from resnet_flax.config import resolve_steps
 from resnet_flax.data.dataset import Dataset
+from resnet_flax.devices import cpu, distributed, hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
+from resnet_flax.training import evaluate, feed, inputs, optim, state, steps
 
 
 def make_model(config: ConfigDict, platform: str) -> ResNet:
@@ -212,7 +202,7 @@ class Experiment:
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
             pack=sharding.platform(self.mesh) == "gpu",
-            compiler_options=devices.compiler_options(sharding.platform(self.mesh)),
+            compiler_options=hardware.compiler_options(sharding.platform(self.mesh)),
         )
 
     def make_evaluated(self):
@@ -278,7 +268,7 @@ def build(
     Args:
       config: validated.
       dataset: on the host.
-      mesh: as from `devices.choose_mesh`.
+      mesh: as from `hardware.choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
       warn: told of images that cannot be read.
       put: places images that stay on the devices, see `feed.put_once`.

@@ -18,11 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from resnet_flax import data, distributed, experiment, feed, inputs, sharding, state
+from resnet_flax import data
 from resnet_flax.data.dataset import Dataset, for_seed
+from resnet_flax.devices import distributed, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.experiment import Experiment
 from resnet_flax.models.resnet import ResNet
+from resnet_flax.training import experiment, feed, inputs, state
+from resnet_flax.training.experiment import Experiment
 
 # What the nets of a program share of `resident`, see `steps`.
 _SHARED = ("images", "labels")

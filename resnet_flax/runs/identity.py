@@ -8,10 +8,10 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import weights, workdir
 from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
+from resnet_flax.runs import files, weights
 
 
 def check_same_config(
@@ -35,7 +35,7 @@ def check_same_config(
     ignored = set(OPERATIONAL_KEYS)
     if sections is not None:
         ignored |= {key for key in old if key.split(".")[0] not in sections}
-    differing = workdir.differing_keys(old, flatten(config), frozenset(ignored))
+    differing = files.differing_keys(old, flatten(config), frozenset(ignored))
     if differing:
         raise UserError(
             f"workdir {directory} belongs to a run of another config; choose another --workdir "
@@ -62,7 +62,7 @@ def take_model(
     if initial:
         found = initial.model
     else:
-        begun = workdir.read_json(directory / "config.json") or {}
+        begun = files.read_json(directory / "config.json") or {}
         found = {k.removeprefix("model."): v for k, v in begun.items() if k.startswith("model.")}
     if "name" not in found:
         raise UserError(
@@ -192,7 +192,7 @@ def check_same_run(
     if _run_record(directory):
         return
     old = flatten(base_config()) | saved["config"]
-    differing = workdir.differing_keys(old, now["config"], OPERATIONAL_KEYS)
+    differing = files.differing_keys(old, now["config"], OPERATIONAL_KEYS)
     if saved["fingerprint"] != now["fingerprint"]:
         differing.append("the data set")
     if differing:
@@ -234,7 +234,7 @@ def _run_record(directory: pathlib.Path) -> dict[str, Any]:
 
 def _read(directory: pathlib.Path, name: str) -> dict[str, Any]:
     """What a JSON file of a run says, {} where no run has begun."""
-    content = workdir.read_json(directory / name)
+    content = files.read_json(directory / name)
     if content is None and any((directory / n).exists() for n in ("checkpoints", "metrics.jsonl")):
         raise UserError(
             f"workdir {directory} holds a run without its {name}; restore it, or choose another "
