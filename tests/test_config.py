@@ -12,7 +12,7 @@ from resnet_flax.data import streamed
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, get_architecture
-from resnet_flax.training import experiment, inputs
+from resnet_flax.training import inputs, setup
 from resnet_flax.validation import validate
 from tests.conftest import ROOT
 
@@ -67,7 +67,7 @@ def test_keras_recipe_is_the_example_s(name):
     assert c.model.name == name
     steps = resolve_steps(c, 50_000)
     assert steps.train.total_steps == 200 * 1562.5
-    rate = experiment.optim.make_schedule(
+    rate = setup.optim.make_schedule(
         "piecewise",
         learning_rate=c.optim.learning_rate,
         total_steps=steps.train.total_steps,
@@ -88,12 +88,12 @@ def test_a_net_s_own_shortcut_can_be_recorded():
 def test_zero_init_last_reaches_the_net():
     config = base_config()
     config.model.num_classes = 10
-    assert not experiment.make_model(config, "cpu").zero_init_last
+    assert not setup.make_model(config, "cpu").zero_init_last
     config.model.zero_init_last = True
-    assert experiment.make_model(config, "cpu").zero_init_last
+    assert setup.make_model(config, "cpu").zero_init_last
     config.model.name = "plain20"
     with pytest.raises(UserError, match="'plain20' has no branches that end in batch norm"):
-        experiment.make_model(config, "cpu")
+        setup.make_model(config, "cpu")
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,14 +107,14 @@ def test_the_dtype_is_the_platform_s_own(name):
 def test_what_is_fast_goes_by_the_platform(platform, dtype):
     config = base_config()
     config.model.num_classes = 10
-    model = experiment.make_model(config, platform)
+    model = setup.make_model(config, platform)
     assert model.dtype == jnp.dtype(dtype)
     assert model.cpu_convolutions == (platform == "cpu")
     assert model.defer == model.defers == (platform == "gpu")
     # Until they were measured.
     assert not model.kernels
     config.model.dtype = "float32"
-    assert experiment.make_model(config, platform).dtype == jnp.float32
+    assert setup.make_model(config, platform).dtype == jnp.float32
 
 
 def test_kernels_everywhere_if_they_must_be():
@@ -124,7 +124,7 @@ def test_kernels_everywhere_if_they_must_be():
         config.model.kernels = choice
         validate(config)
         for platform in ("cpu", "gpu", "tpu"):
-            model = experiment.make_model(config, platform)
+            model = setup.make_model(config, platform)
             assert model.kernels == model.uses_kernels == used
             assert model.defers == (used or platform == "gpu")
 
@@ -168,8 +168,8 @@ def test_every_config_validates_and_traces(name):
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
     # Equal blocks as one: in another form a thousand layers take as long as all other nets.
-    model = experiment.make_model(config, "cpu").clone(scan=True)
-    run = experiment.Experiment(config, None, mesh, model, None, None)
+    model = setup.make_model(config, "cpu").clone(scan=True)
+    run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
     chunk = 3, config.data.batch_size

@@ -95,8 +95,8 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
     directory = tmp_path / "run"
     original = loop.Loop._train
 
-    def train_then_signal(self):
-        original(self)
+    def train_then_signal(self, turn):
+        original(self, turn)
         if self.step == stop_at:
             signal.raise_signal(signal.SIGTERM)
             while not self.stop_signal:  # Another thread answers.
@@ -117,14 +117,14 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
 def test_a_signal_during_the_last_evaluation_ends_it(finished, tmp_path, monkeypatch):
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
-    original = loop.Loop._score
+    original = loop.Loop._evaluate_if_due
 
-    def signal_then_score(self, member):
-        if self.step == config.train.total_steps:
+    def signal_then_score(self, net):
+        if net.step == config.train.total_steps:
             self.stop_signal = signal.SIGTERM
-        return original(self, member)
+        return original(self, net)
 
-    monkeypatch.setattr(loop.Loop, "_score", signal_then_score)
+    monkeypatch.setattr(loop.Loop, "_evaluate_if_due", signal_then_score)
     stopped = train.train(config, directory)
     assert stopped == {"stopped": config.train.total_steps, "signal": "SIGTERM"}
     assert not (directory / "result.json").exists()
@@ -142,15 +142,16 @@ def test_a_crash_between_checkpoint_and_evaluation_loses_nothing(finished, tmp_p
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
 
-    def crash(self):
-        self._save()
-        self.writer.close()
+    original = loop.Loop._evaluate_if_due
+
+    def crash(self, net):
+        if net.step != 8:
+            return original(self, net)
+        self._save(net)
+        net.writer.close()
         raise Crash
 
-    original = loop.Loop._evaluate_if_due
-    monkeypatch.setattr(
-        loop.Loop, "_evaluate_if_due", lambda s: crash(s) if s.step == 8 else original(s)
-    )
+    monkeypatch.setattr(loop.Loop, "_evaluate_if_due", crash)
     with pytest.raises(Crash):
         train.train(config, directory)
     monkeypatch.undo()
@@ -387,7 +388,7 @@ def test_many_steps_a_dispatch_change_nothing_but_rounding(small_config, tmp_pat
         try:
             return original(self)
         finally:
-            compiled.append(sorted(self.compiled))
+            compiled.append(sorted(key[-1] for key in self.programs))
 
     monkeypatch.setattr(loop.Loop, "run", run_and_note)
     small_config.log.every_steps = 5
@@ -434,12 +435,12 @@ def test_every_option_of_the_modern_recipe_trains(small_config, tmp_path):
 
 def test_a_run_begins_from_a_file_a_run_or_a_published_name(finished, tmp_path):
     _, directory, _ = finished
-    by_file = train._load_initial(str(directory / "weights.safetensors"))
-    by_run = train._load_initial(str(directory))
-    assert by_run[1] == by_file[1]
-    assert train._load_initial("resnet20")[0].model["name"] == "resnet20"
+    by_file = train._Initial(str(directory / "weights.safetensors"))
+    by_run = train._Initial(str(directory))
+    assert by_run.sha256 == by_file.sha256
+    assert train._Initial("resnet20").weights.model["name"] == "resnet20"
     with pytest.raises(UserError, match="holds no weights.safetensors: finish the run first"):
-        train._load_initial(str(tmp_path))
+        train._Initial(str(tmp_path))
 
 
 def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):

@@ -22,7 +22,7 @@ from jax.experimental import topologies
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.tools import bench_program, bench_report, bench_worker, entry
-from resnet_flax.training import experiment, feed
+from resnet_flax.training import feed, setup
 
 TARGETS = {"h100": "gpu", "v5e": "tpu", "v6e": "tpu"}
 """What can be compiled for, and the platform of each."""
@@ -148,9 +148,7 @@ def compile_chunk(case: bench_worker.Case, target: str, folder: str) -> dict[str
     )
     try:
         mesh = sharding.make_mesh(devices(target, case.devices), case.batch_size)
-        run = dataclasses.replace(
-            here, mesh=mesh, model=experiment.make_model(here.config, platform)
-        )
+        run = dataclasses.replace(here, mesh=mesh, model=setup.make_model(here.config, platform))
         steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
         everywhere = sharding.replicated(mesh)
         arguments = (

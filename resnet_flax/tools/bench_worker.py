@@ -2,7 +2,7 @@
 
 python -m resnet_flax.tools.bench_worker JSON      (see `Case`; prints one JSON object)
 
-Everything that is timed is what a training run executes: `experiment.build`, its train chunk and
+Everything that is timed is what a training run executes: `setup.build`, its train chunk and
 scorer, its feed, the same number of steps a dispatch, in the order of `loop.Loop`.
 """
 
@@ -25,10 +25,10 @@ from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.devices import cpu, hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import count
-from resnet_flax.runs import record
+from resnet_flax.runs import environment
 from resnet_flax.tools import bench_limits, entry
-from resnet_flax.training import experiment, feed, seeds
-from resnet_flax.training.experiment import Experiment
+from resnet_flax.training import feed, seeds, setup
+from resnet_flax.training.setup import Setup
 from resnet_flax.validation import validate
 
 
@@ -91,7 +91,7 @@ def _mesh(case: Case, config: ConfigDict) -> Mesh:
     return sharding.make_mesh(jax.devices()[: case.devices], config.data.batch_size)
 
 
-def make_experiment(case: Case) -> Experiment | seeds.Group:
+def make_experiment(case: Case) -> Setup | seeds.Group:
     """The case's experiment, on noise of the size of the net's data set.
 
     Where the case sets `train.num_seeds`: so many in one program.
@@ -120,7 +120,7 @@ def make_experiment(case: Case) -> Experiment | seeds.Group:
     configs = seeds.member_configs(config)
     if len(configs) > 1:
         return seeds.build(configs, [data] * len(configs), mesh)
-    run = experiment.build(config, data, mesh)
+    run = setup.build(config, data, mesh)
     if not is_resident:
         # Before their first use: both are cached properties.
         rest = {k: run.train_feed.resident[k] for k in ("mean", "std", "key")}
@@ -165,7 +165,7 @@ class HostFeed:
 class Trainer:
     """Chunks of training steps, dispatched and read as `loop.Loop` does."""
 
-    def __init__(self, run: Experiment | seeds.Group):
+    def __init__(self, run: Setup | seeds.Group):
         """Compiles, and notes how long that took."""
         self._feed, self._step = run.train_feed, 0
         platform = sharding.platform(run.mesh)
@@ -201,7 +201,7 @@ class Trainer:
 def measure(case: Case) -> dict[str, Any]:
     """All of the case's parts but "first_step"; keys as in the code."""
     run = make_experiment(case)
-    environment = record.environment(run.mesh)
+    environment = environment.describe(run.mesh)
     environment.pop("command")
     forward = sum(
         x.multiply_adds for x in count.layers(run.model, run.dataset.train.image_shape[0])

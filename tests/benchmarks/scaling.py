@@ -134,7 +134,7 @@ def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
 
     from resnet_flax.config import base_config
     from resnet_flax.devices import sharding
-    from resnet_flax.training import experiment, state, steps
+    from resnet_flax.training import setup, state, steps
 
     config = base_config()
     config.model.name, config.model.num_classes = name, classes
@@ -143,8 +143,8 @@ def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
     config.model.scan = "never"
     mesh = sharding.make_mesh(jax.devices(), batch)
     # It is accelerators that this is about.
-    model = experiment.make_model(config, "tpu")
-    optimizer = experiment.make_optimizer(config)
+    model = setup.make_model(config, "tpu")
+    optimizer = setup.make_optimizer(config)
     everywhere = sharding.replicated(mesh)
 
     def abstract(shape, dtype, where=everywhere):

@@ -184,7 +184,7 @@ def this_package(name: str, batch: int, dtype: str, options: tuple[str, ...]) ->
     """What a training run executes, on the number of devices that it chooses."""
     import jax
 
-    from resnet_flax.runs import record
+    from resnet_flax.runs import environment
     from resnet_flax.tools import bench_worker
 
     devices = 1 if "one device" in options else 0
@@ -194,7 +194,7 @@ def this_package(name: str, batch: int, dtype: str, options: tuple[str, ...]) ->
         overrides["model.kernels"] = "always"
     case = bench_worker.Case(name, batch, dtype, devices, overrides=overrides)
     run = bench_worker.make_experiment(case)
-    about = record.environment(run.mesh)
+    about = environment.describe(run.mesh)
     trainer = bench_worker.Trainer(run)
 
     def steps(count):
