@@ -84,7 +84,7 @@ def train(
             run.start = distributed.share(begin)
             if run.start["result"] is not None:
                 progress.say(f"the run in {run.path} is finished")
-        setups = _build([run for run in runs if not run.start["result"]], mesh, progress.warn)
+        setups = _build(runs, mesh, progress.warn)
         nets = [_make_net(run, built, initial, here, progress.say) for run, built in setups]
         results: Any = []
         if nets:
@@ -193,9 +193,11 @@ def _find_start(
 def _build(
     runs: list[_Run], mesh: Mesh, warn: Callable[[str], None]
 ) -> Iterator[tuple[_Run, Setup]]:
-    """The setups of the runs; several share images and statistics."""
+    """The setups of the runs that are not finished; several share images and statistics."""
     put, known = feed.put_once(), {}
     for run, own_mesh in zip(runs, seeds.meshes(mesh, len(runs)), strict=True):
+        if run.start["result"] is not None:
+            continue
         preprocessing = run.start["preprocessing"]
         if preprocessing is None:
             if id(run.dataset) not in known:
