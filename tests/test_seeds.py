@@ -20,16 +20,16 @@ FIRST = 3
 NAMES = "seed3", "seed4"
 
 
-def make_config(count=2, devices=2):
+def make_config(count=2, devices=1):
     config = conftest.make_small_config()
     config.seed, config.train.num_seeds, config.train.cpu_devices = FIRST, count, devices
     config.data.split = "45k/5k"
     return config
 
 
-def alone(config, seed, devices=1):
+def alone(config, seed):
     config = config.copy_and_resolve_references()
-    config.seed, config.train.num_seeds, config.train.cpu_devices = seed, 1, devices
+    config.seed, config.train.num_seeds = seed, 1
     return config
 
 
@@ -50,10 +50,7 @@ def test_each_is_the_run_that_it_would_be_alone(finished, tmp_path):
     both = directory / "seed4", tmp_path / "seed4"
     names = [{p.name for f in (d, d / "checkpoints") for p in f.iterdir()} for d in both]
     assert names[0] == names[1]
-    configs = [json.loads((d / "config.json").read_text()) for d in both]
-    assert {key for key in configs[0] if configs[0][key] != configs[1][key]} == {
-        "train.cpu_devices"
-    }
+    assert len({(d / "config.json").read_bytes() for d in both}) == 1
     assert f"({ours['test_wrong_last']} of" in scoring.score(None, None, str(directory / "seed4"))
     # No two nets are the same.
     kernels = [
@@ -72,6 +69,18 @@ def test_each_device_has_whole_nets_or_all_have_a_part_of_each():
     assert seeds.meshes(one[0], 3) == [one[0]] * 3
 
 
+def test_with_a_device_each_they_train_as_on_one(finished, tmp_path):
+    config = make_config(devices=2)
+    config.train.total_steps, config.optim.boundaries_steps = 2, (6,)
+    train.train(config, tmp_path / "runs")
+    for name in NAMES:
+        paths = [d / name / "metrics.jsonl" for d in (finished[1], tmp_path / "runs")]
+        losses = [metrics.of_split(metrics.read_records(p), "train")[0]["loss"] for p in paths]
+        assert losses[0] == losses[1]
+        run = json.loads((tmp_path / "runs" / name / "run.json").read_text())
+        assert run["devices"] == 1
+
+
 def make_setups(config, mesh):
     configs = [one for one, _ in seeds.split(config, conftest.ROOT)]
     put = feed.put_once()
@@ -82,36 +91,35 @@ def make_setups(config, mesh):
 
 
 def test_the_nets_of_one_device_share_its_images():
-    mesh = sharding.make_mesh(jax.devices()[:1], 16)
-    setups = make_setups(make_config(devices=1), mesh)
+    setups = make_setups(make_config(), sharding.make_mesh(jax.devices()[:1], 16))
     parts = [s.dataset.train for s in setups]
     assert all(isinstance(p, Part) and p.whole is parts[0].whole for p in parts)
     assert len({id(s.train_feed.resident["images"]) for s in setups}) == 1
 
 
-@pytest.mark.parametrize("length", [1, 2])
-def test_on_a_gpu_they_are_branches_of_one_program(length):
-    mesh = sharding.make_mesh(jax.devices()[:1], 16)
-    setups = make_setups(make_config(devices=1), mesh)
-    parts = [(s.train_feed.resident, s.train_feed.chunk(0, length)) for s in setups]
+def test_on_a_gpu_they_are_branches_of_one_program():
+    setups = make_setups(make_config(), sharding.make_mesh(jax.devices()[:1], 16))
+    parts = [(s.train_feed.resident, s.train_feed.chunk(0, 2)) for s in setups]
     residents, batches = (list(x) for x in zip(*parts, strict=True))
     together = setups[0].make_train_chunk(several=True)
     states, sums = together([s.create_state() for s in setups], residents, batches)
     for one, (resident, batch), state, own in zip(setups, parts, states, sums, strict=True):
         lone_state, lone = one.make_train_chunk()(one.create_state(), resident, batch)
-        assert own["loss"].shape == (length,)
+        assert own["loss"].shape == (2,)
         for a, b in ((own, lone), (state.params, lone_state.params)):
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a, b)
 
 
 def test_the_loop_trains_branches_where_the_platform_asks_for_them(tmp_path, monkeypatch):
-    config = make_config(devices=1)
+    config = make_config()
+    config.train.total_steps, config.eval.every_steps = 4, 4
     monkeypatch.setattr(loop, "_programs", lambda nets: [nets])
+    config.optim.boundaries_steps = (6, 9)
     result = train.train(config, tmp_path / "runs")
     assert [r["seed"] for r in result[SEEDS]] == [3, 4]
     for name in NAMES:
         records = metrics.read_records(tmp_path / "runs" / name / "metrics.jsonl")
-        assert [r["step"] for r in metrics.of_split(records, "train")] == list(range(2, 13, 2))
+        assert [r["step"] for r in metrics.of_split(records, "train")] == [2, 4]
 
 
 def everything(directory):
