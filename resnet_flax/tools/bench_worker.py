@@ -1,68 +1,68 @@
-"""Measures one case of `tools.bench` in this process, which it has for itself.
+"""Measures or compiles one case of `tools.bench`, in a process of its own: prints a JSON object.
 
-python -m resnet_flax.tools.bench_worker JSON      (see `Case`; prints one JSON object)
+python -m resnet_flax.tools.bench_worker CASE [TARGET FOLDER]     (CASE: a `Case` as JSON)
 
-Everything that is timed is what a training run executes: `experiment.build`, its train chunk and
-scorer, its feed, the same number of steps a dispatch, in the order of `loop.Loop`.
+What is timed or compiled is what a training run executes, in the order of its loop.
 """
 
 import dataclasses
-import functools
 import json
 import math
+import pathlib
+import re
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, imagenet_config, override
+from resnet_flax.config import base_config, flatten, imagenet_config, override
 from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.data.streamed import Crops, StreamedSplit
 from resnet_flax.devices import cpu, hardware, sharding
-from resnet_flax.errors import UserError
+from resnet_flax.errors import UserError, did_you_mean, first_line
 from resnet_flax.models import count
 from resnet_flax.runs import record
-from resnet_flax.tools import bench_limits, entry
+from resnet_flax.tools import bench_program, entry
 from resnet_flax.training import experiment, feed, seeds
 from resnet_flax.training.experiment import Experiment
 from resnet_flax.validation import validate
 
+TARGETS = {"h100": "gpu", "v5e": "tpu", "v6e": "tpu"}
+"""Devices to compile for, and their platforms."""
+
+# Slices of TPUs by the number of devices.
+_SLICES = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to measure, and how.
-
-    Attributes:
-      model: name of a net.
-      batch_size: examples a step, over all devices.
-      dtype: of activations: "float32", "bfloat16"; "auto": bfloat16 off the CPU.
-      devices: number of them; 0: as a run would choose.
-      repeats: timings of each thing.
-      seconds: least length of one.
-      steps: instead, least number of training steps of one; 0: by `seconds`.
-      examples: training images; 0: 50,000, or of ImageNet's size two batches.
-      eval_examples: test images; 0: 10,000, on a CPU 2,000; or of ImageNet's size two batches.
-      parts: of "train", "eval", "ceilings", or "first_step" alone.
-      overrides: further changes of the configuration, as text, by key.
-      started: `time.time()` when the process was asked for, for "first_step".
-    """
+    """What to measure, and how."""
 
     model: str
-    batch_size: int
+    batch_size: int  # examples a step, over all devices
     dtype: str = "auto"
-    devices: int = 0
-    repeats: int = 5
-    seconds: float = 2.0
-    steps: int = 0
-    examples: int = 0
-    eval_examples: int = 0
-    parts: tuple[str, ...] = ("train", "eval", "ceilings")
-    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    started: float = 0.0
+    devices: int = 0  # 0: as many as a run would use
+    repeats: int = 5  # timings of each thing
+    seconds: float = 2.0  # shortest timing
+    examples: int = 0  # for training; 0: 50,000, or two batches of ImageNet's size
+    eval_examples: int = 0  # 0: 10,000, on a CPU 2,000, or two batches of ImageNet's size
+    parts: Sequence[str] = ("train", "eval", "ceiling")
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the config
+
+
+def recipe(model: str) -> ConfigDict:
+    """The paper's recipe for a model's data set."""
+    config = imagenet_config() if models.get_architecture(model).image_size > 32 else base_config()
+    config.model.name = model
+    return config
 
 
 def make_config(case: Case) -> ConfigDict:
@@ -71,95 +71,63 @@ def make_config(case: Case) -> ConfigDict:
     Raises:
       UserError: it makes no sense.
     """
-    large = models.get_architecture(case.model).image_size > 32
-    config = imagenet_config() if large else base_config()
-    config.model.name, config.model.dtype = case.model, case.dtype
+    config = recipe(case.model)
+    config.model.dtype = case.dtype
     config.data.batch_size, config.train.cpu_devices = case.batch_size, case.devices
-    # Labels are noise: a net that runs away from them would be measured on infinities.
+    config.data.workers = 0
+    # The labels are noise: a model that diverges on them would be timed on infinities.
     config.optim.learning_rate = 1e-3
+    known = flatten(config)
+    for key in case.overrides:
+        if key not in known:
+            hint = did_you_mean(key, known)
+            raise UserError(f"--set={key}: there is no such config key{hint}")
     override(config, case.overrides)
     validate(config)
     return config
 
 
-def _mesh(case: Case, config: ConfigDict) -> Mesh:
-    mesh = hardware.choose_mesh(config)
-    if not case.devices or mesh.size == case.devices:
-        return mesh
-    if mesh.size < case.devices:
-        raise UserError(f"--devices={case.devices}, but there are {len(jax.devices())}")
-    return sharding.make_mesh(jax.devices()[: case.devices], config.data.batch_size)
+class _Decoded(StreamedSplit):
+    def example(self, index, random):
+        return self.source.images[index], self.source.labels[index]
 
 
 def make_experiment(case: Case) -> Experiment | seeds.Group:
-    """The case's experiment, on noise of the size of the net's data set.
+    """The case's experiment on noise, or several (`train.num_seeds`) in one program.
 
-    Where the case sets `train.num_seeds`: so many in one program.
+    Images of CIFAR's size lie on the devices. Larger ones are streamed as in a run, but need no
+    decoding.
 
-    Images of CIFAR's size lie on the devices. Larger ones come from the host's memory batch by
-    batch, as in a run, but decoded already.
+    Raises:
+      UserError: the case makes no sense, or there are too few devices.
     """
-    config = make_config(case)
-    mesh = _mesh(case, config)
-    architecture = models.get_architecture(case.model)
-    side, classes = architecture.image_size, architecture.num_classes
-    is_resident = side == 32
-    on_cpu = sharding.platform(mesh) == "cpu"
-    train_size = case.examples or (50_000 if is_resident else 2 * case.batch_size)
-    test_size = case.eval_examples or (2_000 if on_cpu else 10_000)
-    if not is_resident:
-        test_size = case.eval_examples or 2 * config.eval.batch_size
-    random = np.random.default_rng(0)
+    config, architecture = make_config(case), models.get_architecture(case.model)
+    mesh = hardware.choose_mesh(config)
+    if case.devices > mesh.size:
+        raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
+    if case.devices:
+        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], case.batch_size)
+    side, classes, random = (
+        architecture.image_size,
+        architecture.num_classes,
+        np.random.default_rng(0),
+    )
+    is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
 
-    def noise(size):
+    def noise(examples, resident, batch_size, central):
+        size = examples or (resident if is_resident else 2 * batch_size)
         images = random.integers(0, 256, (size, side, side, 3), np.uint8)
-        return Split(images, random.integers(0, classes, size, np.int32))
+        split = Split(images, random.integers(0, classes, size, np.int32))
+        crops = Crops(side, (side, side), central)
+        return split if is_resident else _Decoded(split, np.arange(size), crops)
 
-    names = tuple(map(str, range(classes)))
-    data = Dataset("noise", noise(train_size), None, noise(test_size), names, "", None)
+    train = noise(case.examples, 50_000, case.batch_size, False)
+    test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
+    data = Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
     configs = seeds.member_configs(config)
     if len(configs) > 1:
         return seeds.build(configs, [data] * len(configs), mesh)
-    run = experiment.build(config, data, mesh)
-    if not is_resident:
-        # Before their first use: both are cached properties.
-        rest = {k: run.train_feed.resident[k] for k in ("mean", "std", "key")}
-        vars(run).update(
-            train_feed=HostFeed(data.train, rest, mesh, case.batch_size),
-            eval_feeds={"test": HostFeed(data.test, rest, mesh, config.eval.batch_size)},
-        )
-    return run
-
-
-class HostFeed:
-    """Stands in for `feed.StreamedFeed` with images that need no decoding, again and again."""
-
-    default_chunk = 1
-
-    def __init__(self, split, resident: dict[str, Any], mesh: Mesh, batch_size: int):
-        """Begins nothing; `split` is in memory, `resident` as in `steps`, without images."""
-        self.size, self.resident = len(split), resident
-        self._split, self._mesh, self._batch = split, mesh, batch_size
-
-    def _put(self, positions) -> dict[str, Any]:
-        labels = np.where(positions < 0, -1, self._split.labels[positions])
-        arrays = {"images": self._split.images[positions], "labels": labels}
-        by_batch = sharding.split(self._mesh, 1)
-        return {name: sharding.put(value[None], by_batch) for name, value in arrays.items()}
-
-    def chunk(self, step: int, count: int) -> dict[str, Any]:
-        """One step's examples; `count` must be 1."""
-        if count != 1:
-            raise ValueError(f"{count} steps a dispatch, streamed images go one by one")
-        return self._put((step * self._batch + np.arange(self._batch)) % self.size)
-
-    def batches(self, batch_size: int):
-        """Every example once."""
-        for row in feed.padded_rows(self.size, batch_size, self._mesh.size):
-            yield self._put(row)
-
-    def close(self) -> None:
-        """Nothing to end."""
+    return experiment.build(config, data, mesh)
 
 
 class Trainer:
@@ -167,25 +135,23 @@ class Trainer:
 
     def __init__(self, run: Experiment | seeds.Group):
         """Compiles, and notes how long that took."""
-        self._feed, self._step = run.train_feed, 0
+        self._feed, self._step, self.loss = run.train_feed, 0, math.nan
         platform = sharding.platform(run.mesh)
         self.length = feed.chunk_steps(self._feed, run.config.train.chunk_steps, platform)
         self.state = run.create_state()
         chunk = run.make_train_chunk()
-        begin = time.perf_counter()
         lowered = chunk.lower(*self._arguments())
-        self.trace_seconds = time.perf_counter() - begin
+        begin = time.perf_counter()
         self.compiled = lowered.compile()
-        self.compile_seconds = time.perf_counter() - begin - self.trace_seconds
+        self.compile_seconds = time.perf_counter() - begin
         cpu.limit_kept_memory(self.compiled)
-        self.loss = math.nan
 
     def _arguments(self):
         batches = self._feed.chunk(self._step, self.length)
         return self.state, self._feed.resident, batches, None
 
     def run(self, chunks: int) -> float:
-        """Seconds a step, over `chunks` chunks; the only waiting is for a chunk's predecessor."""
+        """Seconds a step, over `chunks` chunks; each is dispatched before its predecessor ends."""
         begin, pending = time.perf_counter(), None
         for _ in range(chunks):
             self.state, sums = self.compiled(*self._arguments())
@@ -198,84 +164,162 @@ class Trainer:
         return (time.perf_counter() - begin) / (chunks * self.length)
 
 
+def _peak_bytes(mesh: Mesh) -> int | None:
+    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
+    if peak := max(s.get("peak_bytes_in_use", 0) for s in stats):
+        return peak
+    # A CPU: of this process. getrusage would count the parent's memory, too.
+    status = pathlib.Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return 1024 * int(found[1]) if found else None
+
+
+def _times(repeats: int, function: Callable[[], Any]) -> list[float]:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+def _matmul_rate(mesh: Mesh, dtype: Any, repeats: int) -> float:
+    side, products = 1024 if sharding.platform(mesh) == "cpu" else 8192, 10
+    shape, where = (mesh.size, side, side), sharding.split(mesh)
+    # Random: products of zeros take less power, and can be faster for it.
+    draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype), out_shardings=where)
+    a, b = (draw(key) for key in jax.random.split(jax.random.key(0)))
+    product = jax.jit(jnp.matmul, out_shardings=where)
+    # The first timing compiles.
+    times = _times(
+        1 + repeats, lambda: jax.block_until_ready([product(a, b) for _ in range(products)])
+    )
+    return products * 2 * side**3 * mesh.size / min(times[1:])
+
+
 def measure(case: Case) -> dict[str, Any]:
-    """All of the case's parts but "first_step"; keys as in the code."""
+    """The parts of a case: times in seconds and rates a second, a list of one for each repeat.
+
+    `xla` is the compiler's own count for the chunk of training steps, for a device, as it is: the
+    body of a loop once, and nothing for calls of a library such as cuDNN.
+    """
     run = make_experiment(case)
-    environment = record.environment(run.mesh)
-    environment.pop("command")
-    forward = sum(
-        x.multiply_adds for x in count.layers(run.model, run.dataset.train.image_shape[0])
-    )
-    platform = sharding.platform(run.mesh)
+    trainer, image = Trainer(run), run.dataset.train.image_shape
+    cost, memory = trainer.compiled.cost_analysis() or {}, trainer.compiled.memory_analysis()
+    images = case.batch_size * len(run.members)
+    # Three passes. The gradient towards the images is counted too, though nobody computes it.
+    multiply_adds = sum(layer.multiply_adds for layer in count.layers(run.model, image[0]))
+    operations = 3 * 2 * multiply_adds * images
     found: dict[str, Any] = {
-        "environment": environment,
-        "platform": platform,
-        "devices": run.mesh.size,
-        "seeds": len(run.members),
+        "environment": record.environment(run.mesh),
         "dtype": str(run.model.dtype),
-        "scanned": run.model.scan,
-        "layers": models.get_architecture(case.model).weighted_layers,
-        "multiply_adds": forward,
+        "devices": run.mesh.size,
+        "chunk_steps": trainer.length,
+        "compile_seconds": trainer.compile_seconds,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "step_operations": operations,
+        "xla": {key: cost.get(key) for key in ("flops", "bytes accessed")},
     }
-    trainer = Trainer(run)
-    found["chunk_steps"] = trainer.length
-    found["trace_seconds"] = trainer.trace_seconds
-    found["compile_seconds"] = trainer.compile_seconds
-    found["program"] = bench_limits.program(
-        trainer.compiled, getattr(run.train_feed.resident.get("images"), "nbytes", 0)
-    )
     if "train" in case.parts:
         trainer.run(1)
-        step = trainer.run(1)
-        chunks = math.ceil((case.steps or case.seconds / step) / trainer.length)
+        chunks = math.ceil(case.seconds / trainer.run(1) / trainer.length)
         trainer.run(chunks)
-        found["steps"] = chunks * trainer.length
         found["step_seconds"] = [trainer.run(chunks) for _ in range(case.repeats)]
-        found["loss"] = trainer.loss
-        found["train_memory"] = bench_limits.peak_memory(run.mesh)
+        found["train_images_per_second"] = [images / t for t in found["step_seconds"]]
+        found["loss"], found["peak_bytes"] = trainer.loss, _peak_bytes(run.mesh)
     if "eval" in case.parts:
-        variables, member = run.evaluated(trainer.state, 0), run.members[0]
-        score = functools.partial(run.make_scorer(), run=member)
-        examples = score(variables)["test"].examples
-        times = []
-        for _ in range(case.repeats):
-            begin = time.perf_counter()
-            score(variables)
-            times.append(time.perf_counter() - begin)
-        found["eval_examples"], found["eval_batch_size"] = examples, run.config.eval.batch_size
-        found["eval_seconds"] = times
-        found["eval_memory"] = bench_limits.peak_memory(run.mesh)
-    if "ceilings" in case.parts:
-        found["ceilings"] = bench_limits.ceilings(
-            run.mesh, run.model.dtype, repeats=case.repeats, seconds=case.seconds
-        )
+        score, variables = run.make_scorer(), run.evaluated(trainer.state, 0)
+        examples = score(variables, run.members[0])["test"].examples
+        times = _times(case.repeats, lambda: score(variables, run.members[0]))
+        found["eval_images_per_second"] = [examples / t for t in times]
+    if "ceiling" in case.parts:
+        rate = _matmul_rate(run.mesh, run.model.dtype, case.repeats)
+        found["matmul_operations_per_second"] = rate
+        if "train" in case.parts:
+            found["matmul_share"] = operations / statistics.median(found["step_seconds"]) / rate
+    run.close()
     return found
 
 
-def first_step(case: Case) -> dict[str, float]:
-    """Seconds from the asking for this process to the first results on the host, and on the way."""
-    moments = {}
+def _devices(target: str, count: int) -> list[Any]:
+    if TARGETS[target] == "tpu":
+        if count not in _SLICES:
+            known = ", ".join(map(str, _SLICES))
+            raise UserError(f"--devices={count}: of {target} there can be {known}")
+        slice_name = f"{target}:{_SLICES[count]}"
+        return list(topologies.get_topology_desc(slice_name, platform="tpu").devices)[:count]
+    facts = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
+    # All in one host.
+    there = topologies.get_topology_desc(
+        platform="cuda", target_config=facts, topology=f"1x1x{count}"
+    )
+    return list(there.devices)
 
-    def note(name):
-        moments[name] = time.time() - case.started
 
-    note("imported")
-    run = make_experiment(case)
-    note("data")
-    trainer = Trainer(run)
-    note("compiled")
-    trainer.run(1)
-    note("first_chunk")
-    return {**moments, "trace": trainer.trace_seconds, "compile": trainer.compile_seconds}
+def lower(
+    here: Experiment, mesh: Mesh, platform: str, steps: int, batch_size: int
+) -> jax.stages.Lowered:
+    """A chunk of `steps` training steps of `batch_size` examples, for devices not of this machine.
+
+    `here` is the experiment on this machine's CPU, with any batch size. `platform` chooses the
+    model, see `experiment.make_model`.
+    """
+    run = dataclasses.replace(here, mesh=mesh, model=experiment.make_model(here.config, platform))
+
+    def abstract(tree, where, *first_axes):
+        def one(x):
+            shape = (*first_axes, *x.shape[len(first_axes) :])
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=where)
+
+        return jax.tree.map(one, tree)
+
+    everywhere = sharding.replicated(mesh)
+    state = abstract(run.abstract_state(), everywhere)
+    resident = abstract(here.train_feed.resident, everywhere)
+    batches = abstract(here.train_feed.chunk(0, 1), sharding.split(mesh, 1), steps, batch_size)
+    # Pallas asks what it compiles for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return run.make_train_chunk().lower(state, resident, batches, None)
+
+
+def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
+    """What a chunk of training steps consists of on one of `TARGETS`, see `bench_program.count`.
+
+    `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
+
+    Raises:
+      UserError: the case makes no sense, or does not compile.
+    """
+    if case.overrides.get("train.num_seeds", "1") != "1":
+        raise UserError("--compile_for compiles one net, not train.num_seeds of them together")
+    here, platform = make_experiment(dataclasses.replace(case, devices=1)), TARGETS[target]
+    steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
+    try:
+        mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
+        lowered = lower(here, mesh, platform, steps, case.batch_size)
+        begin = time.perf_counter()
+        compiled = lowered.compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise UserError(f"{target}: {first_line(error)}") from error
+    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+    here.close()
+    lists = pathlib.Path(folder).glob("*train_chunk*.thunk_sequence_after_thunk_passes.txt")
+    thunks = "".join(path.read_text() for path in lists)
+    return {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "compile_seconds": round(seconds, 1),
+        **bench_program.count(compiled.as_text(), thunks, platform, steps),
+    }
 
 
 def main(argv: list[str]) -> None:
-    """Prints what was measured."""
+    """Prints what was found."""
     # As `main` does, before anything large is allocated.
     cpu.keep_freed_memory()
-    case = json.loads(argv[0])
-    case = Case(**{**case, "parts": tuple(case.get("parts", ("train", "eval", "ceilings")))})
-    print(json.dumps(first_step(case) if "first_step" in case.parts else measure(case)))
+    case = Case(**json.loads(argv[0]))
+    print(json.dumps(compile_chunk(case, *argv[1:]) if argv[1:] else measure(case)))
 
 
 if __name__ == "__main__":

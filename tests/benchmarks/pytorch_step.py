@@ -1,4 +1,4 @@
-"""The step of `variants` in plain PyTorch."""
+"""The step of `side_by_side` in plain PyTorch."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,8 +17,8 @@ def make(
       depth: of the net, 6n+2.
       batch: examples a step.
       dtype: "float32", or "bfloat16" by autocast.
-      options: "channels-last"; "compiled", "CUDA graphs" (torch.compile's "reduce-overhead") or
-        "whole-step graph": of a compiled net's forwards, backwards and update.
+      options: none, or one of "channels-last"; "compiled", which is channels-last too; "whole-step
+        graph", a CUDA graph of the compiled net's forwards, backwards and update.
       device_name: "cpu" or "cuda".
 
     Returns:
@@ -31,7 +31,7 @@ def make(
     device = torch.device(device_name)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    layout = torch.channels_last if "channels-last" in options else torch.contiguous_format
+    layout = torch.channels_last if options else torch.contiguous_format
     torch.manual_seed(0)
     net = pytorch_net.make_net(depth).to(device, memory_format=layout).train()
     parameters = sum(p.numel() for p in net.parameters())
@@ -43,11 +43,7 @@ def make(
     ]
     labels = [torch.randint(0, 10, (batch,)).to(device) for _ in range(BATCHES)]
     is_graph = "whole-step graph" in options
-    forward = net
-    if "CUDA graphs" in options:
-        forward = torch.compile(net, mode="reduce-overhead")
-    elif "compiled" in options or is_graph:
-        forward = torch.compile(net)
+    forward = torch.compile(net) if "compiled" in options or is_graph else net
 
     def cast():
         if dtype == "float32":
