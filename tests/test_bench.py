@@ -196,45 +196,37 @@ HLO = """
 %add (x: f32[], y: f32[]) -> f32[] {
   ROOT %sum = f32[] add(%x, %y)
 }
-
 %fused_all-reduce (p: f32[8]) -> f32[8] {
   ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add
 }
-
 %inner (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
   %a = f32[8]{0} fusion(%p.1), calls=%other, backend_config={"estimated_cycles":"10","x":"1"}
   ROOT %b = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_all-reduce
 }
-
 %counts.1 (p.2: (s32[], f32[8])) -> pred[] {
   %constant.7 = s32[]{:T(128)} constant(99)
   %constant.5 = s32[]{:T(128)} constant(5)
   %i = s32[]{:T(128)} get-tuple-element(%p.2), index=0
   ROOT %less = pred[]{:T(512)} compare(s32[]{:T(128)} %i, s32[]{:T(128)} %constant.5), direction=LT
 }
-
 %asks (p.3: (s32[], f32[8])) -> pred[] {
   ROOT %flag = pred[] get-tuple-element(%p.3), index=2
 }
-
 %step (p.4: (s32[], f32[8])) -> (s32[], f32[8]) {
   %c = f32[8]{0} convolution(%p.4), backend_config={"estimated_cycles":"100"}
   %d = s32[] while(%c), condition=%asks, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
   %e = f32[8]{0} all-reduce-start(%d), to_apply=%add, metadata={op_name="a/while/body"}
   ROOT %f = (s32[], f32[8]) while(%e), condition=%counts.1, body=%inner
 }
-
 %counts (p.5: (s32[], f32[8])) -> pred[] {
   %constant.2 = s32[] constant(2)
   ROOT %less.1 = pred[] compare(%i.1, %constant.2), direction=LT
 }
-
 ENTRY %main (p.6: s32[]) -> (s32[], f32[8]) {
   %g = s32[] fusion(%p.6), backend_config={"estimated_cycles":"7"}
   %h = (s32[], f32[8]) while(%g), condition=%counts, body=%small
   ROOT %j = (s32[], f32[8]) while(%h), condition=%counts, body=%step
 }
-
 %small (p.7: (s32[], f32[8])) -> (s32[], f32[8]) {
   ROOT %k = f32[8]{0} copy(%p.7), backend_config={"estimated_cycles":"1"}
 }

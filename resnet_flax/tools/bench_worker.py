@@ -78,10 +78,8 @@ def make_config(case: Case) -> ConfigDict:
     # The labels are noise: a model that diverges on them would be timed on infinities.
     config.optim.learning_rate = 1e-3
     known = flatten(config)
-    for key in case.overrides:
-        if key not in known:
-            hint = did_you_mean(key, known)
-            raise UserError(f"--set={key}: there is no such config key{hint}")
+    for key in case.overrides.keys() - known.keys():
+        raise UserError(f"--set={key}: there is no such config key{did_you_mean(key, known)}")
     override(config, case.overrides)
     validate(config)
     return config
@@ -107,12 +105,9 @@ def make_experiment(case: Case) -> Experiment | seeds.Group:
         raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
     if case.devices:
         mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], case.batch_size)
-    side, classes, random = (
-        architecture.image_size,
-        architecture.num_classes,
-        np.random.default_rng(0),
-    )
+    side, classes = architecture.image_size, architecture.num_classes
     is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
+    random = np.random.default_rng(0)
 
     def noise(examples, resident, batch_size, central):
         size = examples or (resident if is_resident else 2 * batch_size)
@@ -249,21 +244,18 @@ def _devices(target: str, count: int) -> list[Any]:
             raise UserError(f"--devices={count}: of {target} there can be {known}")
         slice_name = f"{target}:{_SLICES[count]}"
         return list(topologies.get_topology_desc(slice_name, platform="tpu").devices)[:count]
-    facts = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text()
-    # All in one host.
-    there = topologies.get_topology_desc(
-        platform="cuda", target_config=facts, topology=f"1x1x{count}"
-    )
+    facts, host = pathlib.Path(__file__).with_name(f"{target}.txtpb").read_text(), f"1x1x{count}"
+    there = topologies.get_topology_desc(platform="cuda", target_config=facts, topology=host)
     return list(there.devices)
 
 
 def lower(
     here: Experiment, mesh: Mesh, platform: str, steps: int, batch_size: int
 ) -> jax.stages.Lowered:
-    """A chunk of `steps` training steps of `batch_size` examples, for devices not of this machine.
+    """A chunk of `steps` training steps of `batch_size` examples, for devices that are not here.
 
-    `here` is the experiment on this machine's CPU, with any batch size. `platform` chooses the
-    model, see `experiment.make_model`.
+    `here` is the experiment on a CPU, with any batch size. `platform` chooses the model, see
+    `experiment.make_model`.
     """
     run = dataclasses.replace(here, mesh=mesh, model=experiment.make_model(here.config, platform))
 

@@ -1,25 +1,18 @@
 """The step of `side_by_side` in plain PyTorch."""
 
 import contextlib
-from collections.abc import Callable
 
 from tests import pytorch_net
 
 BATCHES, RATE, MOMENTUM, DECAY = 8, 1e-3, 0.9, 1e-4
 
 
-def make(
-    depth: int, batch: int, dtype: str, options: tuple[str, ...], device_name: str
-) -> tuple[Callable[[int], float], int, dict]:
+def make(depth, batch, dtype, options, device_name):
     """The step, with TF32, cuDNN's search for kernels, and a fused optimizer.
 
-    Args:
-      depth: of the net, 6n+2.
-      batch: examples a step.
-      dtype: "float32", or "bfloat16" by autocast.
-      options: none, or one of "channels-last"; "compiled", which is channels-last too; "whole-step
-        graph", a CUDA graph of the compiled net's forwards, backwards and update.
-      device_name: "cpu" or "cuda".
+    dtype "bfloat16" is by autocast. The options are none or one of "channels-last", "compiled", and
+    "whole-step graph": a CUDA graph of the compiled net's forwards, backwards and update. The last
+    two are channels-last as well.
 
     Returns:
       A function from a number of steps to the last loss, which waits for it; the number of trained

@@ -113,12 +113,9 @@ def collectives(text):
 
 
 def compile_step(model, each, group):
-    """The training step, compiled for all of jax's devices from shapes alone.
+    """The training step with `each` examples a device, compiled for all of jax's devices.
 
-    Args:
-      model: its name.
-      each: examples a device.
-      group: examples per batch-norm group; 0: the global batch.
+    `group` is the examples per batch-norm group; 0: the global batch.
     """
     import jax
 

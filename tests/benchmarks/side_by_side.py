@@ -16,7 +16,9 @@ PyTorch is an extra of the package: pip install -e '.[torch]'.
 """
 
 import argparse
+import contextlib
 import fnmatch
+import importlib
 import json
 import math
 import multiprocessing
@@ -190,6 +192,8 @@ def serve(connection, name, args):
     """A variant's process: answers each number of steps; 0: get ready."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.12")
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
+    with contextlib.suppress(ImportError):  # All load at once.
+        importlib.import_module("torch" if VARIANTS[name].kind == "torch" else "flax")
     run = None
     while True:
         steps = connection.recv()
@@ -214,12 +218,7 @@ def serve(connection, name, args):
 
 
 def measure(names, args):
-    """Times the variants.
-
-    Returns:
-      `variants`: by name what it said when it was ready, `steps` of a turn, `seconds` a step of
-      each round, and its last `loss`; `not_run`: by name why.
-    """
+    """`variants`, with the `seconds` a step of each round by name, and `not_run`: by name why."""
     context = multiprocessing.get_context("spawn")
     found, not_run, workers = {}, {}, {}
     for name in names:
@@ -281,11 +280,7 @@ def ratios(found, slower, faster):
 
 
 def table(result):
-    """Medians and ranges; ratios to the usual way, and of this package, in the row's dtype.
-
-    "over usual Flax" is the row's speed as a multiple of that way's, "this package over it" this
-    package's as a multiple of the row's.
-    """
+    """Medians and ranges. "over" is the multiple of a speed, in the row's dtype."""
     from resnet_flax.tools import bench
 
     found, rows = result["variants"], []
