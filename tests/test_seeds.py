@@ -12,7 +12,7 @@ from resnet_flax.devices import distributed, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.runs import metrics, weights
 from resnet_flax.runs.progress import SEEDS
-from resnet_flax.training import feed, loop, scoring, seeds, setup, train
+from resnet_flax.training import feed, scoring, seeds, setup, train
 from tests import conftest
 from tests.test_train import assert_same_end
 
@@ -113,7 +113,7 @@ def test_on_a_gpu_they_are_branches_of_one_program():
 def test_the_loop_trains_branches_where_the_platform_asks_for_them(tmp_path, monkeypatch):
     config = make_config()
     config.train.total_steps, config.eval.every_steps = 4, 4
-    monkeypatch.setattr(loop, "_programs", lambda nets: [nets])
+    monkeypatch.setattr(seeds, "programs", lambda meshes: [list(range(len(meshes)))])
     config.optim.boundaries_steps = (6, 9)
     result = train.train(config, tmp_path / "runs")
     assert [r["seed"] for r in result[SEEDS]] == [3, 4]

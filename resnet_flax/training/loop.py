@@ -14,7 +14,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint
 from resnet_flax.runs.progress import Progress
 from resnet_flax.signals import answered_by
-from resnet_flax.training import feed
+from resnet_flax.training import feed, seeds
 from resnet_flax.training.net import Net
 
 # Key of what a stopped run returns, to tell it from a finished one.
@@ -125,7 +125,8 @@ class Loop:
     def _train(self, turn: list[Net]) -> None:
         first, length = turn[0].step, self._chunk_length(turn)
         jobs = []
-        for group in _programs(turn):
+        for members in seeds.programs([net.setup.mesh for net in turn]):
+            group = [turn[i] for i in members]
             feeds = [net.setup.train_feed for net in group]
             arguments = (
                 [net.state for net in group],
@@ -239,17 +240,3 @@ class Loop:
             f"{signal.Signals(number).name}: saving, then stopping; Ctrl-C now ends at once"
         )
         return False
-
-
-def _programs(nets: Sequence[Net]) -> list[list[Net]]:
-    """The nets of each program: on a GPU those of one mesh are branches of one, else one each.
-
-    Nets that follow one another leave most of a GPU idle; a CPU gains nothing from branches.
-    """
-    by_mesh: dict[Any, list[Net]] = {}
-    for net in nets:
-        by_mesh.setdefault(net.setup.mesh, []).append(net)
-    groups = by_mesh.values()
-    if sharding.platform(nets[0].setup.mesh) == "gpu":
-        return list(groups)
-    return [[net] for group in groups for net in group]

@@ -70,3 +70,17 @@ def meshes(mesh: Mesh, count: int) -> list[Mesh]:
         return [mesh] * count
     single = [sharding.make_mesh([device], 1) for device in np.ravel(mesh.devices)]
     return [single[i % mesh.size] for i in range(count)]
+
+
+def programs(meshes: Sequence[Mesh]) -> list[list[int]]:
+    """Which nets, by their positions in `meshes`, train in one program.
+
+    On a GPU those of one mesh are its branches: one net after the other leaves most of a GPU idle.
+    Elsewhere branches gain nothing, and each net has a program of its own.
+    """
+    by_mesh: dict[Mesh, list[int]] = {}
+    for i, mesh in enumerate(meshes):
+        by_mesh.setdefault(mesh, []).append(i)
+    if sharding.platform(meshes[0]) == "gpu":
+        return list(by_mesh.values())
+    return [[i] for i in range(len(meshes))]
