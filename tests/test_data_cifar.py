@@ -123,17 +123,16 @@ PROCESS = """
     import pathlib, sys
     import pytest
     from resnet_flax import data
-    from resnet_flax.data import tfds_files
+    from resnet_flax.data import cifar
     from tests import test_data_helpers as helpers
     path = pathlib.Path({path!r})
     helpers.publish(pytest.MonkeyPatch(), "cifar10", path)
-    original = tfds_files.write
-    def slow(*arguments, staged, **keywords):
-        (staged / "left").write_text("over")
+    original = cifar._examples
+    def slow(content, split, show_progress):
+        yield from original(content, split, show_progress)
         print("preparing", flush=True)
         sys.stdin.read()
-        return original(*arguments, staged=staged, **keywords)
-    tfds_files.write = slow
+    cifar._examples = slow
     data.load("cifar10", data_dir={root!r}, archive=path)
 """
 
@@ -167,7 +166,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path, archive):
     with start(archive, root) as process:
         assert process.stdout.readline() == "preparing\n"
         process.send_signal(signal.SIGKILL)
-    assert (root / ".cifar10.preparing" / "left").is_file()
+    assert any((root / ".cifar10.preparing" / "cifar10").iterdir())
     foreign = root / "cifar10" / "incomplete.ABCDEF_3.0.2"  # Another program may be at work.
     foreign.mkdir(parents=True)
     assert len(load(root, archive).train) == 50
@@ -180,20 +179,18 @@ def test_without_locks_each_process_prepares_for_itself(tmp_path, archive, monke
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(os, "getpid", lambda: 1)
-    root = tmp_path / "data"
-    content = helpers.content("cifar10")
-    with tfds_files.staging(root, name="cifar10", show_progress=False) as staged:
-        monkeypatch.setattr(os, "getpid", lambda: 2)
-        first = load(root, archive)
-        tfds_files.write(
-            "cifar10",
-            examples={split: cifar._examples(content, split, False) for split in helpers.SIZES},
-            class_names=content.class_names,
-            data_dir=root,
-            staged=staged,
-        )
-    assert load(root).fingerprint == first.fingerprint
+    root, original, loaded = tmp_path / "data", cifar._examples, []
+
+    def slow(*arguments):
+        if not loaded:  # Meanwhile another process prepares the same.
+            loaded.append(None)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                loaded[0] = load(root, archive).fingerprint
+        yield from original(*arguments)
+
+    monkeypatch.setattr(cifar, "_examples", slow)
+    assert load(root, archive).fingerprint == loaded[0]
     assert sorted(os.listdir(root)) == [".cifar10.lock", "cifar10"]
 
 

@@ -109,21 +109,20 @@ def _small(monkeypatch, tmp_path_factory):
 @pytest.fixture
 def prepared(tmp_path):
     """The directory of a version that TFDS wrote."""
-    with tfds_files.staging(tmp_path / "data", name=imagenet.NAME, show_progress=False) as staged:
-        examples = {
-            split: (
-                (name, {"image": content, "label": label_of(name), "file_name": name})
-                for name, content in files_of(split).items()
-            )
-            for split in SIZES
-        }
-        return tfds_files.write(
-            imagenet.NAME,
-            examples=examples,
-            class_names={},
-            data_dir=tmp_path / "data",
-            staged=staged,
+    examples = {
+        split: (
+            (name, {"image": content, "label": label_of(name), "file_name": name})
+            for name, content in files_of(split).items()
         )
+        for split in SIZES
+    }
+    return tfds_files.prepare(
+        imagenet.NAME,
+        version=imagenet.VERSION,
+        data_dir=tmp_path / "data",
+        obtain=lambda: (examples, {}),
+        show_progress=False,
+    )
 
 
 def load(data_dir, archives=None):
@@ -266,49 +265,38 @@ def without(name):
     return train_tar(result)
 
 
+VAL = "validation"
 SEVEN, EIGHT = "n01440764_7.JPEG", "n01440764_8.JPEG"
 WRONG = {
-    "cut in the middle": (lambda: train_tar(train_files())[:9000], "unexpected end of data"),
-    "cut in an image": (lambda: train_tar(train_files())[:1600], "unexpected end of data"),
-    "cut between classes": (
-        lambda: tar_of({"n01440764.tar": tar_of(train_files()["n01440764"])}),
-        "it has 4 images, not 9",
+    "cut in the middle": ("train", lambda: train_tar(train_files())[:9000], "unexpected end of"),
+    "cut in an image": ("train", lambda: train_tar(train_files())[:1600], "unexpected end of data"),
+    "cut in a validation image": (VAL, lambda: tar_of(validation_files())[:1000], "unexpected end"),
+    "cut between images": (
+        VAL,
+        lambda: tar_of(validation_files())[:2000],
+        "it has 1 images, not 5",
     ),
-    "text": (lambda: b"<html>Please log in</html>" * 99, "truncated, or not ILSVRC2012_img_tr"),
-    "empty": (lambda: b"", "It has 0 bytes, the published one 147,897,477,120"),
-    "another class": (lambda: changed("n09999999", **{"n09999999_1.JPEG": b"1"}), "n09999999_1.J"),
-    "an image is missing": (lambda: without(SEVEN), "it has 8 images, not 9"),
-    "an image too many": (lambda: changed("n01440764", **{EIGHT: b"1"}), "it has 10 images, not 9"),
-    "an image twice": (
-        lambda: changed("n03018349", **{SEVEN: b"1"}),
-        f"{SEVEN} does not belong there, or is there twice",
+    "text": (
+        "train",
+        lambda: b"<html>Please log in</html>" * 99,
+        "or not ILSVRC2012_img_train.tar",
     ),
-    "the validation set": (lambda: tar_of(validation_files()), "ILSVRC2012_val_00000005.JPEG in"),
-    "no tar inside": (lambda: tar_of({"n01440764.tar": b"abc" * 999}), "n01440764.tar in it: "),
+    "empty": ("train", lambda: b"", "It has 0 bytes, the published one 147,897,477,120"),
+    "another class": ("train", lambda: changed("n9", **{"n9_1.JPEG": b"1"}), "n9_1.JPEG does not"),
+    "too few": ("train", lambda: without(SEVEN), "it has 8 images, not 9"),
+    "too many": ("train", lambda: changed("n01440764", **{EIGHT: b"1"}), "it has 10 images, not 9"),
+    "twice": ("train", lambda: changed("n03018349", **{SEVEN: b"1"}), f"{SEVEN} does not belong"),
+    "the other archive": ("train", lambda: tar_of(validation_files()), "0005.JPEG in it: "),
+    "the other archive, too": (VAL, lambda: train_tar(train_files()), "n01440764.tar does not"),
+    "no tar inside": ("train", lambda: tar_of({"n01440764.tar": b"?"}), "n01440764.tar in it: "),
 }
 
 
 @pytest.mark.parametrize("damage", WRONG)
-def test_a_wrong_train_archive_is_refused(tmp_path, archives, damage):
-    make, message = WRONG[damage]
-    (archives / "ILSVRC2012_img_train.tar").write_bytes(make())
+def test_a_wrong_archive_is_refused(tmp_path, archives, damage):
+    split, make, message = WRONG[damage]
+    (archives / imagenet.ARCHIVES[split]).write_bytes(make())
     with pytest.raises(UserError, match=f"the archive {archives}.*\n.*download it") as caught:
-        load(tmp_path / "data", archives)
-    assert message in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: tar_of(validation_files())[:2000], "it has 1 images, not 5"),
-        (lambda: tar_of(validation_files())[:1000], "unexpected end of data"),
-        (lambda: tar_of({**validation_files(), "n01.JPEG": b"1"}), "n01.JPEG does not belong"),
-        (lambda: train_tar(train_files()), "n01440764.tar does not belong there"),
-    ],
-)
-def test_a_wrong_validation_archive_is_refused(tmp_path, archives, make, message):
-    (archives / "ILSVRC2012_img_val.tar").write_bytes(make())
-    with pytest.raises(UserError, match="6,744,924,160; download it again") as caught:
         load(tmp_path / "data", archives)
     assert message in str(caught.value)
 

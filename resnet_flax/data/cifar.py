@@ -62,22 +62,19 @@ def _prepare(
     # What the user named is checked before anything is written.
     content = archives.read(archive, name) if archive else None
     sources = download.list_sources(name, mirror)
-    with tfds_files.staging(data_dir, name=name, show_progress=show_progress) as staged:
-        # Another process may have prepared it while this one waited.
-        directory = tfds_files.find(name, data_dir=data_dir, version=VERSION)
-        if directory is not None:
-            return directory
-        if content is None:
-            content = archives.read(download.obtain(name, sources, data_dir, show_progress), name)
+
+    def obtain():
+        found = content
+        if found is None:
+            found = archives.read(download.obtain(name, sources, data_dir, show_progress), name)
         if show_progress:
             print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
-        return tfds_files.write(
-            name,
-            examples={part: _examples(content, part, show_progress) for part in SIZES},
-            class_names=content.class_names,
-            data_dir=data_dir,
-            staged=staged,
-        )
+        examples = {part: _examples(found, part, show_progress) for part in SIZES}
+        return examples, found.class_names
+
+    return tfds_files.prepare(
+        name, version=VERSION, data_dir=data_dir, obtain=obtain, show_progress=show_progress
+    )
 
 
 def _examples(

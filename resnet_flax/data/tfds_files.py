@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from resnet_flax.errors import UserError, first_line
@@ -83,7 +83,7 @@ def _versions(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     }
 
 
-def read_info(name: str, *, directory: pathlib.Path, sizes: Mapping[str, int], classes: int):
+def read_info(name: str, *, directory: pathlib.Path, sizes: dict[str, int], classes: int):
     """Returns TFDS's `DatasetInfo` of a prepared data set.
 
     Args:
@@ -161,37 +161,65 @@ class Examples:
         )
 
 
-@contextlib.contextmanager
-def staging(data_dir: pathlib.Path, *, name: str, show_progress: bool) -> Iterator[pathlib.Path]:
-    """Waits for other processes that prepare the same data set, then holds off new ones.
+def prepare(
+    name: str,
+    *,
+    version: str,
+    data_dir: pathlib.Path,
+    obtain: Callable[[], tuple[dict[str, Iterable], dict[str, Sequence[str]]]],
+    show_progress: bool,
+) -> pathlib.Path:
+    """Writes a data set as TFDS itself would, in its order and files.
 
-    The lock goes with the process that holds it, however that ends.
+    One process does, and others that want the same wait for it. What a killed one leaves is deleted
+    by the next.
 
     Args:
-      data_dir: directory of data sets; made where it does not exist.
       name: TFDS's name of the data set.
+      version: of the data set in TFDS.
+      data_dir: directory of data sets; the result appears in it whole or not at all.
+      obtain: returns the examples of each split and the class names of each label. An example is a
+        key, by which TFDS shuffles, and its features, with images encoded.
       show_progress: whether to say on stderr that another process is waited for.
 
-    Yields:
-      An empty directory on the file system of `data_dir`, deleted afterwards. Its name is always
-      the same, so that what a killed process left is deleted too.
+    Returns:
+      The directory of the version.
 
     Raises:
-      UserError: `data_dir` cannot be written to.
+      UserError: it cannot be written, or whatever `obtain` raises it for.
     """
+    with _staging(data_dir, name, show_progress) as staging:
+        # Another process may have prepared it while this one waited.
+        found = find(name, data_dir=data_dir, version=version)
+        if found is not None:
+            return found
+        examples, class_names = obtain()
+        try:
+            written = _write(name, examples, class_names, staging)
+            final = data_dir / written.relative_to(staging)
+            final.parent.mkdir(exist_ok=True)
+            if not (final / INFO_FILE).is_file():  # Else a process was faster, without locks.
+                written.rename(final)
+        except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
+            raise UserError(f"cannot prepare {name} in {data_dir}: {first_line(error)}") from error
+    return final
+
+
+@contextlib.contextmanager
+def _staging(data_dir: pathlib.Path, name: str, show_progress: bool) -> Iterator[pathlib.Path]:
+    """An empty directory beside the data sets; only one process at a time can be in here."""
     path = data_dir / f".{name}.preparing"
     with contextlib.ExitStack() as stack:
         try:
             data_dir.mkdir(parents=True, exist_ok=True)
             # Never deleted: one process could wait for the deleted file, another lock a new one.
-            lock = stack.enter_context((data_dir / f".{name}.lock").open("a"))
+            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if show_progress:
-                    print(
-                        f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr
-                    )
+                    said = f"Another process prepares {name} in {data_dir}; waiting"
+                    print(said, file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 # A file system without locks: each process has its own directory, the first wins.
@@ -201,56 +229,33 @@ def staging(data_dir: pathlib.Path, *, name: str, show_progress: bool) -> Iterat
             path.mkdir()
         except OSError as error:
             raise UserError(
-                f"cannot write to data_dir {data_dir}: {error.strerror}; "
+                f"cannot write to data_dir {data_dir}: {first_line(error)}; "
                 "give another config.data.data_dir"
             ) from error
         yield path
 
 
-def write(
+def _write(
     name: str,
-    *,
-    examples: dict[str, Iterable[tuple[int, dict[str, Any]]]],
-    class_names: dict[str, tuple[str, ...]],
-    data_dir: pathlib.Path,
-    staged: pathlib.Path,
+    examples: dict[str, Iterable],
+    class_names: dict[str, Sequence[str]],
+    directory: pathlib.Path,
 ) -> pathlib.Path:
-    """Writes a data set as TFDS itself would, in its order and files.
-
-    Args:
-      name: TFDS's name of the data set.
-      examples: for each split, keys, by which TFDS shuffles, and features, images encoded.
-      class_names: of each label.
-      data_dir: directory of data sets; the result appears in it whole or not at all.
-      staged: from `staging`.
-
-    Returns:
-      The directory of the version.
-
-    Raises:
-      UserError: the result cannot be written.
-    """
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_cls(name)(data_dir=staged)
+    builder = tfds.builder_cls(name)(data_dir=directory)
     for label, names in class_names.items():
         builder.info.features[label].names = list(names)
     # In place of the download, whose files TFDS reads with TensorFlow.
     builder._split_generators = lambda download_manager: examples
     # TFDS would print the size of a download and the name of the staging directory.
     builder._log_download_bytes = builder._log_download_done = lambda: None
+    tfds.display_progress_bar(False)  # They appear even where stderr is no terminal.
     try:
-        tfds.display_progress_bar(False)  # They appear even where stderr is no terminal.
         builder.download_and_prepare(
             file_format=FORMAT,
             download_config=tfds.download.DownloadConfig(try_download_gcs=False),
         )
-        final = data_dir / builder.data_path.relative_to(staged)
-        final.parent.mkdir(exist_ok=True)
-        if not (final / INFO_FILE).is_file():  # Else another process was faster.
-            os.rename(builder.data_path, final)
-    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
-        raise UserError(f"cannot prepare {name} in {data_dir}: {first_line(error)}") from error
     finally:
         tfds.display_progress_bar(True)
-    return final
+    return pathlib.Path(builder.data_path)
