@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resnet_flax.data import imagenet, images, tfds_files
+from resnet_flax import data
+from resnet_flax.data import imagenet, streamed, tfds_files
 from resnet_flax.errors import UserError
 
 SYNSETS = ("n02105855", "n01440764", "n03018349")  # Not in the order of the alphabet.
@@ -132,9 +133,9 @@ def load(data_dir, archives=None):
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])
 def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, capfd):
-    place = request.getfixturevalue(kind)
-    data = tmp_path / "data"
-    *sources, names, fingerprint = load(data, place if kind == "archives" else None)
+    place, data_dir = request.getfixturevalue(kind), tmp_path / "data"
+    archive = place if kind == "archives" else None
+    *sources, names, fingerprint = load(data_dir, archive)
     assert names == SYNSETS
     for split, source in zip(SIZES, sources, strict=True):
         files, order = files_of(split), in_order(split)
@@ -146,13 +147,24 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
             assert source.read(index) == (files[name], label_of(name))
             assert source.name(index).startswith(name)
             assert str(place) in source.name(index)
-            images.decode(files[name])
         with pytest.raises(IndexError if kind == "archives" else OSError, match="."):
             source.read(len(source))
-    assert load(data, place if kind == "archives" else None)[3] == fingerprint
+    dataset = data.load(
+        imagenet.NAME,
+        data_dir=data_dir,
+        archive=archive,
+        split="45k/5k",
+        geometry=streamed.Geometry(16, (16, 20), 18, 18),
+        show_progress=False,
+    )
+    assert dataset.fingerprint == fingerprint
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (6, 3, 5)
+    for split in dataset.train, dataset.validation, dataset.test:
+        for index in range(len(split)):  # The CMYK and the PNG, too.
+            assert split.example(index, np.random.RandomState(0))[0].shape == split.image_shape
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
-    assert any(data.iterdir()) == (kind == "prepared")
+    assert any(data_dir.iterdir()) == (kind == "prepared")
 
 
 def test_archives_are_found_where_tfds_looks_for_them(tmp_path, archives):
@@ -238,19 +250,18 @@ def test_tfds_own_lists(monkeypatch):
 
 
 def test_absent_data_and_archives_are_named(tmp_path, archives):
-    data = tmp_path / "data"
-    with pytest.raises(UserError, match=f"no prepared imagenet2012 in {data}") as caught:
-        load(data)
-    for text in ("ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar", "image-net.org"):
-        assert text in str(caught.value)
-    (archives / "ILSVRC2012_img_val.tar").unlink()
-    for folder, file in (
-        ("/no/such", "ILSVRC2012_img_train.tar"),
-        (archives / "ILSVRC2012_img_train.tar", "ILSVRC2012_img_train.tar"),
-        (archives, "ILSVRC2012_img_val.tar"),
+    data_dir, manual = tmp_path / "data", tmp_path / "data" / "downloads" / "manual"
+    train, validation = imagenet.ARCHIVES.values()
+    (archives / validation).unlink()
+    for folder, place, file in (
+        (None, manual, train),
+        ("/no/such", "/no/such", train),
+        (archives / train, archives / train, train),
+        (archives, archives, validation),
     ):
-        with pytest.raises(UserError, match=f"is '{folder}', in which there is no {file}; it must"):
-            load(data, folder)
+        message = f"no prepared imagenet2012 in {data_dir} and no {file} in {place}.\n"
+        with pytest.raises(UserError, match=f"{message}.*{train} and {validation}.*image-net.org"):
+            load(data_dir, folder)
 
 
 def changed(synset, **files):

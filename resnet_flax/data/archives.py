@@ -17,7 +17,6 @@ import numpy as np
 from resnet_flax.errors import UserError, first_line
 
 _SHAPE = (3, 32, 32)  # of an image: all of red, then green, then blue, row by row
-_PIXELS = 3 * 32 * 32
 
 
 class Layout(NamedTuple):
@@ -113,33 +112,40 @@ def read(path: str | os.PathLike, name: str) -> Content:
 
 
 def _parse(files: dict[str, bytes], layout: Layout) -> Content:
-    pickled = layout.names_file in files
-    if pickled:
-        names = _unpickle(files[layout.names_file])
-        names = {label: [n.decode() for n in names[f"{label}_names"]] for label in layout.labels}
-    else:
-        text = files.get("batches.meta.txt")
-        names = {
-            label: (text or files[f"{label}_names.txt"]).decode().split("\n")
-            for label in layout.labels
-        }
-    class_names = {
-        layout.labels[label]: tuple(name.strip() for name in found if name.strip())
-        for label, found in names.items()
-    }
-    images, labels = {}, {}
+    read_files = _read_python if layout.names_file in files else _read_binary
+    names, splits = read_files(files, layout)
+    keys = layout.labels.values()
+    content = Content(
+        {}, {}, {key: tuple(filter(None, n)) for key, n in zip(keys, names, strict=True)}
+    )
+    for split, (pixels, labels) in splits.items():
+        content.images[split] = pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
+        content.labels[split] = dict(zip(keys, labels, strict=True))
+    return content
+
+
+# Both return the class names of each label and, of each split, pixels [N, 3072] and labels [n, N].
+def _read_binary(files: dict[str, bytes], layout: Layout) -> tuple[list, dict[str, tuple]]:
+    texts = [files.get("batches.meta.txt") or files[f"{n}_names.txt"] for n in layout.labels]
+    splits = {}
     for split, members in layout.files.items():
-        if pickled:
-            batches = [_unpickle(files[member]) for member in members]
-            pixels = np.concatenate([batch["data"].values for batch in batches])
-            columns = [np.concatenate([b[f"{label}s"] for b in batches]) for label in names]
-        else:
-            data = b"".join(files[f"{member}.bin"] for member in members)
-            records = np.frombuffer(data, np.uint8).reshape(-1, len(names) + _PIXELS)
-            pixels, columns = records[:, len(names) :], records[:, : len(names)].T
-        images[split] = pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
-        labels[split] = dict(zip(class_names, columns, strict=True))
-    return Content(images, labels, class_names)
+        data = b"".join(files[f"{member}.bin"] for member in members)
+        count = len(layout.labels)
+        records = np.frombuffer(data, np.uint8).reshape(-1, count + np.prod(_SHAPE))
+        splits[split] = records[:, count:], records[:, :count].T
+    return [text.decode().split("\n") for text in texts], splits
+
+
+def _read_python(files: dict[str, bytes], layout: Layout) -> tuple[list, dict[str, tuple]]:
+    meta = _unpickle(files[layout.names_file])
+    splits = {}
+    for split, members in layout.files.items():
+        batches = [_unpickle(files[member]) for member in members]
+        splits[split] = (
+            np.concatenate([batch["data"].values for batch in batches]),
+            [np.concatenate([batch[f"{n}s"] for batch in batches]) for n in layout.labels],
+        )
+    return [[name.decode() for name in meta[f"{n}_names"]] for n in layout.labels], splits
 
 
 def _unpickle(data: bytes) -> dict[str, Any]:

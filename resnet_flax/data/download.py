@@ -22,11 +22,9 @@ class _SourceError(Exception):
 
 
 def list_sources(name: str, mirror: str | None) -> list[tuple[str, str]]:
-    """Returns the URLs to try for a data set, each with the archive expected there (no ending).
+    """Returns the URLs to try for a data set, and which of `ARCHIVES` is expected at each.
 
-    Args:
-      name: of the data set.
-      mirror: URL of an archive, or of a directory of archives, or None or "".
+    `mirror` is the URL of an archive or of a directory of archives.
 
     Raises:
       UserError: `mirror` is not a URL that can be opened.
@@ -51,13 +49,7 @@ def obtain(
     """Returns the path of an archive, downloaded where it is not there yet.
 
     It is looked for in downloads and downloads/manual of `data_dir`, where TFDS has such files, and
-    downloaded into the first of them. Only one process may do this at a time.
-
-    Args:
-      name: of the data set.
-      sources: from `list_sources`.
-      data_dir: directory of data sets.
-      show_progress: whether to say on stderr what takes long.
+    downloaded into the first from `sources`. Only one process may do this at a time.
 
     Raises:
       UserError: no source has the archive, or it cannot be written.

@@ -170,17 +170,11 @@ def _find_archives(
     folder = pathlib.Path(os.path.expanduser(archives or data_dir / "downloads" / "manual"))
     paths = {split: folder / file for split, file in ARCHIVES.items()}
     absent = [path.name for path in paths.values() if not path.is_file()]
-    files = " and ".join(ARCHIVES.values())
-    if absent and archives:
-        raise UserError(
-            f"config.data.archive is {os.fspath(archives)!r}, in which there is no {absent[0]}; it "
-            f"must be the directory of {files}"
-        )
     if absent:
         raise UserError(
-            f"there is no prepared {NAME} in {data_dir}; set config.data.data_dir to where it is. "
-            f"Or download {files} from https://image-net.org (which needs an account), and set "
-            "config.data.archive to their directory."
+            f"there is no prepared {NAME} in {data_dir} and no {absent[0]} in {folder}.\nSet "
+            f"config.data.archive to the directory of {' and '.join(ARCHIVES.values())}, from "
+            "https://image-net.org, or config.data.data_dir to where TFDS has prepared them."
         )
     return paths
 

@@ -84,13 +84,7 @@ def _versions(directory: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 def read_info(name: str, *, directory: pathlib.Path, sizes: dict[str, int], classes: int):
-    """Returns TFDS's `DatasetInfo` of a prepared data set.
-
-    Args:
-      name: the data set it must be.
-      directory: from `find`.
-      sizes: the number of examples that each split must have.
-      classes: the number of classes it must have.
+    """Returns TFDS's `DatasetInfo` of a data set with so many examples a split, and classes.
 
     Raises:
       UserError: it is another data set, damaged, or in a format that needs TensorFlow.
