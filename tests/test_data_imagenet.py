@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import multiprocessing
 import pathlib
@@ -19,6 +20,7 @@ from resnet_flax.errors import UserError
 
 SYNSETS = ("n02105855", "n01440764", "n03018349")  # Not in the order of the alphabet.
 NUMBERS = {"n01440764": [10, 2, 7, 31], "n02105855": [2933, 5, 6], "n03018349": [4028, 1]}
+SEVEN = "n01440764_7.JPEG"
 VALIDATION = (2, 0, 1, 1, 0)
 SIZES = {"train": 9, "validation": 5}
 
@@ -31,27 +33,15 @@ def picture(seed, kind="JPEG", mode="RGB"):
     return buffer.getvalue()
 
 
-def train_files():
-    """The content of the training archive: for each synset, files by name."""
-    files = {
-        synset: {f"{synset}_{number}.JPEG": picture(number) for number in numbers}
-        for synset, numbers in NUMBERS.items()
-    }
-    # A few of the real ones are no ordinary JPEG.
-    files["n03018349"]["n03018349_4028.JPEG"] = picture(4028, mode="CMYK")
-    files["n02105855"]["n02105855_2933.JPEG"] = picture(2933, "PNG")
-    return files
-
-
-def validation_files():
-    names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 6)]
-    return {name: picture(index + 50) for index, name in reversed(list(enumerate(names)))}
-
-
 def files_of(split):
+    """Images by name, in the order of the archive."""
     if split == "validation":
-        return validation_files()
-    return {name: content for inner in train_files().values() for name, content in inner.items()}
+        return {f"ILSVRC2012_val_{n:08d}.JPEG": picture(n) for n in (5, 4, 3, 2, 1)}
+    files = {f"{s}_{n}.JPEG": picture(n) for s, numbers in NUMBERS.items() for n in numbers}
+    # A few of the real ones are no ordinary JPEG.
+    files["n03018349_4028.JPEG"] = picture(4028, mode="CMYK")
+    files["n02105855_2933.JPEG"] = picture(2933, "PNG")
+    return files
 
 
 def label_of(name):
@@ -67,23 +57,31 @@ def in_order(split):
 def tar_of(files):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in files.items():
+        for name, content in files:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return buffer.getvalue()
 
 
-def train_tar(files):
-    return tar_of({f"{synset}.tar": tar_of(inner) for synset, inner in files.items()})
+def archive_of(split, changes=(), reverse=False):
+    """An archive with some files replaced, added, or left out where the replacement is empty."""
+    files = {
+        name: content for name, content in (files_of(split) | dict(changes)).items() if content
+    }
+    files = sorted(files.items(), reverse=reverse)
+    if split == "validation":
+        return tar_of(files)
+    classes = itertools.groupby(files, lambda file: file[0].partition("_")[0])
+    return tar_of((f"{synset}.tar", tar_of(inner)) for synset, inner in classes)
 
 
 @pytest.fixture
 def archives(tmp_path):
     folder = tmp_path / "archives"
     folder.mkdir()
-    (folder / "ILSVRC2012_img_train.tar").write_bytes(train_tar(train_files()))
-    (folder / "ILSVRC2012_img_val.tar").write_bytes(tar_of(validation_files()))
+    for split, name in imagenet.ARCHIVES.items():
+        (folder / name).write_bytes(archive_of(split))
     return folder
 
 
@@ -229,12 +227,10 @@ def test_the_fingerprint_of_archives_is_of_names_and_sizes(tmp_path, archives):
         lines = [f"{n} {len(files_of(split)[n])} {label_of(n)}\n" for n in in_order(split)]
         digest.update(hashlib.sha256((split + "".join(lines)).encode()).digest())
     assert original == digest.hexdigest()
-    files = train_files()
     path = archives / "ILSVRC2012_img_train.tar"
-    path.write_bytes(train_tar(dict(reversed(files.items()))))
+    path.write_bytes(archive_of("train", reverse=True))
     assert load(tmp_path / "data", archives)[3] == original
-    files["n01440764"]["n01440764_7.JPEG"] += b"\0"
-    path.write_bytes(train_tar(files))
+    path.write_bytes(archive_of("train", {SEVEN: picture(7) + b"?"}))
     assert load(tmp_path / "data", archives)[3] != original
 
 
@@ -264,49 +260,29 @@ def test_absent_data_and_archives_are_named(tmp_path, archives):
             load(data_dir, folder)
 
 
-def changed(synset, **files):
-    result = train_files()
-    result.setdefault(synset, {}).update(files)
-    return train_tar(result)
-
-
-def without(name):
-    result = train_files()
-    del result[name.split("_")[0]][name]
-    return train_tar(result)
-
-
-VAL = "validation"
-SEVEN, EIGHT = "n01440764_7.JPEG", "n01440764_8.JPEG"
+TRAIN, VAL = archive_of("train"), archive_of("validation")
+EIGHT = "n01440764_8.JPEG"
 WRONG = {
-    "cut in the middle": ("train", lambda: train_tar(train_files())[:9000], "unexpected end of"),
-    "cut in an image": ("train", lambda: train_tar(train_files())[:1600], "unexpected end of data"),
-    "cut in a validation image": (VAL, lambda: tar_of(validation_files())[:1000], "unexpected end"),
-    "cut between images": (
-        VAL,
-        lambda: tar_of(validation_files())[:2000],
-        "it has 1 images, not 5",
-    ),
-    "text": (
-        "train",
-        lambda: b"<html>Please log in</html>" * 99,
-        "or not ILSVRC2012_img_train.tar",
-    ),
-    "empty": ("train", lambda: b"", "It has 0 bytes, the published one 147,897,477,120"),
-    "another class": ("train", lambda: changed("n9", **{"n9_1.JPEG": b"1"}), "n9_1.JPEG does not"),
-    "too few": ("train", lambda: without(SEVEN), "it has 8 images, not 9"),
-    "too many": ("train", lambda: changed("n01440764", **{EIGHT: b"1"}), "it has 10 images, not 9"),
-    "twice": ("train", lambda: changed("n03018349", **{SEVEN: b"1"}), f"{SEVEN} does not belong"),
-    "the other archive": ("train", lambda: tar_of(validation_files()), "0005.JPEG in it: "),
-    "the other archive, too": (VAL, lambda: train_tar(train_files()), "n01440764.tar does not"),
-    "no tar inside": ("train", lambda: tar_of({"n01440764.tar": b"?"}), "n01440764.tar in it: "),
+    "cut in the middle": ("train", TRAIN[:9000], "unexpected end of data"),
+    "cut in an image": ("train", TRAIN[:1600], "unexpected end of data"),
+    "cut in a validation image": ("validation", VAL[:1000], "unexpected end of data"),
+    "cut between images": ("validation", VAL[:2000], "it has 1 images, not 5"),
+    "text": ("train", b"<html>Please log in</html>" * 99, "or not ILSVRC2012_img_train.tar"),
+    "empty": ("train", b"", "It has 0 bytes, the published one 147,897,477,120"),
+    "another class": ("train", archive_of("train", {"n9_1.JPEG": b"1"}), "n9_1.JPEG does not bel"),
+    "too few": ("train", archive_of("train", {SEVEN: None}), "it has 8 images, not 9"),
+    "too many": ("train", archive_of("train", {EIGHT: b"1"}), "it has 10 images, not 9"),
+    "twice": ("validation", tar_of([*files_of("validation").items()] * 2), "or is there twice"),
+    "the other archive": ("train", VAL, "ILSVRC2012_val_00000001.JPEG in it: "),
+    "the other archive, too": ("validation", TRAIN, "n01440764.tar does not belong there"),
+    "no tar inside": ("train", tar_of([("n01440764.tar", b"?")]), "n01440764.tar in it: "),
 }
 
 
 @pytest.mark.parametrize("damage", WRONG)
 def test_a_wrong_archive_is_refused(tmp_path, archives, damage):
-    split, make, message = WRONG[damage]
-    (archives / imagenet.ARCHIVES[split]).write_bytes(make())
+    split, content, message = WRONG[damage]
+    (archives / imagenet.ARCHIVES[split]).write_bytes(content)
     with pytest.raises(UserError, match=f"the archive {archives}.*\n.*download it") as caught:
         load(tmp_path / "data", archives)
     assert message in str(caught.value)
