@@ -1,10 +1,18 @@
+import json
+import os
+import pathlib
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
 
 from resnet_flax import data
-from resnet_flax.data import cifar, prepared
+from resnet_flax.data import cifar, dataset, tfds_files
 from resnet_flax.errors import UserError
 from tests import test_data_helpers as helpers
 
@@ -13,159 +21,271 @@ GOLDEN_DRAW = (4, 9, 19, 29, 49)  # the first five of seed 0
 
 
 @pytest.fixture
-def small(tmp_path):
-    """A small prepared cifar10, to be damaged."""
-    path, layout = helpers.small_archive(tmp_path)
-    return helpers.make(tmp_path / "data", archive_path=path, layout=layout)
+def archive(tmp_path, monkeypatch):
+    path = helpers.small_archive(tmp_path)
+    helpers.publish(monkeypatch, "cifar10", path)
+    return path
 
 
 @pytest.fixture
 def offline(monkeypatch):
     """Any network at all is an error."""
-    import socket
-    import urllib.request
 
     def refuse(*arguments, **keywords):
-        raise urllib.error.URLError("no network in this test")
+        raise socket.gaierror("no network in this test")
 
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+def load(data_dir, archive=None, name="cifar10", **options):
+    data_dir.mkdir(exist_ok=True)
+    return data.load(name, data_dir=data_dir, archive=archive, show_progress=False, **options)
+
+
+@pytest.fixture
+def small(archive, tmp_path):
+    """The directory of a small prepared cifar10, to be damaged."""
+    load(tmp_path / "data", archive)
+    return tmp_path / "data" / "cifar10" / "3.0.2"
+
+
+@pytest.mark.parametrize(("name", "kind"), helpers.KINDS)
 @pytest.mark.usefixtures("offline")
-def test_load_without_data_or_network_names_the_ways_out(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-    with pytest.raises(UserError) as caught:
-        data.load("cifar10", show_progress=False)
-    message = str(caught.value)
-    for part in ("data_dir", "archive", "mirror", "cifar-10-binary.tar.gz", str(tmp_path)):
-        assert part in message
+def test_what_is_prepared_is_read_by_stock_tfds(tmp_path, monkeypatch, name, kind, capfd):
+    import tensorflow_datasets as tfds
+
+    path = helpers.small_archive(tmp_path, name, kind)
+    helpers.publish(monkeypatch, name, path)
+    root = tmp_path / "data"
+    loaded = load(root, path, name)
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    content = helpers.content(name)
+    splits = [
+        dataset.canonical(content.images[s], content.labels[s]["label"]) for s in helpers.SIZES
+    ]
+    assert loaded.fingerprint == dataset.fingerprint(*splits)
+    assert loaded.class_names == content.class_names["label"]
+    made = root / name / "3.0.2"
+    for builder in (tfds.builder(name, data_dir=root), tfds.builder_from_directory(made)):
+        assert builder.info.full_name == f"{name}/3.0.2"
+        assert builder.info.file_format.value == "array_record"
+        for key, names in content.class_names.items():
+            assert tuple(builder.info.features[key].names) == names
+        for split, size in helpers.SIZES.items():
+            found = {example["id"]: example for example in builder.as_data_source(split)}
+            assert len(found) == builder.info.splits[split].num_examples == size
+            for index in range(size):
+                example = found[f"{split}_{index:05d}".encode()]
+                np.testing.assert_array_equal(example["image"], content.images[split][index])
+                for key, values in content.labels[split].items():
+                    assert example[key] == values[index]
+    info = json.loads((made / "dataset_info.json").read_text())
+    assert info["moduleName"] == "tensorflow_datasets.image_classification.cifar"
+    assert sorted(p.name for p in root.iterdir()) == [f".{name}.lock", name]
+    assert [p.name for p in (root / name).iterdir()] == ["3.0.2"]
 
 
-def test_load_refuses_an_archive_that_is_not_the_published_one(tmp_path):
-    path, _ = helpers.small_archive(tmp_path)
-    with pytest.raises(UserError, match=r"is not the published cifar-10-binary\.tar\.gz or cifar"):
-        data.load("cifar10", data_dir=tmp_path, archive=path)
+@pytest.mark.parametrize("damage", ["another", "absent"])
+def test_a_wrong_archive_is_refused_before_anything_is_written(tmp_path, archive, damage):
+    archive.unlink()
+    if damage == "another":
+        helpers.write_tar(archive, {"photo.png": b"png"})
+    with pytest.raises(UserError, match=str(archive)):
+        load(tmp_path / "data", archive)
+    assert not list((tmp_path / "data").iterdir())
 
 
-@pytest.mark.parametrize(
-    "data_dir", ["gs://bucket/data", "~nobody-of-that-name/data", "{tmp}/file", "{tmp}/file/below"]
-)
+def test_a_folder_in_the_way_is_named(tmp_path, archive):
+    final = tmp_path / "data" / "cifar10" / "3.0.2"
+    final.mkdir(parents=True)
+    (final / "mine.txt").touch()
+    with pytest.raises(UserError, match=f"{final} has no dataset_info.json"):
+        load(tmp_path / "data", archive)
+    (final / "mine.txt").unlink()
+    assert len(load(tmp_path / "data", archive).train) == 50
+
+
+def test_a_failed_preparation_leaves_nothing(tmp_path, archive, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("PIL.Image.Image.save", full)
+        with pytest.raises(UserError, match=r"cannot prepare cifar10 in .*No space left"):
+            load(tmp_path / "data", archive)
+    assert [p.name for p in (tmp_path / "data").iterdir()] == [".cifar10.lock"]
+    assert len(load(tmp_path / "data", archive).train) == 50
+
+
+PROCESS = """
+    import pathlib, sys
+    import pytest
+    from resnet_flax import data
+    from resnet_flax.data import cifar
+    from tests import test_data_helpers as helpers
+    path = pathlib.Path({path!r})
+    helpers.publish(pytest.MonkeyPatch(), "cifar10", path)
+    original = cifar._examples
+    def slow(content, split, show_progress):
+        yield from original(content, split, show_progress)
+        print("preparing", flush=True)
+        sys.stdin.read()
+    cifar._examples = slow
+    data.load("cifar10", data_dir={root!r}, archive=path)
+"""
+
+
+def start(path, root):
+    root.mkdir(exist_ok=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(PROCESS.format(path=str(path), root=str(root)))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=pathlib.Path(__file__).resolve().parents[1],
+    )
+
+
+def test_a_second_process_waits_for_the_first(tmp_path, archive):
+    with start(archive, tmp_path / "data") as first:
+        assert first.stdout.readline() == "preparing\n"
+        with start(archive, tmp_path / "data") as second:
+            assert "Another process prepares cifar10" in second.stderr.readline()
+            first.communicate()
+            out, err = second.communicate()
+        assert first.returncode == second.returncode == 0, err
+    assert out == ""  # It found what the first had prepared.
+    assert len(load(tmp_path / "data").train) == 50
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path, archive):
+    root = tmp_path / "data"
+    with start(archive, root) as process:
+        assert process.stdout.readline() == "preparing\n"
+        process.send_signal(signal.SIGKILL)
+    assert any((root / ".cifar10.preparing" / "cifar10").iterdir())
+    foreign = root / "cifar10" / "incomplete.ABCDEF_3.0.2"  # Another program may be at work.
+    foreign.mkdir(parents=True)
+    assert len(load(root, archive).train) == 50
+    assert sorted(os.listdir(root)) == [".cifar10.lock", "cifar10"]
+    assert foreign.is_dir()
+
+
+def test_without_locks_each_process_prepares_for_itself(tmp_path, archive, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    root, original, loaded = tmp_path / "data", cifar._examples, []
+
+    def slow(*arguments):
+        if not loaded:  # Meanwhile another process prepares the same.
+            loaded.append(None)
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                loaded[0] = load(root, archive).fingerprint
+        yield from original(*arguments)
+
+    monkeypatch.setattr(cifar, "_examples", slow)
+    assert load(root, archive).fingerprint == loaded[0]
+    assert sorted(os.listdir(root)) == [".cifar10.lock", "cifar10"]
+
+
 @pytest.mark.usefixtures("offline")
-def test_a_data_dir_that_cannot_be_is_named(tmp_path, data_dir):
+def test_a_data_dir_that_cannot_be_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    place = data_dir.format(tmp=tmp_path)
-    with pytest.raises(UserError, match=f"data_dir .*{place}"):
-        data.load("cifar10", data_dir=place, show_progress=False)
+    for wrong in ("gs://bucket/data", "~nobody-of-that-name/x", tmp_path / "file", tmp_path / "no"):
+        with pytest.raises(UserError, match=f"^data_dir is '{wrong}'"):
+            data.load("cifar10", data_dir=wrong)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "no"))
+    with pytest.raises(UserError, match=r"^\$TFDS_DATA_DIR is .*/no', which does not .*mkdir -p"):
+        data.load("cifar10")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_data_dir_is_the_given_one_or_that_of_tfds(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    assert prepared.resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
+    assert tfds_files.resolve_data_dir(None) == tmp_path / "tensorflow_datasets"
     for name in ("other", "env", "relative"):
         (tmp_path / name).mkdir()
-    assert prepared.resolve_data_dir("~/other") == tmp_path / "other"
+    assert tfds_files.resolve_data_dir("~/other") == tmp_path / "other"
     monkeypatch.setenv("TFDS_DATA_DIR", "~/env")
-    assert prepared.resolve_data_dir("") == tmp_path / "env"
-    assert prepared.resolve_data_dir(tmp_path) == tmp_path
+    assert tfds_files.resolve_data_dir("") == tmp_path / "env"
     monkeypatch.chdir(tmp_path)
-    assert prepared.resolve_data_dir("relative") == tmp_path / "relative"
-
-
-@pytest.mark.usefixtures("offline")
-def test_a_named_data_dir_must_exist(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"^data_dir is .*/mistyped', which does not exist.*mkdir"):
-        data.load("cifar10", data_dir=tmp_path / "mistyped", show_progress=False)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "env"))
-    with pytest.raises(UserError, match=r"^\$TFDS_DATA_DIR is .*/env', which does not exist"):
-        data.load("cifar10", show_progress=False)
-    assert not list(tmp_path.iterdir())
+    assert tfds_files.resolve_data_dir("relative") == tmp_path / "relative"
 
 
 def test_a_data_set_is_found_from_its_folder_and_from_those_above(small):
-    for folder in (small, small.parent, small.parent.parent):
-        assert prepared.find("cifar10", data_dir=folder, version="3.0.2") == small
-    assert prepared.find("cifar100", data_dir=small.parent.parent, version="3.0.2") is None
+    expected = load(small).fingerprint
+    for folder in (small.parent, small.parent.parent):
+        assert load(folder).fingerprint == expected
     with pytest.raises(UserError, match="holds the data set 'cifar10', not 'cifar100'"):
-        prepared.find("cifar100", data_dir=small, version="3.0.2")
+        load(small, name="cifar100")
     other = small.rename(small.parent / "3.0.10")
     (small.parent / "3.0.9").mkdir()
     shutil.copy(other / "dataset_info.json", small.parent / "3.0.9")
     (small.parent / "3.0.11").mkdir()  # Not prepared.
-    assert prepared.find("cifar10", data_dir=small.parent, version="3.0.2") == other
-
-
-def record_file(directory, split="test"):
-    (path,) = directory.glob(f"cifar10-{split}.array_record*")
-    return path
+    assert tfds_files.find("cifar10", data_dir=small.parent, version="3.0.2") == other
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "absent", "overwritten"])
 def test_a_damaged_record_file_is_named(small, damage):
-    path = record_file(small)
+    (path,) = small.glob("cifar10-test.array_record*")
+    whole = path.read_bytes()
+    if damage == "overwritten":
+        at = len(whole) // 4
+        path.write_bytes(whole[:at] + bytes(9000) + whole[at + 9000 :])
+    else:
+        path.write_bytes(whole[: 70_000 if damage == "truncated" else 0])
     if damage == "absent":
         path.unlink()
-    elif damage == "overwritten":
-        whole = bytearray(path.read_bytes())
-        whole[len(whole) // 4 : len(whole) // 4 + 9000] = bytes(9000)
-        path.write_bytes(whole)
-    else:
-        path.write_bytes(path.read_bytes()[: 70_000 if damage == "truncated" else 0])
-    with pytest.raises(UserError, match=f"cannot read {path}"):
-        helpers.read(small)
+    with pytest.raises(UserError, match=f"cannot read {path}: .*\nDelete {small} to have cifar10"):
+        load(small)
 
 
-def edit(directory, file, old, new):
-    text = (directory / file).read_text()
+def edit(directory, old, new):
+    text = (directory / "dataset_info.json").read_text()
     assert old in text
-    (directory / file).write_text(text.replace(old, new))
+    (directory / "dataset_info.json").write_text(text.replace(old, new))
 
 
-def test_a_wrong_number_of_examples_is_named(small):
-    with pytest.raises(UserError, match=r"'train' of .* has 50 examples; cifar10 has 50000"):
-        helpers.read(small, sizes=cifar.SIZES)
-    edit(small, "dataset_info.json", '"20"', '"19"')
-    with pytest.raises(UserError, match=r"'test' of .* has 19 examples; cifar10 has 20"):
-        helpers.read(small)
-    edit(small, "dataset_info.json", '"19"', '"21"')
-    with pytest.raises(UserError, match=f"cannot read {record_file(small)}"):
-        helpers.read(small, sizes={"train": 50, "test": 21})
-
-
-def test_a_wrong_image_and_a_wrong_label_are_named(small, monkeypatch):
-    with pytest.raises(UserError, match=r"has labels \d\.\.9; those of cifar10 are 0\.\.2"):
-        helpers.read(small, classes=3)
-    with pytest.raises(UserError, match=r"is uint8 \(32, 32, 3\), not uint8 \(28, 28, 1\)"):
-        prepared.read(
-            "cifar10", directory=small, sizes=helpers.SIZES, shape=(28, 28, 1), classes=10
-        )
+def test_what_is_not_the_data_set_is_named(small, monkeypatch):
+    edit(small, '"20"', '"19"')
+    with pytest.raises(UserError, match=r"has .*'test': 19.* of 10 classes; cifar10 has .*: 20"):
+        load(small)
+    edit(small, '"19"', '"21"')
+    with monkeypatch.context() as patch:
+        patch.setattr(cifar, "SIZES", {"train": 50, "test": 21})
+        with pytest.raises(UserError, match=r"cannot read .*cifar10-test\.array_record"):
+            load(small)
+    edit(small, '"21"', '"20"')
+    monkeypatch.setattr(cifar, "SHAPE", (28, 28, 1))
+    with pytest.raises(UserError, match=r"is uint8 \(32, 32, 3\), not \(28, 28, 1\)"):
+        load(small)
 
 
 def test_a_tfrecord_data_set_is_refused_with_what_to_do(small):
-    edit(small, "dataset_info.json", '"array_record"', '"tfrecord"')
-    with pytest.raises(UserError, match=r"format tfrecord, which needs TensorFlow.*another data"):
-        helpers.read(small)
+    edit(small, '"array_record"', '"tfrecord"')
+    with pytest.raises(UserError, match=r"format tfrecord, which needs TensorFlow.*another config"):
+        load(small)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"name": "cifar10"}', "\xff"])
 def test_damaged_metadata_are_named(small, text):
     (small / "dataset_info.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=f"{small} is not a cifar10 prepared by TFDS"):
-        data.load("cifar10", data_dir=small)
+        load(small)
 
 
-@pytest.fixture(scope="module")
-def real():
-    return data.load("cifar10", data_dir=helpers.real_data_dir(), split="45k/5k", seed=0)
-
-
-def test_the_real_cifar10(real):
+def test_the_real_cifar10():
+    real = data.load("cifar10", data_dir=helpers.real_data_dir(), split="45k/5k", seed=0)
     assert real.fingerprint == GOLDEN
     assert real.class_names[:2] == ("airplane", "automobile")
-    sizes = {"train": 4500, "validation": 500, "test": 1000}
-    for name, size in sizes.items():
+    for name, size in {"train": 4500, "validation": 500, "test": 1000}.items():
         split = getattr(real, name)
         assert split.images.shape == (10 * size, 32, 32, 3)
         assert split.images.dtype == np.uint8

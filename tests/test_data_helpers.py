@@ -1,6 +1,5 @@
 """Small archives in the original layouts, for the tests of the data layer; no tests of its own."""
 
-import dataclasses
 import io
 import os
 import pathlib
@@ -10,15 +9,15 @@ import tarfile
 import numpy as np
 import pytest
 
-from resnet_flax.data import archive, cifar, prepared
+from resnet_flax.data import archives, cifar
 
 SIZES = {"train": 50, "test": 20}
-ALL = [(name, binary) for name in ("cifar10", "cifar100") for binary in (True, False)]
+KINDS = [(name, kind) for name in ("cifar10", "cifar100") for kind in ("binary", "python")]
 
 
-def content(name, *, seed=0):
+def content(name):
     """Random images that are not flat, so that PNG uses its filters, and every class named."""
-    random = np.random.RandomState(seed)
+    random = np.random.RandomState(0)
     classes = {"label": 10} if name == "cifar10" else {"coarse_label": 20, "label": 100}
     images, labels = {}, {}
     for split, size in SIZES.items():
@@ -28,94 +27,54 @@ def content(name, *, seed=0):
             key: random.randint(0, count, size).astype(np.uint8) for key, count in classes.items()
         }
     names = {key: tuple(f"{key} {i}" for i in range(count)) for key, count in classes.items()}
-    return archive.Content(images=images, labels=labels, names=names)
+    return archives.Content(images, labels, names)
 
 
-def rows(images):
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2).reshape(len(images), -1))
-
-
-def members(layout, data, *, protocol=2):
+def archive_files(name, kind, protocol=2):
     """The files of an archive, by name."""
-    files = {}
-    for split, names in (("train", layout.train), ("test", layout.test)):
-        for part, name in zip(
-            np.array_split(np.arange(SIZES[split]), len(names)), names, strict=True
-        ):
-            pixels = rows(data.images[split][part])
-            labels = {label: data.labels[split][label[0]][part] for label in layout.labels}
-            if layout.binary:
-                columns = [values[:, None] for values in labels.values()]
-                files[name] = np.concatenate([*columns, pixels], axis=1).tobytes()
+    layout, data, files = archives._LAYOUTS[name], content(name), {}
+    for split, names in layout.files.items():
+        parts = np.array_split(np.arange(SIZES[split]), len(names))
+        for part, file in zip(parts, names, strict=True):
+            pixels = data.images[split][part].transpose(0, 3, 1, 2).reshape(len(part), -1)
+            columns = {k: data.labels[split][v][part] for k, v in layout.labels.items()}
+            if kind == "binary":
+                records = np.column_stack([*columns.values(), pixels])
+                files[f"{file}.bin"] = records.tobytes()
             else:
-                batch = {b"batch_label": b"some", b"data": pixels, b"filenames": [b"a.png"] * 3}
-                for label, values in labels.items():
-                    batch[label[1].encode()] = values.tolist()
-                files[name] = pickle.dumps(batch, protocol)
-    if layout.binary:
-        for label in layout.labels:
-            files[label[2]] = ("\n".join(data.names[label[0]]) + "\n\n").encode()
+                batch = {b"data": np.ascontiguousarray(pixels), b"filenames": [b"a.png"]}
+                batch |= {f"{k}s".encode(): v.tolist() for k, v in columns.items()}
+                files[file] = pickle.dumps(batch, protocol)
+    names = {k: data.class_names[v] for k, v in layout.labels.items()}
+    if kind == "python":
+        meta = {f"{k}_names".encode(): [n.encode() for n in v] for k, v in names.items()}
+        files[layout.names_file] = pickle.dumps(meta, protocol)
+    elif name == "cifar10":
+        files["batches.meta.txt"] = ("\n".join(names["label"]) + "\n\n").encode()
     else:
-        meta = {b"num_vis": 3072}
-        for label in layout.labels:
-            meta[label[3].encode()] = [name.encode() for name in data.names[label[0]]]
-        files[layout.meta] = pickle.dumps(meta, protocol)
+        files |= {f"{k}_names.txt": "\n".join(v).encode() for k, v in names.items()}
     return files
 
 
 def write_tar(path, files):
     with tarfile.open(path, "w:gz", compresslevel=1) as tar:
         for name, data in files.items():
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(f"some folder/{name}")
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
 
 
-def layout_of(name, *, binary):
-    (layout,) = (layout for layout in archive.LAYOUTS[name] if layout.binary == binary)
-    return layout
+def small_archive(folder, name="cifar10", kind="binary", **changes):
+    path = pathlib.Path(folder) / f"{name.replace('r1', 'r-1')}-{kind}.tar.gz"
+    return write_tar(path, archive_files(name, kind, **changes))
 
 
-def published(path, layout):
-    """The layout, with the size and checksum of this very file."""
-    return dataclasses.replace(
-        layout, size=path.stat().st_size, sha256=archive.sha256_of(pathlib.Path(path))
-    )
-
-
-def small_archive(folder, name="cifar10", *, binary=True, protocol=2, data=None):
-    """Writes a small archive; returns its path and layout."""
-    layout = layout_of(name, binary=binary)
-    files = members(layout, data or content(name), protocol=protocol)
-    path = write_tar(
-        pathlib.Path(folder) / layout.file_name,
-        {f"{layout.folder}/{file}": data for file, data in files.items()},
-    )
-    return path, published(path, layout)
-
-
-def make(data_dir, *, archive_path, layout, name="cifar10"):
-    return cifar.make(
-        name,
-        data_dir=data_dir,
-        archive_path=archive_path,
-        mirror=None,
-        show_progress=False,
-        sizes=SIZES,
-        layouts={name: (layout,)},
-        origin="http://origin.invalid/",
-    )
-
-
-def read(directory, *, name="cifar10", sizes=None, classes=None):
-    return prepared.read(
-        name,
-        directory=directory,
-        sizes=sizes or SIZES,
-        shape=(32, 32, 3),
-        classes=classes or cifar.CLASSES[name],
-    )
+def publish(patch, name, *paths):
+    """Makes files the published archives of a data set of `SIZES`, and the only ones."""
+    sums = {path.name.removesuffix(".tar.gz"): archives.sha256_of(path) for path in paths}
+    patch.setitem(archives.ARCHIVES, name, sums)
+    patch.setattr(cifar, "SIZES", SIZES)
 
 
 def real_data_dir():

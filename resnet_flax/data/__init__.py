@@ -16,7 +16,7 @@ def _load_imagenet(
     name: str, *, data_dir, split, archive, seed, geometry, show_progress, **unused
 ) -> Dataset:
     del unused
-    check_split(split)  # Before the hours that a preparation may take.
+    check_split(split)  # Before the minutes that an index may take.
     train, test, class_names, fingerprint = imagenet.load(
         data_dir=data_dir, archives=archive, show_progress=show_progress
     )
@@ -59,9 +59,9 @@ def load(
 ) -> Dataset:
     """Loads a data set, preparing it first where that has not been done.
 
-    CIFAR and ImageNet are read where TFDS has prepared them. Where it has not, the original archive
-    is taken from `archive`, or else (CIFAR only) downloaded from `mirror`, or else from its
-    authors' site, and prepared so that TFDS itself, too, can read the result.
+    CIFAR and ImageNet are read where TFDS has prepared them. Where it has not, ImageNet's archives
+    are read in place, and CIFAR's archive is taken from `archive`, or else downloaded from `mirror`
+    or its authors' site, and prepared so that TFDS itself can read the result too.
 
     Args:
       name: one of `NAMES`.

@@ -1,21 +1,22 @@
-"""CIFAR-10 and CIFAR-100: found where TFDS has prepared them, or else prepared."""
+"""CIFAR-10 and CIFAR-100: read where TFDS has prepared them, or else prepared first."""
 
 import io
 import os
 import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from resnet_flax.data import archive, dataset, decoded, download, prepare, prepared
-from resnet_flax.errors import UserError
+from resnet_flax.data import archives, dataset, decoded, download, tfds_files
+from resnet_flax.errors import UserError, first_line
 
 VERSION = "3.0.2"  # of both data sets in TFDS
 SHAPE = (32, 32, 3)
 SIZES = {"train": 50_000, "test": 10_000}
 CLASSES = {"cifar10": 10, "cifar100": 100}
-_BYTES_PER_EXAMPLE = 2_400  # on disk, on average
 
 
 def load(
@@ -32,20 +33,13 @@ def load(
     """Loads CIFAR-10 or CIFAR-100; the arguments are those of `resnet_flax.data.load`."""
     del unused
     dataset.check_split(split)  # Before the minutes that a preparation may take.
-    root = prepared.resolve_data_dir(data_dir)
-    directory = prepared.find(name, data_dir=root, version=VERSION)
+    root = tfds_files.resolve_data_dir(data_dir)
+    directory = tfds_files.find(name, data_dir=root, version=VERSION)
     if directory is None:
-        directory = make(
-            name,
-            data_dir=root,
-            archive_path=archive,
-            mirror=mirror,
-            show_progress=show_progress,
-        )
+        directory = _prepare(name, root, archive, mirror, show_progress)
     arrays = decoded.read(name, directory, lambda: _decode(name, directory))
     train, test = (
-        dataset.Split(arrays.pop(f"{part}_images"), arrays.pop(f"{part}_labels"))
-        for part in ("train", "test")
+        dataset.Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SIZES
     )
     return dataset.assemble(
         name,
@@ -57,142 +51,68 @@ def load(
     )
 
 
-def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
-    arrays, class_names = prepared.read(
-        name, directory=directory, sizes=SIZES, shape=SHAPE, classes=CLASSES[name]
-    )
-    found = {"class_names": np.array(class_names)}
-    for part in SIZES:
-        split = dataset.canonical(*arrays.pop(part))
-        found |= {f"{part}_images": split.images, f"{part}_labels": split.labels}
-    return found
-
-
-def make(
+def _prepare(
     name: str,
-    *,
     data_dir: pathlib.Path,
-    archive_path: str | os.PathLike | None,
+    archive: str | os.PathLike | None,
     mirror: str | None,
     show_progress: bool,
-    sizes: dict[str, int] = SIZES,
-    layouts: dict[str, tuple[archive.Layout, ...]] = archive.LAYOUTS,
-    origin: str = download.ORIGIN,
 ) -> pathlib.Path:
-    """Prepares a data set from its original archive.
+    """Prepares a data set from its original archive; returns the version's directory."""
+    # What the user named is checked before anything is written.
+    content = archives.read(archive, name) if archive else None
+    sources = download.list_sources(name, mirror)
 
-    Args:
-      name: of the data set.
-      data_dir: folder of data sets.
-      archive_path: of an archive, or None or "".
-      mirror: URL of an archive or of a folder of them, or None or "".
-      show_progress: whether to say on stderr what takes long.
-      sizes: the number of examples that each split must have.
-      layouts: the known archives of every data set.
-      origin: URL of the folder of the authors.
-
-    Returns:
-      The folder of the prepared version.
-
-    Raises:
-      UserError: no archive can be had, or it is not what it should be, or the result cannot be
-        written.
-    """
-    prepare.refuse_occupied(name, data_dir=data_dir, version=VERSION)
-    # Before anything is written.
-    content = None
-    if archive_path:
-        content = _read(archive_path, name=name, sizes=sizes, layouts=layouts)
-    sources = download.candidates(mirror, layouts=layouts[name], origin=origin)
-    with prepare.exclusive(data_dir, name=name, show_progress=show_progress) as staging:
-        # Another process may have prepared it while this one waited.
-        directory = prepared.find(name, data_dir=data_dir, version=VERSION)
-        if directory is not None:
-            return directory
-        if content is None:
-            path = _obtain(
-                name,
-                sources=sources,
-                data_dir=data_dir,
-                layouts=layouts[name],
-                show_progress=show_progress,
-            )
-            content = _read(path, name=name, sizes=sizes, layouts=layouts)
+    def obtain():
+        found = content
+        if found is None:
+            found = archives.read(download.obtain(name, sources, data_dir, show_progress), name)
         if show_progress:
             print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
-        return prepare.prepare(
-            name,
-            splits={key: examples(content, split=key) for key in content.images},
-            names=content.names,
-            data_dir=data_dir,
-            staging=staging,
-            show_progress=show_progress,
-        )
+        examples = {part: _examples(found, part, show_progress) for part in SIZES}
+        return examples, found.class_names
 
-
-def examples(content: archive.Content, *, split: str) -> prepare.Examples:
-    """Returns the examples of a split as TFDS has them: images as PNG, numbered keys and ids."""
-    from PIL import Image
-
-    images, labels = content.images[split], content.labels[split]
-
-    def read(index: int) -> dict[str, Any]:
-        buffer = io.BytesIO()
-        Image.fromarray(images[index]).save(buffer, "PNG")
-        record = {key: int(values[index]) for key, values in labels.items()}
-        return {"id": f"{split}_{index:05d}", "image": buffer.getvalue(), **record}
-
-    size = len(images) * _BYTES_PER_EXAMPLE
-    return prepare.Examples(keys=range(len(images)), read=read, size=size)
-
-
-def _read(
-    path: str | os.PathLike,
-    *,
-    name: str,
-    sizes: dict[str, int],
-    layouts: dict[str, tuple[archive.Layout, ...]],
-) -> archive.Content:
-    """Verifies and reads an archive."""
-    resolved, layout = archive.identify(path, name=name, layouts=layouts)
-    return archive.read(resolved, layout=layout, sizes=sizes)
-
-
-def _obtain(
-    name: str,
-    *,
-    sources: list[tuple[str, archive.Layout]],
-    data_dir: pathlib.Path,
-    layouts: tuple[archive.Layout, ...],
-    show_progress: bool,
-) -> pathlib.Path:
-    """Returns the path of an archive that is there already or is downloaded now."""
-    folder = data_dir / "downloads"
-    for layout in layouts:
-        # The second is where TFDS wants archives that were downloaded by hand.
-        for path in (folder / layout.file_name, folder / "manual" / layout.file_name):
-            try:
-                if path.is_file() and archive.sha256_of(path) == layout.sha256:
-                    return path
-            except OSError:
-                continue  # Unreadable is as good as absent.
-    failures = []
-    for url, layout in sources:
-        try:
-            return download.fetch(
-                url,
-                layout=layout,
-                folder=folder,
-                show_progress=show_progress,
-                open_seconds=download.OPEN_SECONDS / len(sources),
-            )
-        except download.SourceError as error:
-            failures.append(str(error))
-            if show_progress:
-                print(f"Cannot download: {error}", file=sys.stderr)
-    raise UserError(
-        f"there is no prepared {name} in {data_dir}, and it cannot be downloaded "
-        f"({'; '.join(failures)}).\n"
-        "Set config.data.data_dir to a folder of prepared TFDS data sets, or config.data.archive "
-        f"to a downloaded {layouts[0].file_name}, or config.data.mirror to the URL of a copy of it."
+    return tfds_files.prepare(
+        name, version=VERSION, data_dir=data_dir, obtain=obtain, show_progress=show_progress
     )
+
+
+def _examples(
+    content: archives.Content, split: str, show_progress: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the keys and features that TFDS's own builder makes of an archive."""
+    from tqdm import tqdm
+
+    hidden = None if show_progress else True  # None: shown where stderr is a terminal.
+    images = tqdm(content.images[split], f"Preparing {split}", unit=" images", disable=hidden)
+    for index, image in enumerate(images):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        labels = {key: int(values[index]) for key, values in content.labels[split].items()}
+        yield index, {"id": f"{split}_{index:05d}", "image": buffer.getvalue(), **labels}
+
+
+def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
+    """Returns both splits in canonical order, and the names of the classes."""
+    info = tfds_files.read_info(name, directory=directory, sizes=SIZES, classes=CLASSES[name])
+    arrays = {"class_names": np.array(info.features["label"].names)}
+    for part, size in SIZES.items():
+        images, labels = np.empty((size, *SHAPE), np.uint8), np.empty(size, np.int32)
+        try:
+            # Threads would make it slower: most of the time is Python's own, per image.
+            for index, example in enumerate(tfds_files.Examples(directory, part)):
+                with Image.open(io.BytesIO(example["image"])) as opened:
+                    image = np.asarray(opened)
+                # Assignment would broadcast a wrong shape and wrap a wrong dtype.
+                if image.shape != SHAPE or image.dtype != np.uint8:
+                    raise ValueError(f"example {index} is {image.dtype} {image.shape}, not {SHAPE}")
+                images[index], labels[index] = image, example["label"]
+        except Exception as error:  # Pillow raises many kinds.
+            files = " or ".join(os.fspath(path) for path in info.splits[part].filepaths)
+            raise UserError(
+                f"cannot read {files}: {first_line(error)}\n"
+                f"Delete {directory} to have {name} prepared again, or give another data_dir."
+            ) from error
+        split = dataset.canonical(images, labels)
+        arrays |= {f"{part}_images": split.images, f"{part}_labels": split.labels}
+    return arrays

@@ -21,18 +21,18 @@ Arrays = dict[str, np.ndarray]
 _FORMAT = 1
 
 
-def read(name: str, directory: pathlib.Path, load: Callable[[], Arrays]) -> Arrays:
-    """Returns what `load()` returns, or returned before, when the directory was the same.
+def read(name: str, source: pathlib.Path, load: Callable[[], Arrays]) -> Arrays:
+    """Returns what `load()` returns, or returned before, when the source was the same.
 
     Args:
       name: of the data set.
-      directory: of what it is made from.
+      source: the file or directory that it is made from.
       load: decodes it: arrays by name, none of them of objects.
     """
     folder = cache.directory("data")
     if folder is None:
         return load()
-    path = folder / f"{name}-{_FORMAT}-{_identify(directory)}.npz"
+    path = folder / f"{name}-{_FORMAT}-{_identify(source)}.npz"
     # Whatever is wrong with it: it can be made again.
     with contextlib.suppress(Exception):
         with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
@@ -56,10 +56,10 @@ def _write(path: pathlib.Path, arrays: Arrays) -> None:
             raise
 
 
-def _identify(directory: pathlib.Path) -> str:
-    """Changes whenever a file of the directory does."""
-    digest = hashlib.sha256(os.path.realpath(directory).encode())
-    for file in sorted(directory.iterdir()):
+def _identify(source: pathlib.Path) -> str:
+    """Changes whenever the file, or a file of the directory, does."""
+    digest = hashlib.sha256(os.path.realpath(source).encode())
+    for file in sorted(source.iterdir()) if source.is_dir() else [source]:
         stat = file.stat()
         digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}\n".encode())
     return digest.hexdigest()[:24]

@@ -1,248 +1,244 @@
-"""ImageNet (ILSVRC 2012, TFDS's imagenet2012): read where it is prepared, or else prepared.
+"""ImageNet (ILSVRC 2012): read where TFDS has prepared it, or else from its two archives in place.
 
-The images are far too many for memory: they are read one at a time, encoded, from any of many
-processes.
+The images are far too many for memory: they are read one at a time, from any of many processes.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
 import pathlib
-import sys
-from typing import Any
+import posixpath
+import tarfile
+from collections.abc import Iterator
 
 import numpy as np
 
-from resnet_flax.data import imagenet_archive, prepare, prepared
-from resnet_flax.errors import UserError
+from resnet_flax.data import decoded, tfds_files
+from resnet_flax.data.streamed import Source
+from resnet_flax.errors import UserError, first_line
 
 NAME = "imagenet2012"
 VERSION = "5.1.0"  # in TFDS
 SIZES = {"train": 1_281_167, "validation": 50_000}
 CLASSES = 1000
-_CHUNK = 1000  # examples read at a time
-
-
-class Source:
-    """The images of one split, encoded, and their labels; in the order of TFDS.
-
-    It can be pickled, and then holds no more than a path; each process opens the files by itself
-    when it first reads.
-    """
-
-    def __init__(self, directory: pathlib.Path, *, split: str, size: int):
-        """Names the source; nothing is opened.
-
-        Args:
-          directory: of the prepared version.
-          split: as TFDS calls it.
-          size: the number of its examples.
-        """
-        self._directory = directory
-        self._split = split
-        self._size = size
-        self._opened = None
-        self._labels = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_labels": None}
-
-    def __len__(self) -> int:
-        return self._size
-
-    def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N].
-
-        They lie among the images, so that the first call reads the whole split, without decoding
-        it: of the training set, 140 GB.
-
-        Raises:
-          UserError: a file cannot be read, or holds other labels than 0..999.
-        """
-        if self._labels is None:
-            labels = np.empty(self._size, np.int32)
-            try:
-                for start in range(0, self._size, _CHUNK):
-                    indices = range(start, min(start + _CHUNK, self._size))
-                    for index, example in zip(indices, self._examples(indices), strict=True):
-                        labels[index] = self._label(example)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"cannot read the labels of {self._split!r} in {self._directory}: {error}\n"
-                    f"Delete that folder to have {NAME} prepared again, or give another data_dir."
-                ) from error
-            self._labels = labels
-        return self._labels
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Returns an image, encoded, and its label.
-
-        Raises:
-          OSError, ValueError: it cannot be read, or has no label in 0..999.
-        """
-        (example,) = self._examples([index])
-        return example["image"], self._label(example)
-
-    def name(self, index: int) -> str:
-        """Returns what an example is called in messages: its file's name and its place."""
-        place = f"example {index} of {self._split!r} in {self._directory}"
-        try:
-            (example,) = self._examples([index])
-            return f"{example['file_name'].decode()} ({place})"
-        except (OSError, KeyError, ValueError, AttributeError):
-            return place
-
-    def _examples(self, indices: range | list[int]) -> list[dict[str, Any]]:
-        """Reads examples, images undecoded."""
-        for index in indices:
-            if not 0 <= index < self._size:
-                raise IndexError(f"{index} of {self._size} examples")
-        try:
-            if self._opened is None:
-                self._opened = _open(self._directory, split=self._split)
-            return self._opened.__getitems__([int(index) for index in indices])
-        except Exception as error:  # array_record raises many kinds.
-            raise OSError(prepared.first_line(error)) from error
-
-    def _label(self, example: dict[str, Any]) -> int:
-        """Returns the label of an example."""
-        label = int(example["label"])
-        if not 0 <= label < CLASSES:
-            raise ValueError(f"there is the label {label}; those of {NAME} are 0..{CLASSES - 1}")
-        return label
+# In the training archive lies a tar for each class.
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_val.tar"}
+_PUBLISHED_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}  # TFDS's checksums.tsv
 
 
 def load(
     *, data_dir: str | os.PathLike | None, archives: str | os.PathLike | None, show_progress: bool
 ) -> tuple[Source, Source, tuple[str, ...], str]:
-    """Opens ImageNet, preparing it first where that has not been done.
+    """Opens ImageNet.
 
     Args:
-      data_dir: folder of prepared data sets; None or "" for the environment variable TFDS_DATA_DIR,
-        or else ~/tensorflow_datasets.
-      archives: folder of ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or None or "" for
-        downloads/manual in `data_dir`, where TFDS looks for them. Not looked at where the data are
-        prepared already.
-      show_progress: whether to say on stderr what takes long.
+      data_dir: directory of prepared data sets; None or "" for $TFDS_DATA_DIR, else
+        ~/tensorflow_datasets.
+      archives: directory of the two archives; None or "" for downloads/manual in `data_dir`, where
+        TFDS looks for them. Not looked at where the data are prepared.
+      show_progress: whether to show on stderr, where that is a terminal, what takes long.
 
     Returns:
       The training set; the validation set, which is what everybody tests on; the synset of each
-      label; and the sha256 (hex) of the name, the version and the lengths of the files, which
-      differs where the data were prepared by another program.
+      label; and a SHA-256 (hex) of what identifies the images without reading them: the lengths of
+      TFDS's files, or the names, sizes and labels of the images in the archives.
 
     Raises:
-      UserError: there are neither prepared data nor archives, or they are damaged, or cannot be
-        written.
+      UserError: there are neither prepared data nor archives, or they are damaged.
     """
-    root = prepared.resolve_data_dir(data_dir)
-    directory = prepared.find(NAME, data_dir=root, version=VERSION)
-    if directory is None:
-        directory = make(data_dir=root, archives=archives, show_progress=show_progress)
-    info = prepared.open_builder(NAME, directory=directory, sizes=SIZES).info
-    names = tuple(info.features["label"].names)
-    if len(names) != CLASSES:
-        raise UserError(f"{directory} has {len(names)} classes; {NAME} has {CLASSES}")
+    root = tfds_files.resolve_data_dir(data_dir)
+    directory = tfds_files.find(NAME, data_dir=root, version=VERSION)
+    if directory is not None:
+        return _open_prepared(directory)
+    paths = _find_archives(root, archives)
+    synsets = _tfds_lines("labels.txt")
+    sources, digest = [], hashlib.sha256()
+    for split, path in paths.items():
+        index = decoded.read(
+            f"{NAME}-{split}", path, lambda s=split, p=path: _index(s, p, synsets, show_progress)
+        )
+        digest.update(index.pop("digest"))
+        sources.append(ArchiveSource(path, **index))
+    return *sources, synsets, digest.hexdigest()
+
+
+class PreparedSource(tfds_files.Examples):
+    """A split that TFDS has prepared; see `streamed.Source`."""
+
+    def labels(self) -> np.ndarray:
+        """Returns all labels, int32 [N].
+
+        They lie among the images: this reads the whole split, 140 GB for the training set.
+
+        Raises:
+          UserError: a file cannot be read.
+        """
+        try:
+            return np.fromiter((example["label"] for example in self), np.int32, len(self))
+        except OSError as error:
+            raise UserError(
+                f"cannot read the labels of {self.split!r} in {self.directory}: {error}\n"
+                "Copy that directory again, or give another config.data.data_dir."
+            ) from error
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Content of an image file, and its label."""
+        example = self[index]
+        return example["image"], int(example["label"])
+
+    def name(self, index: int) -> str:
+        """The image's file name and position."""
+        position = f"example {index} of {self.split!r} in {self.directory}"
+        try:
+            return f"{self[index]['file_name'].decode()} ({position})"
+        except OSError:
+            return position
+
+
+def _open_prepared(directory: pathlib.Path) -> tuple[Source, Source, tuple[str, ...], str]:
+    info = tfds_files.read_info(NAME, directory=directory, sizes=SIZES, classes=CLASSES)
     paths = [path for split in SIZES for path in info.splits[split].filepaths]
     absent = [path for path in paths if not os.path.exists(path)]
-    if absent and info.file_format.value == prepared.READABLE_FORMAT:
+    if absent:
         raise UserError(
             f"{len(absent)} of the {len(paths)} files of {directory} are not there, such as "
-            f"{os.path.basename(absent[0])}; copy them there, or delete that folder to have {NAME} "
-            "prepared again, or give another data_dir"
+            f"{os.path.basename(absent[0])}; copy them there, or give another config.data.data_dir"
         )
+    splits = {split: info.splits[split] for split in SIZES}
     content = {
         "name": NAME,
         "version": str(info.version),
         "splits": {
-            split: [list(info.splits[split].shard_lengths), int(info.splits[split].num_bytes)]
-            for split in SIZES
+            key: [list(split.shard_lengths), int(split.num_bytes)] for key, split in splits.items()
         },
     }
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    train, test = (Source(directory, split=split, size=size) for split, size in SIZES.items())
-    return train, test, names, fingerprint
+    train, test = (PreparedSource(directory, split) for split in SIZES)
+    return train, test, tuple(info.features["label"].names), fingerprint
 
 
-def make(
-    *, data_dir: pathlib.Path, archives: str | os.PathLike | None, show_progress: bool
-) -> pathlib.Path:
-    """Prepares ImageNet from its two archives; the arguments are those of `load`.
+@dataclasses.dataclass(frozen=True)
+class ArchiveSource:
+    """The images in an archive, in the order of TFDS; see `streamed.Source`.
 
-    Takes as much disk as the archives do, besides them.
-
-    Returns:
-      The folder of the prepared version.
-
-    Raises:
-      UserError: the archives are not there or not what they should be, or the result cannot be
-        written.
+    Attributes:
+      path: of the archive.
+      offsets: int64 [N], where each image begins, in bytes.
+      sizes: int64 [N], in bytes.
+      classes: int32 [N], the labels.
     """
-    prepare.refuse_occupied(NAME, data_dir=data_dir, version=VERSION)
-    manual = data_dir / "downloads" / "manual"
-    files = imagenet_archive.FILES
-    if not archives and not any((manual / file).is_file() for file in files.values()):
+
+    path: pathlib.Path
+    offsets: np.ndarray
+    sizes: np.ndarray
+    classes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def labels(self) -> np.ndarray:
+        """Labels of all images, int32 [N]."""
+        return self.classes
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Content of an image file, and its label."""
+        size = int(self.sizes[index])
+        content = self._bytes(int(self.offsets[index]), size)
+        if len(content) != size:
+            raise OSError(f"{self.path} ends within the image")
+        return content, int(self.classes[index])
+
+    def name(self, index: int) -> str:
+        """The image's file name, which the block of the archive before the image holds."""
+        try:
+            block = self._bytes(int(self.offsets[index]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+            name = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "replace").name
+        except (OSError, tarfile.HeaderError):
+            name = f"example {index}"
+        return f"{name} in {self.path}"
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def _find_archives(
+    data_dir: pathlib.Path, archives: str | os.PathLike | None
+) -> dict[str, pathlib.Path]:
+    folder = pathlib.Path(os.path.expanduser(archives or data_dir / "downloads" / "manual"))
+    paths = {split: folder / file for split, file in ARCHIVES.items()}
+    absent = [path.name for path in paths.values() if not path.is_file()]
+    if absent:
         raise UserError(
-            f"there is no prepared {NAME} in {data_dir}. Download {' and '.join(files.values())} "
-            "from https://image-net.org (which needs an account), and give their folder with "
-            "--config.data.archive=FOLDER.\nWhere the data are prepared already, give "
-            "--config.data.data_dir=FOLDER."
+            f"there is no prepared {NAME} in {data_dir} and no {absent[0]} in {folder}.\nSet "
+            f"config.data.archive to the directory of {' and '.join(ARCHIVES.values())}, from "
+            "https://image-net.org, or config.data.data_dir to where TFDS has prepared them."
         )
-    paths = imagenet_archive.find(archives or manual)
-    with prepare.exclusive(data_dir, name=NAME, show_progress=show_progress) as staging:
-        # Another process may have prepared it while this one waited.
-        directory = prepared.find(NAME, data_dir=data_dir, version=VERSION)
-        if directory is not None:
-            return directory
-        if show_progress:
-            print(f"Preparing {NAME} in {data_dir} (once; an hour or so)", file=sys.stderr)
-        synsets = _lines("labels.txt")
-        numbers = {synset: label for label, synset in enumerate(synsets)}
-        found = {
-            "train": imagenet_archive.index_train(
-                paths["train"], synsets=synsets, size=SIZES["train"], show_progress=show_progress
-            ),
-            "validation": imagenet_archive.index_validation(
-                paths["validation"],
-                labels=tuple(numbers[synset] for synset in _lines("validation_labels.txt")),
-            ),
+    return paths
+
+
+def _index(
+    split: str, path: pathlib.Path, synsets: tuple[str, ...], show_progress: bool
+) -> decoded.Arrays:
+    """Returns the arrays of an `ArchiveSource` and their digest, uint8 [32]."""
+    labels = {synset: label for label, synset in enumerate(synsets)}
+    if split == "validation":
+        labels = {
+            f"ILSVRC2012_val_{number:08d}.JPEG": labels[synset]
+            for number, synset in enumerate(_tfds_lines("validation_labels.txt"), 1)
         }
-        return prepare.prepare(
-            NAME,
-            splits={split: _examples(archive) for split, archive in found.items()},
-            names={},
-            data_dir=data_dir,
-            staging=staging,
-            show_progress=show_progress,
-        )
+    images = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for name, offset, size in _files(tar, split, show_progress):
+                key = name.partition("_")[0] if split == "train" else name
+                if key not in labels or name in images:
+                    raise tarfile.ReadError(f"{name} does not belong there, or is there twice")
+                images[name] = offset, size, labels[key]
+        if len(images) != SIZES[split]:
+            raise tarfile.ReadError(f"it has {len(images):,} images, not {SIZES[split]:,}")
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(
+            f"the archive {path} is truncated, or not {ARCHIVES[split]}: {first_line(error)}\n"
+            f"It has {path.stat().st_size:,} bytes, the published one "
+            f"{_PUBLISHED_BYTES[split]:,}; download it again."
+        ) from error
+    order = sorted(images, key=lambda name: hashlib.md5(f"{split}{name}".encode()).digest())
+    offsets, sizes, classes = np.array([images[name] for name in order], np.int64).T
+    digest = hashlib.sha256(split.encode())
+    for name in order:
+        digest.update("{} {} {}\n".format(name, *images[name][1:]).encode())
+    return {
+        "offsets": offsets,
+        "sizes": sizes,
+        "classes": classes.astype(np.int32),
+        "digest": np.frombuffer(digest.digest(), np.uint8),
+    }
 
 
-def _examples(archive: imagenet_archive.Archive) -> prepare.Examples:
-    """Returns the examples of a split as TFDS has them."""
+def _files(tar: tarfile.TarFile, split: str, show_progress: bool) -> Iterator[tuple[str, int, int]]:
+    """Yields the name of each image, where it begins in the archive, and its size, in bytes."""
+    from tqdm import tqdm
 
-    def read(index: int) -> dict[str, Any]:
-        member = archive.members[index]
-        return {"image": archive.read(index), "label": member.label, "file_name": member.name}
+    files = (member for member in tar if member.isfile())
+    if split == "validation":
+        yield from ((posixpath.basename(f.name), f.offset_data, f.size) for f in files)
+        return
+    hidden = None if show_progress else True  # None: shown where stderr is a terminal.
+    for outer in tqdm(files, "Indexing ImageNet", CLASSES, unit=" classes", disable=hidden):
+        try:
+            with tarfile.open(fileobj=tar.extractfile(outer), mode="r:") as inner:
+                for file in inner:
+                    offset = outer.offset_data + file.offset_data
+                    yield posixpath.basename(file.name), offset, file.size
+        except tarfile.ReadError as error:
+            raise tarfile.ReadError(f"{outer.name} in it: {error}") from error
 
-    return prepare.Examples(
-        keys=[member.name for member in archive.members],
-        read=read,
-        size=sum(member.size for member in archive.members),
-    )
 
-
-def _lines(file: str) -> tuple[str, ...]:
-    """Returns the lines of one of the files that TFDS has for this data set."""
+def _tfds_lines(file: str) -> tuple[str, ...]:
+    """Returns the lines of a file that comes with TFDS."""
     import tensorflow_datasets as tfds
 
     return tuple(tfds.core.tfds_path(f"datasets/{NAME}/{file}").read_text().split())
-
-
-def _open(directory: pathlib.Path, *, split: str) -> Any:
-    """Returns TFDS's own random-access source of a split, images undecoded."""
-    import tensorflow_datasets as tfds
-
-    return tfds.builder_from_directory(directory).as_data_source(
-        split=split,
-        decoders={"image": tfds.decode.SkipDecoding()},
-        file_format=prepared.READABLE_FORMAT,
-    )

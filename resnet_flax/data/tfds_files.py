@@ -1,0 +1,255 @@
+"""Data sets in TFDS's files: found, read and written without TensorFlow."""
+
+import contextlib
+import fcntl
+import functools
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from resnet_flax.errors import UserError, first_line
+
+INFO_FILE = "dataset_info.json"
+FORMAT = "array_record"  # the one format that TFDS reads without TensorFlow or pyarrow
+_CHUNK = 1000  # examples read at a time
+
+
+def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """Returns the absolute path of the directory of prepared data sets.
+
+    Args:
+      data_dir: the directory; None or "" for $TFDS_DATA_DIR, else TFDS's default,
+        ~/tensorflow_datasets, which need not exist.
+
+    Raises:
+      UserError: it is a URL or a file, or was named and does not exist.
+    """
+    named = data_dir or os.environ.get("TFDS_DATA_DIR")
+    origin = "data_dir" if data_dir else "$TFDS_DATA_DIR"
+    chosen = os.fspath(named or "~/tensorflow_datasets")
+    if "://" in chosen:
+        raise UserError(f"{origin} is {chosen!r}; copy the data set to a directory of this machine")
+    path = pathlib.Path(os.path.abspath(os.path.expanduser(chosen)))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{origin} is {chosen!r}, a file; give the directory of the data sets")
+    if named and not path.exists():
+        raise UserError(
+            f"{origin} is {chosen!r}, which does not exist: correct it, or, to have the data set "
+            f"put there, create it first (mkdir -p {shlex.quote(str(path))})"
+        )
+    return path
+
+
+def find(name: str, *, data_dir: pathlib.Path, version: str) -> pathlib.Path | None:
+    """Returns the directory of a prepared data set, or None where there is none.
+
+    Args:
+      name: TFDS's name of the data set.
+      data_dir: the directory of all data sets, of this one, or of one version of it.
+      version: preferred where there are several; otherwise the highest is taken.
+
+    Raises:
+      UserError: `data_dir` cannot be read, or holds something else in the data set's place.
+    """
+    try:
+        if (data_dir / INFO_FILE).is_file():
+            return data_dir
+        found = _versions(data_dir / name) or _versions(data_dir)
+        if found:
+            return found.get(version) or max(
+                found.values(), key=lambda path: [int(number) for number in path.name.split(".")]
+            )
+        occupied = data_dir / name / version
+        if occupied.is_dir() and any(occupied.iterdir()):
+            raise UserError(
+                f"{occupied} has no {INFO_FILE}, so it is not a prepared data set; "
+                "move it away, or give another config.data.data_dir"
+            )
+    except OSError as error:
+        raise UserError(f"cannot look for {name} in data_dir {data_dir}: {error}") from error
+    return None
+
+
+def _versions(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {
+        path.name: path
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if re.fullmatch(r"\d+\.\d+\.\d+", path.name) and (path / INFO_FILE).is_file()
+    }
+
+
+def read_info(name: str, *, directory: pathlib.Path, sizes: dict[str, int], classes: int):
+    """Returns TFDS's `DatasetInfo` of a data set with so many examples a split, and classes.
+
+    Raises:
+      UserError: it is another data set, damaged, or in a format that needs TensorFlow.
+    """
+    # Takes a few tenths of a second to import; `import resnet_flax` should not.
+    import tensorflow_datasets as tfds
+
+    try:
+        info = tfds.builder_from_directory(directory).info
+        found = {split: info.splits[split].num_examples for split in sizes}
+        formats = {info.file_format, *info.alternative_file_formats} - {None}
+        found_classes = len(info.features["label"].names)
+    except Exception as error:  # Anything at all may come out of a damaged or foreign directory.
+        raise UserError(
+            f"{directory} is not a {name} prepared by TFDS: {first_line(error)}"
+        ) from error
+    if info.name != name:
+        raise UserError(f"{directory} holds the data set {info.name!r}, not {name!r}")
+    if FORMAT not in [known.value for known in formats]:
+        raise UserError(
+            f"{directory} is in the format {info.file_format.value}, which needs TensorFlow to "
+            f"read; give another config.data.data_dir, to have {name} prepared there as {FORMAT}"
+        )
+    if (found, found_classes) != (sizes, classes):
+        raise UserError(
+            f"{directory} has {found} examples of {found_classes} classes; {name} has {sizes} of "
+            f"{classes}"
+        )
+    return info
+
+
+class Examples:
+    """The examples of one prepared split: TFDS's features, with images as bytes, not decoded.
+
+    A pickle holds no more than a path: each process opens the files when it first reads.
+    """
+
+    def __init__(self, directory: pathlib.Path, split: str):
+        """Names a split of the directory of a version; nothing is opened."""
+        self.directory, self.split = directory, split
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "split": self.split}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Reads an example; raises an OSError where it cannot be read."""
+        return self._read([index])[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for start in range(0, len(self), _CHUNK):
+            yield from self._read(list(range(start, min(start + _CHUNK, len(self)))))
+
+    def _read(self, indices: list[int]) -> list[dict[str, Any]]:
+        try:
+            return self._source.__getitems__(indices)
+        except Exception as error:  # array_record raises many kinds.
+            raise OSError(first_line(error)) from error
+
+    @functools.cached_property
+    def _source(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder_from_directory(self.directory).as_data_source(
+            split=self.split, decoders={"image": tfds.decode.SkipDecoding()}, file_format=FORMAT
+        )
+
+
+def prepare(
+    name: str,
+    *,
+    version: str,
+    data_dir: pathlib.Path,
+    obtain: Callable[[], tuple[dict[str, Iterable], dict[str, Sequence[str]]]],
+    show_progress: bool,
+) -> pathlib.Path:
+    """Writes a data set as TFDS itself would, in its order and files.
+
+    One process does, and others that want the same wait for it. What a killed one leaves is deleted
+    by the next.
+
+    Args:
+      name: TFDS's name of the data set.
+      version: of the data set in TFDS.
+      data_dir: directory of data sets; the result appears in it whole or not at all.
+      obtain: returns the examples of each split and the class names of each label. An example is a
+        key, by which TFDS shuffles, and its features, with images encoded.
+      show_progress: whether to say on stderr that another process is waited for.
+
+    Returns:
+      The directory of the version.
+
+    Raises:
+      UserError: it cannot be written, or whatever `obtain` raises it for.
+    """
+    with _staging(data_dir, name, show_progress) as staging:
+        # Another process may have prepared it while this one waited.
+        found = find(name, data_dir=data_dir, version=version)
+        if found is not None:
+            return found
+        examples, class_names = obtain()
+        try:
+            written = _write(name, examples, class_names, staging)
+            final = data_dir / written.relative_to(staging)
+            final.parent.mkdir(exist_ok=True)
+            if not (final / INFO_FILE).is_file():  # Else a process was faster, without locks.
+                written.rename(final)
+        except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
+            raise UserError(f"cannot prepare {name} in {data_dir}: {first_line(error)}") from error
+    return final
+
+
+@contextlib.contextmanager
+def _staging(data_dir: pathlib.Path, name: str, show_progress: bool) -> Iterator[pathlib.Path]:
+    """An empty directory beside the data sets; only one process at a time can be in here."""
+    path = data_dir / f".{name}.preparing"
+    with contextlib.ExitStack() as stack:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            # Never deleted: one process could wait for the deleted file, another lock a new one.
+            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if show_progress:
+                    said = f"Another process prepares {name} in {data_dir}; waiting"
+                    print(said, file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            except OSError:
+                # A file system without locks: each process has its own directory, the first wins.
+                path = data_dir / f".{name}.preparing-{os.uname().nodename}-{os.getpid()}"
+            stack.callback(shutil.rmtree, path, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        except OSError as error:
+            raise UserError(
+                f"cannot write to data_dir {data_dir}: {first_line(error)}; "
+                "give another config.data.data_dir"
+            ) from error
+        yield path
+
+
+def _write(
+    name: str,
+    examples: dict[str, Iterable],
+    class_names: dict[str, Sequence[str]],
+    directory: pathlib.Path,
+) -> pathlib.Path:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_cls(name)(data_dir=directory)
+    for label, names in class_names.items():
+        builder.info.features[label].names = list(names)
+    # In place of the download, whose files TFDS reads with TensorFlow.
+    builder._split_generators = lambda download_manager: examples
+    # TFDS would print the size of a download and the name of the staging directory.
+    builder._log_download_bytes = builder._log_download_done = lambda: None
+    tfds.display_progress_bar(False)  # They appear even where stderr is no terminal.
+    try:
+        builder.download_and_prepare(
+            file_format=FORMAT,
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+        )
+    finally:
+        tfds.display_progress_bar(True)
+    return pathlib.Path(builder.data_path)
