@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from resnet_flax import data
-from resnet_flax.data import batches, streamed
+from resnet_flax.data import streaming
 
 BATCH = 64
 
@@ -59,10 +59,10 @@ def pillow_usual(split):
 
 def pipeline(split, workers):
     """What a training run takes its batches from."""
-    ordered = batches.TrainBatches(
+    ordered = streaming.TrainBatches(
         split, np.arange(BATCH), 0, seed=0, batch_size=BATCH, first=0, last=10**6
     )
-    ahead = batches.read_ahead(ordered, workers)
+    ahead = streaming.read_ahead(ordered, workers)
     try:
         while True:
             yield len(next(ahead)["labels"])
@@ -99,7 +99,7 @@ def main() -> None:
         folder = pathlib.Path(args.folder or scratch)
         if not args.folder:
             make_folder(folder, 512)
-        geometry = streamed.Geometry(224, (256, 480), 224, 256)
+        geometry = streaming.Geometry(224, (256, 480), 224, 256)
         split = data.load("folder", data_dir=folder, geometry=geometry).train
         size = statistics.mean(os.path.getsize(split.name(i)) for i in range(len(split)))
         print(f"{len(split)} files of {size / 1000:.0f} kB on average, {cores} cores")
