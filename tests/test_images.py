@@ -344,16 +344,6 @@ def test_the_central_box_is_resize_then_crop(size):
     assert distance(found, shifted) > 3  # The tolerance tells a pixel apart.
 
 
-def test_a_random_box_is_resize_then_crop():
-    image = noisy(90, 70)
-    for seed in range(5):
-        box = images.random_box(np.random.RandomState(seed), 90, 70, short_sides=(40, 60), size=32)
-        short_side = round(32 * 70 / (box[3] - box[1]))
-        left, top = round(box[0] * (short_side * 90 // 70) / 90), round(box[1] * short_side / 70)
-        expected = resized_then_cropped(image, short_side=short_side, left=left, top=top, size=32)
-        assert np.abs(images.crop_resized(image, box, 32) - expected).max() <= 2
-
-
 def test_known_boxes():
     # 500 x 375 becomes 341 x 256; round(117 / 2) = 58 is cut off at the left, 16 at the top.
     box = images.central_box(500, 375, short_side=256, size=224)

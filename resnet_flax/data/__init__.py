@@ -2,6 +2,8 @@
 
 import os
 
+import numpy as np
+
 from resnet_flax.data import cifar, digits, folder, imagenet, streaming
 from resnet_flax.data.dataset import Dataset, Split, check_split
 from resnet_flax.errors import UserError, did_you_mean
@@ -17,7 +19,7 @@ def _load_imagenet(
     )
     return streaming.assemble(
         name,
-        {"train": streaming.whole(train), "test": streaming.whole(test)},
+        {kind: (s, np.arange(len(s))) for kind, s in (("train", train), ("test", test))},
         class_names=class_names,
         fingerprint=fingerprint,
         split=split,

@@ -7,16 +7,7 @@ import numpy as np
 
 from resnet_flax.errors import UserError
 
-SPLIT_NAMES = {
-    "all": "all",
-    "50k": "all",
-    "45k/5k": "45k/5k",
-    "45k": "45k/5k",
-    "45k5k": "45k/5k",
-}
-"""Every accepted spelling of `config.data.split`, and its canonical one."""
-
-HELD_OUT_PARTS = 10  # The paper holds 5,000 of the 50,000 training images out [R §4.2].
+_HELD_OUT_PARTS = 10  # The paper holds 5,000 of the 50,000 training images out [R §4.2].
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +18,9 @@ class Split:
     labels: np.ndarray
 
     def __post_init__(self):
-        pixels, labels = self.images, self.labels
-        if pixels.dtype != np.uint8 or pixels.ndim != 4:
-            raise ValueError(f"images are {pixels.dtype} {pixels.shape}, not uint8 [N, H, W, C]")
-        if labels.dtype != np.int32 or labels.shape != pixels.shape[:1]:
-            raise ValueError(f"labels are {labels.dtype} {labels.shape}, not int32 {len(pixels)}")
+        found = self.images.dtype, self.images.ndim, self.labels.dtype, self.labels.shape
+        if found != (np.uint8, 4, np.int32, self.images.shape[:1]):
+            raise ValueError(f"{found}: images must be uint8 [N, H, W, C], labels int32 [N]")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,10 +37,7 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The examples of `whole` at `positions`, int32 [N], without a copy.
-
-    `images` and `labels` are those of a `Split`, copied at each call.
-    """
+    """The examples of `whole` at `positions`, int32 [N]; `images` and `labels` are copies."""
 
     whole: Split
     positions: np.ndarray
@@ -104,18 +90,13 @@ def canonical(images: np.ndarray, labels: np.ndarray) -> Split:
     """Sorts examples by the SHA-256 of their pixels, then by label.
 
     Seeded permutations start from this order, so they do not depend on the version of TFDS or the
-    archive that the examples were read from.
-
-    Args:
-      images: uint8 [N, H, W, C].
-      labels: integers [N].
+    archive that the examples were read from. Takes uint8 [N, H, W, C] and integers [N].
     """
     images = np.ascontiguousarray(images)
     labels = np.asarray(labels, np.int32)
     digests = [hashlib.sha256(image).digest() for image in images]
-    return Split(images, labels).take(
-        sorted(range(len(digests)), key=lambda i: (digests[i], labels[i]))
-    )
+    order = sorted(range(len(digests)), key=lambda i: (digests[i], labels[i]))
+    return Split(images, labels).take(order)
 
 
 def fingerprint(train: Split, test: Split) -> str:
@@ -128,13 +109,12 @@ def fingerprint(train: Split, test: Split) -> str:
     return digest.hexdigest()
 
 
-def hold_out(labels: np.ndarray, *, parts: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws one example in `parts`, balanced over the classes.
+def hold_out(
+    labels: np.ndarray, *, seed: int, parts: int = _HELD_OUT_PARTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one example in `parts` of each class, rounded, but one at least of two or more.
 
-    Args:
-      labels: integers [N].
-      parts: the share is rounded in each class, to at least one in a class of two or more.
-      seed: of `np.random.RandomState`, whose stream numpy never changes (NEP 19).
+    `np.random.RandomState` draws because numpy never changes its stream (NEP 19).
 
     Returns:
       Positions of the kept and of the drawn examples, int64, both ascending.
@@ -150,17 +130,19 @@ def hold_out(labels: np.ndarray, *, parts: int, seed: int) -> tuple[np.ndarray, 
 
 
 def check_split(split: str) -> str:
-    """The canonical spelling of `split`.
+    """The canonical spelling of `split`: "all" or "45k/5k".
 
     Raises:
-      UserError: it is not one of `SPLIT_NAMES`.
+      UserError: it is unknown.
     """
-    if split not in SPLIT_NAMES:
-        raise UserError(
-            f"config.data.split is {split!r}; it must be 'all' (the whole training set; also "
-            "'50k') or '45k/5k' (a tenth of it held out for validation; also '45k', '45k5k')"
-        )
-    return SPLIT_NAMES[split]
+    if split in ("all", "50k"):
+        return "all"
+    if split in ("45k/5k", "45k", "45k5k"):
+        return "45k/5k"
+    raise UserError(
+        f"config.data.split is {split!r}; it must be 'all' (the whole training set; also '50k') "
+        "or '45k/5k' (a tenth of it held out for validation; also '45k', '45k5k')"
+    )
 
 
 def assemble(
@@ -199,7 +181,7 @@ def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
     """
     if check_split(split) == "all":
         return whole
-    kept, drawn = hold_out(whole.train.labels, parts=HELD_OUT_PARTS, seed=seed)
+    kept, drawn = hold_out(whole.train.labels, seed=seed)
     train, validation = (Part(whole.train, p.astype(np.int32)) for p in (kept, drawn))
     return dataclasses.replace(
         whole, train=train, validation=validation, validation_draw=tuple(drawn.tolist())

@@ -18,13 +18,7 @@ _FORMAT = 1
 
 
 def read(name: str, directory: pathlib.Path, load: Callable[[], Arrays]) -> Arrays:
-    """Returns `load()`, or what it returned when the directory's files were the same.
-
-    Args:
-      name: of the data set.
-      directory: the encoded files.
-      load: decodes them to arrays by name, none of dtype object.
-    """
+    """Returns `load()`, arrays by name, or what it returned when the directory was the same."""
     folder = cache.directory("data")
     if folder is None:
         return load()

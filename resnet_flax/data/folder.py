@@ -24,17 +24,11 @@ _TEST_SEED = 0  # The test set is the same for every run.
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Image files by number, as a `streaming.Source`.
-
-    Attributes:
-      root: folder that `files` are relative to.
-      files: paths, with "/".
-      file_labels: int32 [N].
-    """
+    """Image files by number: a `streaming.Source`."""
 
     root: pathlib.Path
-    files: tuple[str, ...]
-    file_labels: np.ndarray
+    files: tuple[str, ...]  # relative to root, with "/"
+    file_labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -96,12 +90,10 @@ def load(
         kind: _find(place, class_names, seen, may_lack=kind != "train")
         for kind, place in roots.items()
     }
-    parts = {kind: streaming.whole(sources[kind]) for kind in _SPLITS if kind in sources}
+    parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
     if "test" not in sources:
         source = sources["train"]
-        kept, drawn = dataset.hold_out(
-            source.file_labels, parts=dataset.HELD_OUT_PARTS, seed=_TEST_SEED
-        )
+        kept, drawn = dataset.hold_out(source.file_labels, seed=_TEST_SEED)
         if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "

@@ -20,10 +20,7 @@ PADDING, UNREADABLE = -1, -2
 
 
 class Source(Protocol):
-    """Encoded images by number; picklable, since worker processes get a copy."""
-
-    def __len__(self) -> int:
-        """Number of images."""
+    """Encoded images by number, of known length; picklable: worker processes get a copy."""
 
     def labels(self) -> np.ndarray:
         """All labels, int32 [N]; may take a while."""
@@ -39,20 +36,11 @@ Examples = tuple[Source, np.ndarray]
 """A source and positions in it, int64 [N]."""
 
 
-def whole(source: Source) -> Examples:
-    """All examples of a source."""
-    return source, np.arange(len(source))
-
-
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """How images become examples; all in pixels.
+    """Pixels of training and of evaluated examples, see `StreamedSplit`.
 
-    Attributes:
-      size: side of a training example.
-      short_sides: range of the shorter side of a training image, see `StreamedSplit`.
-      eval_size: side of an evaluated example; more than `size` where evaluation cuts its own crops.
-      eval_short_side: shorter side of an evaluated image.
+    `eval_size` is more than `size` where the evaluation cuts its own crops.
     """
 
     size: int
@@ -133,8 +121,7 @@ def assemble(
         if "validation" in parts:
             raise UserError(f"{name} has a validation split of its own: set config.data.split=all")
         source, positions = parts["train"]
-        labels = source.labels()[positions]
-        kept, drawn = dataset.hold_out(labels, parts=dataset.HELD_OUT_PARTS, seed=seed)
+        kept, drawn = dataset.hold_out(source.labels()[positions], seed=seed)
         if not len(drawn):
             raise UserError(f"config.data.split={split} would hold no image of {name} out")
         draw = tuple(drawn.tolist())
@@ -157,19 +144,14 @@ class Batches:
     """Batches by number: a pure function of (seed, number), whichever process decodes them.
 
     A batch is a dict of `images` uint8 [R, H, W, C], `labels` int32 [R], and `unreadable`: the
-    (index, reason) of each example that was passed over.
-
-    Attributes:
-      split: the examples.
-      rows: int [R], positions in the batch that are wanted in this process.
-      limit: the most unreadable images in a row.
-      seed: of crops that are not central.
+    (index, reason) of each example that was passed over. A subclass's `_choose(number)` yields
+    index and randomness of the examples.
     """
 
     split: StreamedSplit
-    rows: np.ndarray
-    limit: int
-    seed: int
+    rows: np.ndarray  # int [R], positions in the batch that are wanted in this process
+    limit: int  # the most unreadable images in a row
+    seed: int  # of crops that are not central
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         unreadable: list[tuple[int, str]] = []
@@ -180,10 +162,6 @@ class Batches:
             "labels": np.array(labels, np.int32),
             "unreadable": unreadable,
         }
-
-    def _choose(self, number: int) -> Iterator[tuple[int, np.random.RandomState]]:
-        """Index and randomness of the examples at `rows`."""
-        raise NotImplementedError
 
     def _read(self, index: int, random, unreadable: list) -> tuple[np.ndarray, int]:
         """An example; where it cannot be read, a blank one or, in training, the next that can."""
@@ -264,9 +242,7 @@ def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
 def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
     """Yields `batches` in order; call `close` on it to end the workers early.
 
-    Args:
-      batches: to read.
-      workers: processes that decode, each a batch at a time; 0: threads of this process.
+    `workers` processes decode, each a batch at a time; 0: threads of this process.
 
     Raises:
       UserError: too many images in a row cannot be read, or a worker died.

@@ -60,14 +60,9 @@ def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places batches of which each process has its own rows.
+    """Places k batches of which each process has the rows `rows_here`.
 
-    Args:
-      mesh: of all devices.
-      batches: arrays [k, R, ...]: of k batches the rows that are `rows_here`.
-
-    Returns:
-      Arrays [k, B, ...], whose second axis is split over the devices.
+    Takes arrays [k, R, ...] and returns [k, B, ...], with the second axis split over the devices.
     """
 
     def whole(value: np.ndarray) -> tuple[int, ...]:

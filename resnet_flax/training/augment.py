@@ -31,9 +31,8 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     Args:
       images: the training set.
       kind: "pixel_mean": the mean of each pixel, and 1 ("the per-pixel mean subtracted" [R §4.1]);
-        "pixel_mean_255": the mean of each pixel, and 255;
-        "channel": mean and standard deviation of each channel;
-        "imagenet": ImageNet's channel statistics, whatever the images.
+        "pixel_mean_255": the same mean, and 255; "channel": mean and standard deviation of each
+        channel; "imagenet": ImageNet's channel statistics, whatever the images.
 
     Returns:
       float32 (mean, std), in units of pixel values 0 to 255: [H, W, C] and [1], or [C] and [C].
@@ -68,14 +67,9 @@ def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str,
     A draw depends on the key and the position in the (global) batch, not on how the batch is split
     over devices.
 
-    Args:
-      key: a typed PRNG key.
-      batch: number of images, B.
-      pad: pixels added on each side before cropping back; 0: no crop.
-      flip: mirror each image with probability one half.
-
     Returns:
-      With `pad`, `offsets`: int32 [B, 2], 0 to 2 * pad; with `flip`, `mirror`: bool [B, 1, 1, 1].
+      With `pad`, the pixels added on each side before cropping back, `offsets`: int32 [B, 2], 0 to
+      2 * pad. With `flip`, `mirror`: bool [B, 1, 1, 1], with probability one half.
     """
     offset_key, flip_key = jax.random.split(key)
     draws = {}
@@ -91,12 +85,8 @@ def crop_and_mirror(
 ) -> jax.Array:
     """Mirrors, pads and crops normalised images [B, H, W, C], in which zero is the mean [R §4.2].
 
-    Args:
-      images: the batch.
-      draws: from `draw_crops`, with the same `pad`.
-      pad: pixels added on each side.
-      fill: what is added: "zero", or "edge": the nearest pixel, as in Keras's generator (whose
-        shifts are fractions of a pixel, and interpolated).
+    `draws` come from `draw_crops` with the same `pad`. `fill` "edge" adds the nearest pixel, as in
+    Keras's generator (whose shifts are fractions of a pixel, and interpolated).
     """
     if "mirror" in draws:
         images = jnp.where(draws["mirror"], images[:, :, ::-1], images)
@@ -146,11 +136,7 @@ def color_shift(key: jax.Array, batch: int) -> jax.Array:
 
 
 def ten_crops(images: jax.Array, size: int) -> jax.Array:
-    """Corners and centre of images [B, H, W, C], and their mirror images [R §3.4].
-
-    Returns:
-      [B, 10, size, size, C]
-    """
+    """[B, 10, size, size, C]: corners, centre and mirror images of [B, H, W, C] [R §3.4]."""
     bottom, right = images.shape[1] - size, images.shape[2] - size
     corners = (0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)
     parts = jnp.stack([images[:, y : y + size, x : x + size] for y, x in corners], axis=1)

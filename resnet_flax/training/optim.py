@@ -47,19 +47,12 @@ def make_schedule(
 
 
 class RateState(NamedTuple):
-    """State of `scale_by_rate`: all scalars.
+    """State of `scale_by_rate`: all scalars."""
 
-    Attributes:
-      count: int32, updates so far.
-      error: float32, smoothed training error.
-      warming: bool, whether the warm-up by error goes on.
-      rate: float32, learning rate of the last update.
-    """
-
-    count: jax.Array
-    error: jax.Array
-    warming: jax.Array
-    rate: jax.Array
+    count: jax.Array  # int32, updates so far
+    error: jax.Array  # float32, smoothed training error
+    warming: jax.Array  # bool, whether the warm-up by error goes on
+    rate: jax.Array  # float32, learning rate of the last update
 
 
 def scale_by_rate(
@@ -76,12 +69,8 @@ def scale_by_rate(
     iterations), then at 0.1 [R §4.2]: `warmup_error=0.8`, or [I] `warmup_steps=400`. The schedule
     counts from step 0 either way. `update` takes the batch's training error, 0 to 1, as `error`.
 
-    Args:
-      schedule: rate by step.
-      warmup_steps: length of a warm-up that does not depend on the error.
-      warmup_error: warm up until the smoothed training error is below this; 0: go by steps.
-      warmup_rate: rate during the warm-up; where linear, at its start.
-      warmup_linear: rise to the schedule's rate over `warmup_steps`.
+    The warm-up lasts until the smoothed error is below `warmup_error` or, where that is 0, for
+    `warmup_steps`; it stays at `warmup_rate` or, with `warmup_linear`, rises from there.
     """
 
     def init(params: Any) -> RateState:
@@ -138,8 +127,7 @@ def sgd(
     g = gradient + weight_decay * p;  v = momentum * v + g;  p = p - rate * v
     (Nesterov: p = p - rate * (g + momentum * v)).
 
-    `rate` comes from `scale_by_rate`. With `decay_norm_and_bias` every parameter decays, as in the
-    paper's text; else kernels only.
+    `rate` is a `scale_by_rate`. Every parameter decays, as in the paper's text, or kernels only.
     """
     decay = _decay(weight_decay, decay_norm_and_bias)
     return optax.chain(decay, optax.trace(momentum, nesterov), rate)
