@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import jax
@@ -10,8 +11,7 @@ from resnet_flax.training import augment
 
 def images(count=64):
     # Every pixel of an image has its own value, none of them 0: a crop tells where it is from.
-    one = np.arange(1, 6 * 6 * 2 + 1, dtype=np.float32).reshape(6, 6, 2)
-    return np.stack([one] * count)
+    return np.stack([np.arange(1, 6 * 6 * 2 + 1, dtype=np.float32).reshape(6, 6, 2)] * count)
 
 
 def crop_and_mirror(key, batch, *, pad, flip, fill="zero"):
@@ -19,103 +19,74 @@ def crop_and_mirror(key, batch, *, pad, flip, fill="zero"):
     return augment.crop_and_mirror(batch, draws, pad=pad, fill=fill)
 
 
-def possible_crops(image, pad, mode="constant"):
-    height, width, _ = image.shape
-    for mirrored in (False, True):
-        source = image[:, ::-1] if mirrored else image
-        padded = np.pad(source, ((pad, pad), (pad, pad), (0, 0)), mode)
-        for y in range(2 * pad + 1):
-            for x in range(2 * pad + 1):
-                yield (y, x, mirrored), padded[y : y + height, x : x + width]
-
-
-def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs():
-    batch = images(3000)
-    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True))
-    names = {crop.tobytes(): name for name, crop in possible_crops(batch[0], 2)}
-    assert len(names) == 50
-    counts = {}
-    for image in out:
-        name = names[np.ascontiguousarray(image).tobytes()]
-        counts[name] = counts.get(name, 0) + 1
+@pytest.mark.parametrize(("fill", "mode"), [("zero", "constant"), ("edge", "edge")])
+def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs(fill, mode):
+    batch, crops = images(3000), set()
+    for source in (batch[0], batch[0][:, ::-1]):
+        padded = np.pad(source, ((2, 2), (2, 2), (0, 0)), mode)
+        crops |= {padded[y : y + 6, x : x + 6].tobytes() for y in range(5) for x in range(5)}
+    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True, fill=fill))
+    counts = collections.Counter(np.ascontiguousarray(image).tobytes() for image in out)
+    assert counts.keys() == crops
     # 60 of each are expected, with a standard deviation of 7.7.
-    assert len(counts) == 50
-    assert min(counts.values()) > 25
-    assert max(counts.values()) < 95
-
-
-def test_edge_fill_repeats_the_nearest_pixel():
-    batch = images(300)
-    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True, fill="edge"))
-    names = {crop.tobytes() for _, crop in possible_crops(batch[0], 2, "edge")}
-    assert {np.ascontiguousarray(image).tobytes() for image in out} <= names
-
-
-def lowered(pad, platform):
-    draws = augment.draw_crops(jax.random.key(0), 8, pad=pad, flip=True)
-    crop = jax.jit(functools.partial(augment.crop_and_mirror, pad=pad))
-    return crop.trace(jnp.asarray(images(8)), draws).lower(lowering_platforms=(platform,))
+    assert 25 < min(counts.values()) <= max(counts.values()) < 95
 
 
 @pytest.mark.parametrize("fill", ["zero", "edge"])
-@pytest.mark.parametrize(("height", "width", "pad"), [(32, 32, 4), (5, 7, 2), (7, 5, 1), (3, 4, 9)])
+@pytest.mark.parametrize(("height", "width", "pad"), [(5, 7, 2), (3, 4, 5)])
 def test_crops_of_a_tpu_are_the_same_to_the_bit(monkeypatch, height, width, pad, fill):
-    batch = np.random.RandomState(0).standard_normal((40, height, width, 3)).astype(np.float32)
+    batch = np.random.RandomState(0).standard_normal((20, height, width, 3)).astype(np.float32)
     batch[0, 0] = -0.0, np.inf, np.nan
-    key = jax.random.key(pad)
-    slices = crop_and_mirror(key, batch, pad=pad, flip=True, fill=fill)
-    monkeypatch.setattr(augment, "_crop_by_slices", augment._crop_by_selects)
-    selects = crop_and_mirror(key, batch, pad=pad, flip=True, fill=fill)
-    assert selects.dtype == np.float32
-    np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (selects, slices)))
     # Several nets together, each with draws of its own.
-    both = jnp.stack([batch, 2 * batch])
-    keys = jax.random.split(key)
+    both, keys = jnp.stack([batch, 2 * batch]), jax.random.split(jax.random.key(pad))
     each = functools.partial(crop_and_mirror, pad=pad, flip=True, fill=fill)
-    monkeypatch.undo()
     slices = jnp.stack([each(*x) for x in zip(keys, both, strict=True)])
     monkeypatch.setattr(augment, "_crop_by_slices", augment._crop_by_selects)
-    np.testing.assert_array_equal(jax.vmap(each)(keys, both), slices)
+    selects = jax.vmap(each)(keys, both)
+    np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (selects, slices)))
 
 
 def test_only_a_tpu_selects_and_none_where_the_border_is_wide():
+    def lowered(pad, platform):
+        draws = augment.draw_crops(jax.random.key(0), 8, pad=pad, flip=True)
+        crop = jax.jit(functools.partial(augment.crop_and_mirror, pad=pad))
+        return crop.trace(jnp.asarray(images(8)), draws).lower(lowering_platforms=(platform,))
+
     for platform, pad, sliced in (("cpu", 2, 1), ("cuda", 2, 1), ("tpu", 2, 0), ("tpu", 17, 1)):
         assert ("gather" in lowered(pad, platform).as_text()) == sliced, (platform, pad)
     # The choice is made before it runs.
     assert " conditional(" not in lowered(2, "cpu").compile().as_text()
 
 
-def test_draws_do_not_depend_on_the_batch_around_an_image():
-    key = jax.random.key(1)
-    a = crop_and_mirror(key, images(64), pad=2, flip=True)
-    b = crop_and_mirror(key, images(64) * 2, pad=2, flip=True)
-    np.testing.assert_array_equal(a * 2, b)
-
-
-def test_nothing_asked_nothing_done():
-    out = crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
-    np.testing.assert_array_equal(out, images(4))
+def test_draws_do_not_depend_on_the_images():
+    one, other = (
+        crop_and_mirror(jax.random.key(1), images() * factor, pad=2, flip=True) for factor in (1, 2)
+    )
+    np.testing.assert_array_equal(one * 2, other)
 
 
 def test_one_sided_options():
-    flipped = crop_and_mirror(jax.random.key(0), images(64), pad=0, flip=True)
+    out = crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
+    np.testing.assert_array_equal(out, images(4))
+    flipped = crop_and_mirror(jax.random.key(0), images(), pad=0, flip=True)
     kinds = {np.asarray(i).tobytes() for i in flipped}
     assert kinds == {images(1)[0].tobytes(), np.ascontiguousarray(images(1)[0][:, ::-1]).tobytes()}
 
 
 def test_statistics_are_exact():
-    rng = np.random.RandomState(0)
-    data = rng.randint(0, 256, (50, 4, 4, 3)).astype(np.uint8)
-    mean, std = augment.statistics(data, "pixel_mean")
-    np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=0), rtol=1e-6)
-    np.testing.assert_array_equal(std, [1])
-    unit_mean, std = augment.statistics(data, "pixel_mean_255")
-    np.testing.assert_array_equal(mean, unit_mean)
-    np.testing.assert_array_equal(std, [255])
-    mean, std = augment.statistics(data, "channel")
-    np.testing.assert_allclose(mean, data.astype(np.float64).mean(axis=(0, 1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(std, data.astype(np.float64).std(axis=(0, 1, 2)), rtol=1e-6)
-    assert mean.dtype == std.dtype == np.float32
+    data = np.random.RandomState(0).randint(0, 256, (50, 4, 4, 3)).astype(np.uint8)
+    wide = data.astype(np.float64)
+    expected = {
+        "pixel_mean": (wide.mean(axis=0), [1]),
+        "pixel_mean_255": (wide.mean(axis=0), [255]),
+        "channel": (wide.mean(axis=(0, 1, 2)), wide.std(axis=(0, 1, 2))),
+        "imagenet": ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]),
+    }
+    for kind, pair in expected.items():
+        found = augment.statistics(data, kind)
+        assert found[0].dtype == found[1].dtype == np.float32
+        for value, right in zip(found, pair, strict=True):
+            np.testing.assert_allclose(value, right, rtol=1e-6)
     with pytest.raises(ValueError, match="unknown normalization 'none'"):
         augment.statistics(data, "none")
 
@@ -129,8 +100,7 @@ def test_normalize_subtracts_then_divides_in_float32():
 def test_colours_shift_along_the_principal_components():
     shift = np.asarray(augment.color_shift(jax.random.key(0), 20_000))
     assert shift.shape == (20_000, 1, 1, 3)
-    covariance = np.cov(shift[:, 0, 0].T / 255)
-    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = np.linalg.eigh(np.cov(shift[:, 0, 0].T / 255))
     np.testing.assert_allclose(np.sqrt(values[::-1]), [0.02175, 0.00188, 0.00045], rtol=0.03)
     assert abs(vectors[:, -1] @ [-0.5675, -0.5808, -0.5836]) > 0.999
     np.testing.assert_allclose(shift.mean(axis=(0, 1, 2)), 0, atol=0.1)
@@ -143,9 +113,3 @@ def test_ten_crops_are_corners_centre_and_their_mirror_images():
     np.testing.assert_array_equal(got[:, 3], images[:, 2:, 4:])
     np.testing.assert_array_equal(got[:, 4], images[:, 1:5, 2:6])
     np.testing.assert_array_equal(got[:, 5:], got[:, :5, :, ::-1])
-
-
-def test_imagenet_statistics_are_the_usual_ones():
-    mean, std = augment.statistics(np.zeros((1, 2, 2, 3), np.uint8), "imagenet")
-    np.testing.assert_allclose(mean, [123.675, 116.28, 103.53], rtol=1e-6)
-    np.testing.assert_allclose(std, [58.395, 57.12, 57.375], rtol=1e-6)

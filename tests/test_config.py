@@ -8,7 +8,7 @@ import pytest
 from resnet_flax import config as config_lib
 from resnet_flax import data
 from resnet_flax.config import base_config, flatten, resolve_steps
-from resnet_flax.data import streamed
+from resnet_flax.data import streaming as streamed
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import ARCHITECTURES, get_architecture

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -11,8 +12,8 @@ import pytest
 from PIL import Image
 
 from configs import finetune_folder
-from resnet_flax import data
-from resnet_flax.data import Split, batches, stream, streamed
+from resnet_flax import create_model, data
+from resnet_flax.data import order, streaming
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.runs import metrics, weights
@@ -24,48 +25,52 @@ from tests.test_train import assert_same_end
 
 SIDE = 16
 CLASSES = ("ant", "bee", "cat")
-PLAIN = streamed.Geometry(SIDE, (SIDE, SIDE), SIDE, SIDE)
+PLAIN = streaming.Geometry(SIDE, (SIDE, SIDE), SIDE, SIDE)
+SCALED = streaming.Geometry(8, (9, 20), 8, 10)
 MEAN, STD = np.zeros(3, np.float32), np.ones(3, np.float32)
 
 
-def picture(label, number, side=SIDE):
+def picture(label, number):
     """Something to tell the classes apart by, and the images of a class."""
-    random = np.random.RandomState([label, number])
-    pixels = random.randint(0, 60, (side, side, 3))
+    pixels = np.random.RandomState([label, number]).randint(0, 60, (SIDE, SIDE, 3))
     pixels[..., label] += 150
     return pixels.astype(np.uint8)
+
+
+def draw(root, classes, count):
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.fromarray(picture(label, number)).save(root / name / f"{number:02}.png")
+    return root
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """Twenty images of each of three classes, in the same size as the nets want them."""
-    root = tmp_path_factory.mktemp("photos")
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir()
-        for number in range(20):
-            Image.fromarray(picture(label, number)).save(root / name / f"{number:02}.png")
-    return root
+    return draw(tmp_path_factory.mktemp("photos"), CLASSES, 20)
+
+
+def copy(photos, to):
+    return shutil.copytree(photos, to, dirs_exist_ok=True)
 
 
 def load(root, geometry=PLAIN, **options):
     return data.load("folder", data_dir=root, geometry=geometry, **options)
 
 
-def copy(photos, to):
-    for path in photos.rglob("*.png"):
-        target = to / path.relative_to(photos)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
-    return to
+def files_of(split):
+    return {os.path.realpath(split.name(i)) for i in range(len(split))}
+
+
+def sizes(dataset):
+    return tuple(s and len(s) for s in (dataset.train, dataset.validation, dataset.test))
 
 
 def test_classes_are_folders_and_a_tenth_is_held_out(photos):
     found = load(photos)
-    assert found.class_names == CLASSES
-    assert (len(found.train), len(found.test)) == (54, 6)
-    train = {found.train.name(i) for i in range(54)}
-    test = {found.test.name(i) for i in range(6)}
-    assert len(train | test) == 60
+    assert (found.class_names, sizes(found)) == (CLASSES, (54, None, 6))
+    assert len(files_of(found.train) | files_of(found.test)) == 60
     for i in range(6):
         image, label = found.test.example(i, None)
         name = found.test.name(i)
@@ -79,43 +84,39 @@ def test_splits_may_have_folders_of_their_own(photos, tmp_path):
     for name in ("ant", "cat"):
         (tmp_path / "val" / name / "deeper").mkdir(parents=True)
         Image.fromarray(picture(0, 99)).save(tmp_path / "val" / name / "deeper" / "x.JPG", "JPEG")
-        (tmp_path / "val" / name / ".hidden.png").write_text("not looked at")
-        (tmp_path / "val" / name / "notes.txt").write_text("not looked at")
+        for other in (".hidden.png", "notes.txt"):
+            (tmp_path / "val" / name / other).write_text("not looked at")
     found = load(tmp_path)
-    assert (len(found.train), len(found.test)) == (60, 2)
+    assert sizes(found) == (60, None, 2)
     assert [found.test.example(i, None)[1] for i in range(2)] == [0, 2]
     held_out = load(tmp_path, split="45k/5k", seed=1)
-    assert (len(held_out.train), len(held_out.validation)) == (54, 6)
+    assert sizes(held_out) == (54, 6, 2)
+    assert files_of(held_out.train) | files_of(held_out.validation) == files_of(found.train)
     assert held_out.fingerprint == found.fingerprint
     (tmp_path / "val" / "cat" / "deeper" / "x.JPG").unlink()
     assert load(tmp_path).fingerprint != found.fingerprint
-
-
-def files_of(split):
-    return {os.path.realpath(split.name(i)) for i in range(len(split))}
 
 
 @pytest.mark.parametrize(
     ("train", "test"),
     [("Train", "Test"), ("training_set", "test_set"), ("TRAIN", "Val"), ("training", "dev")],
 )
-def test_splits_have_many_names(photos, tmp_path, train, test):
-    copy(photos, tmp_path / train)
-    copy(photos, tmp_path / test)
+def test_splits_have_many_names(tmp_path, train, test):
+    for name in (train, test):
+        draw(tmp_path / name, CLASSES, 1)
     found = load(tmp_path)
-    assert found.class_names == CLASSES
-    assert (len(found.train), found.validation, len(found.test)) == (60, None, 60)
+    assert (found.class_names, sizes(found)) == (CLASSES, (3, None, 3))
     assert "/" + test + "/" in found.test.name(0)
 
 
-def test_three_folders_are_three_splits(photos, tmp_path, capsys):
+def test_three_folders_are_three_splits(tmp_path, capsys):
     for name in ("train", "val", "test", "more"):
-        copy(photos, tmp_path / name)
+        draw(tmp_path / name, CLASSES, 2)
     (tmp_path / "val/ant/00.png").unlink()
     found = load(tmp_path)
-    assert (len(found.train), len(found.validation), len(found.test)) == (60, 59, 60)
+    assert sizes(found) == (6, 5, 6)
     assert "/val/" in found.validation.name(0)
-    assert found.validation.crops.central
+    assert found.validation.central
     assert capsys.readouterr().err.endswith("are not used: more\n")
     (tmp_path / "val/ant/01.png").unlink()
     assert load(tmp_path).fingerprint != found.fingerprint
@@ -123,31 +124,28 @@ def test_three_folders_are_three_splits(photos, tmp_path, capsys):
         load(tmp_path, split="45k/5k")
 
 
-def test_a_class_may_be_called_train(photos, tmp_path):
-    copy(photos, tmp_path)
-    (tmp_path / "bee").rename(tmp_path / "train")
-    assert load(tmp_path).class_names == ("ant", "cat", "train")
+def test_a_class_may_be_called_train(tmp_path):
+    assert load(draw(tmp_path, ("ant", "cat", "train"), 2)).class_names == ("ant", "cat", "train")
 
 
-def test_links_are_followed_into_each_folder_once(photos, tmp_path):
-    root, elsewhere = copy(photos, tmp_path / "photos"), copy(photos, tmp_path / "elsewhere")
+def test_links_are_followed_into_each_folder_once(tmp_path):
+    root, elsewhere = (draw(tmp_path / name, CLASSES, 5) for name in ("photos", "elsewhere"))
     before = load(root)
     (root / "ant/self").symlink_to(".")
     (root / "ant/up").symlink_to("..")
     (root / "cat/bees").symlink_to("../bee")
-    found = load(root)
-    assert found.fingerprint == before.fingerprint
+    assert load(root).fingerprint == before.fingerprint
     (root / "cat/more").symlink_to(elsewhere / "cat")
     found = load(root)
-    assert len(found.train) + len(found.test) == 80
+    assert len(found.train) + len(found.test) == 20
     assert not files_of(found.train) & files_of(found.test)
     (root / "dog").symlink_to("cat")
     with pytest.raises(UserError, match="cat and .*dog are the same folder"):
         load(root)
 
 
-def test_other_programs_folders_are_left_alone_and_all_images_are_found(photos, tmp_path):
-    root = copy(photos, tmp_path)
+def test_other_programs_folders_are_left_alone_and_all_images_are_found(tmp_path):
+    root = draw(tmp_path, CLASSES, 2)
     for name in ("__MACOSX", "@eaDir", ".ipynb_checkpoints", "ant/@eaDir"):
         (root / name).mkdir()
         (root / name / "x.png").write_bytes(b"")
@@ -156,115 +154,94 @@ def test_other_programs_folders_are_left_alone_and_all_images_are_found(photos, 
     assert found.class_names == CLASSES
     both = files_of(found.train) | files_of(found.test)
     assert sorted(both) == sorted(predict.find_images([str(root)]))
-    assert len(both) == 61
+    assert len(both) == 7
 
 
 def test_small_classes_are_tested_too(tmp_path):
     for name, count in (("a", 3), ("b", 2), ("c", 1)):
-        (tmp_path / name).mkdir()
-        for number in range(count):
-            (tmp_path / name / f"{number}.png").touch()
+        draw(tmp_path, [name], count)
     found = load(tmp_path, split="45k/5k")
     names = [[n.split("/")[-2] for n in sorted(files_of(s))] for s in (found.train, found.test)]
     assert names == [["a", "b", "c"], ["a", "b"]]
-    assert files_of(found.validation) < {str(tmp_path / "a" / f"{i}.png") for i in range(3)}
+    assert files_of(found.validation) < {str(tmp_path / "a" / f"0{i}.png") for i in range(3)}
 
 
-WRONG = {
-    "absent": ([], "absent is not a folder"),
-    "empty": (["empty/"], "has 0 sub-folders"),
-    "one class": (["one class/cat/1.png"], "has 1 sub-folders; it must have one for each class"),
-    "no images": (["no images/a/1.png", "no images/b/"], "b has no images"),
-    "too few": (["too few/a/1.png", "too few/b/1.png"], "has one image a class"),
-    "no train": (["no train/test/a/1.png"], "has test/ but no train/"),
-    "two tests": (
-        ["two tests/test/a/1.png", "two tests/Test_Set/a/1.png", "two tests/train/a/1.png"],
-        "has both Test_Set/ and test/",
-    ),
-    "extra": (
-        ["extra/train/a/1.png", "extra/train/b/1.png", "extra/test/z/1.png"],
-        "has the class 'z', which",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_data_set_is_named(name, tmp_path):
-    files, message = WRONG[name]
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "root is not a folder"),
+        (["empty/"], "has 1 sub-folders; it must have one for each class"),
+        (["a/1.png", "b/"], "b has no images"),
+        (["a/1.png", "b/1.png"], "has one image a class"),
+        (["test/a/1.png"], "has test/ but no train/"),
+        (["test/a/1.png", "Test_Set/a/1.png", "train/a/1.png"], "has both Test_Set/ and test/"),
+        (["train/a/1.png", "train/b/1.png", "test/z/1.png"], "has the class 'z', which"),
+    ],
+)
+def test_what_is_no_data_set_is_named(files, message, tmp_path):
     for file in files:
-        if file.endswith("/"):
-            (tmp_path / file).mkdir(parents=True, exist_ok=True)
-        else:
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).write_bytes(b"")
+        path = tmp_path / "root" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir() if file.endswith("/") else path.touch()
     with pytest.raises(UserError, match=re.escape(message)):
-        load(tmp_path / name)
+        load(tmp_path / "root")
 
 
-def central(split):
-    """The split with nothing to draw."""
-    return dataclasses.replace(split, crops=PLAIN.evaluation())
+def example(split, index):
+    """An example of a split that has nothing to draw."""
+    return dataclasses.replace(split, central=True).example(index, None)
 
 
-def make_feed(split, devices=1, workers=0, limit=3, warn=print, batch=8):
-    mesh = sharding.make_mesh(jax.devices()[:devices], batch)
-    common = {"seed": 3, "mesh": mesh, "batch_size": batch}
-    if isinstance(split, Split):
-        return feed.ResidentFeed(split, MEAN, STD, **common)
-    options = {"total_steps": 40, "workers": workers, "limit": limit, "warn": warn}
-    return feed.StreamedFeed(split, MEAN, STD, **common, **options)
+def make_feed(split, devices=1, workers=0, limit=3, warn=print):
+    mesh = sharding.make_mesh(jax.devices()[:devices], 8)
+    return feed.StreamedFeed(split, MEAN, STD, seed=3, mesh=mesh, batch_size=8, total_steps=40,
+                             workers=workers, limit=limit, warn=warn)  # fmt: skip
 
 
-def test_streamed_batches_are_the_resident_ones_in_the_same_order(photos):
+@pytest.mark.parametrize("devices", [1, 8])
+def test_streamed_batches_are_the_examples_in_their_order(photos, devices):
     """Over an epoch's end, from any step on, and on any number of devices."""
     split = load(photos).train
-    examples = [central(split).example(i, None) for i in range(len(split))]
-    images = np.stack([image for image, _ in examples])
-    labels = np.array([label for _, label in examples], np.int32)
-    index = stream.indices(3, 0, 12, 8, len(split))
-    for devices in (1, 8):
-        fed = make_feed(split, devices)
-        for step, count in ((0, 1), (1, 3), (9, 2), (4, 1)):
-            got = fed.chunk(step, count)
-            np.testing.assert_array_equal(got["images"], images[index[step : step + count]])
-            np.testing.assert_array_equal(got["labels"], labels[index[step : step + count]])
-        assert len(got["images"].sharding.device_set) == devices
-        fed.close()
+    images, labels = map(np.array, zip(*(example(split, i) for i in range(54)), strict=True))
+    index = order.indices(3, 0, 12, 8, 54)
+    fed = make_feed(split, devices)
+    for step, count in ((0, 1), (1, 3), (9, 2), (4, 1)):
+        got = fed.chunk(step, count)
+        np.testing.assert_array_equal(got["images"], images[index[step : step + count]])
+        np.testing.assert_array_equal(got["labels"], labels[index[step : step + count]])
+    assert len(got["images"].sharding.device_set) == devices
+    fed.close()
 
 
 def test_worker_processes_give_what_threads_give(photos):
-    geometry = streamed.Geometry(8, (9, 20), 8, 10)
-    split = load(photos, geometry).train
+    split = load(photos, SCALED).train
     fed = [make_feed(split, workers=workers) for workers in (0, 2)]
     for step in range(3):
-        one, other = (f.chunk(step, 1) for f in fed)
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        jax.tree.map(np.testing.assert_array_equal, *(f.chunk(step, 1) for f in fed))
     for f in fed:
         f.close()
 
 
 def test_each_epoch_cuts_out_another_part_and_a_restart_the_same(photos):
-    split = load(photos, streamed.Geometry(8, (9, 20), 8, 10)).train
-    rows = np.arange(8)
-    options = {"seed": 0, "batch_size": 8, "first": 0, "last": 100}
-    first, again = (batches.TrainBatches(split, rows, 0, **options) for _ in range(2))
+    split = load(photos, SCALED).train
+    first, again = make_feed(split), make_feed(split)
+    got, rest = first.chunk(0, 20), again.chunk(7, 13)
+    np.testing.assert_array_equal(got["images"][7:], rest["images"])
     seen = {}
-    for step in range(20):
-        index = stream.indices(0, step, 1, 8, len(split))[0]
-        images = first[step]["images"]
-        np.testing.assert_array_equal(images, again[step]["images"])
-        for i, image in zip(index.tolist(), images, strict=True):
-            seen.setdefault(i, set()).add(image.tobytes())
+    images = np.asarray(got["images"]).reshape(160, -1)
+    for i, image in zip(order.indices(3, 0, 20, 8, 54).ravel().tolist(), images, strict=True):
+        seen.setdefault(i, set()).add(image.tobytes())
     assert min(len(parts) for parts in seen.values()) >= 2
+    for f in (first, again):
+        f.close()
 
 
-def test_every_image_is_evaluated_once_on_any_number_of_devices(photos):
-    split = load(photos).test
-    for devices in (1, 8):
-        fed = make_feed(split, devices)
-        labels = np.concatenate([b["labels"][0] for b in fed.batches(4)])
-        assert sorted(labels[labels >= 0]) == [0, 0, 1, 1, 2, 2]
-        assert set(labels[labels < 0]) <= {batches.PADDING}
+@pytest.mark.parametrize("devices", [1, 8])
+def test_every_image_is_evaluated_once_on_any_number_of_devices(photos, devices):
+    fed = make_feed(load(photos).test, devices)
+    labels = np.concatenate([b["labels"][0] for b in fed.batches(4)])
+    assert sorted(labels[labels >= 0]) == [0, 0, 1, 1, 2, 2]
+    assert set(labels[labels < 0]) <= {streaming.PADDING}
 
 
 @pytest.fixture
@@ -281,42 +258,44 @@ def damaged(photos, tmp_path):
     return root, bad
 
 
-def test_unreadable_images_are_named_once_and_the_next_takes_their_place(damaged):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_named_once_and_the_next_takes_their_place(damaged, workers):
     root, bad = damaged
-    split = load(root).train
-    said = []
-    fed = make_feed(split, warn=said.append)
-    for step in range(21):  # Three epochs.
-        got = fed.chunk(step, 1)
-        want = stream.indices(3, step, 1, 8, len(split))[0]
-        for row, index in enumerate(want.tolist()):
-            there = 7 if index in (5, 6) else index
-            image, label = central(split).example(there, None)
-            np.testing.assert_array_equal(got["images"][0, row], image)
-            assert got["labels"][0, row] == label
+    split, said = load(root).train, []
+    fed = make_feed(split, workers=workers, warn=said.append)
+    index = np.arange(54)
+    index[[5, 6]] = 7
+    images, labels = map(np.array, zip(*(example(split, i) for i in index.tolist()), strict=True))
+    got, want = fed.chunk(0, 21), order.indices(3, 0, 21, 8, 54)  # Three epochs.
+    np.testing.assert_array_equal(got["images"], images[want])
+    np.testing.assert_array_equal(got["labels"], labels[want])
     fed.close()
     assert len(said) == 2
-    for name in bad[:2]:
-        assert sum(name in line for line in said) == 1
+    reasons = dict(zip(bad[:2], ("No such file", "it is not an image"), strict=True))
+    for name, reason in reasons.items():
+        assert sum(f"{name} ({reason}" in line for line in said) == 1
 
 
-def test_too_many_unreadable_images_end_it(damaged):
-    root, _ = damaged
-    fed = make_feed(load(root).train, limit=1, warn=lambda line: None)
-    with pytest.raises(UserError, match=r"cannot be read.*max_unreadable=1"):
-        fed.chunk(0, 10)
-    fed.close()
-
-
-def test_many_unreadable_images_in_a_row_end_it_too(photos, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_images_end_it(photos, tmp_path, workers):
     root = copy(photos, tmp_path)
     split = load(root).train
-    for i in range(len(split)):
-        with open(split.name(i), "wb"):
-            pass
-    fed = make_feed(split, limit=3)
-    with pytest.raises(UserError, match="4 images in a row cannot be read .*, the first is .*png"):
+    for i in range(0, 54, 2):
+        open(split.name(i), "w").close()
+    said = []
+    fed = make_feed(split, workers=workers, limit=2, warn=said.append)
+    with pytest.raises(UserError, match=r"image 3 that cannot be read: .*max_unreadable=2"):
+        fed.chunk(0, 5)
+    assert len(said) == 2
+    fed.close()
+    for i in range(54):
+        open(split.name(i), "w").close()
+    fed = make_feed(split, workers=workers, limit=2)
+    with pytest.raises(UserError, match="^3 images in a row .*, the first is .*png: [^\n]*$"):
         fed.chunk(0, 1)
+    fed.close()
+    with pytest.raises(UserError, match="none of 10 training images can be read; .*png: it is not"):
+        streaming.central_sample(split, 10)
 
 
 def configure(config, root):
@@ -386,11 +365,7 @@ def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
 
 
 def test_a_handful_of_images_will_do_for_fine_tuning(tmp_path, capsys):
-    for label, name in enumerate(CLASSES[:2]):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for number in range(3):
-            image = Image.fromarray(picture(label, number))
-            image.save(tmp_path / "photos" / name / f"{number}.png")
+    draw(tmp_path / "photos", CLASSES[:2], 3)
     file = tmp_path / "net.safetensors"
     weights.save(file, small_weights(mean=MEAN))
     config = finetune_folder.get_config()
@@ -433,10 +408,8 @@ def test_ten_crops_average_the_probabilities(small_config, photos, tmp_path):
     config.eval.crops = 10
     result = train.train(config, tmp_path / "run")
     loaded = weights.load(tmp_path / "run" / "weights.safetensors")
-    from resnet_flax import create_model
-
     net = jax.jit(create_model("resnet8", 3).apply)
-    split = load(photos, streamed.Geometry(SIDE, (20, 20), 20, 20)).test
+    split = load(photos, streaming.Geometry(SIDE, (20, 20), 20, 20)).test
     wrong = 0
     for i in range(len(split)):
         image, label = split.example(i, None)

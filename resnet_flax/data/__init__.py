@@ -1,31 +1,26 @@
-"""Data sets: where they are read from and how they are split and ordered."""
+"""Data sets by name."""
 
-import difflib
 import os
 
 import numpy as np
 
-from resnet_flax.data import cifar, digits, folder, imagenet, streamed
+from resnet_flax.data import cifar, digits, folder, imagenet, streaming
 from resnet_flax.data.dataset import Dataset, Split, check_split
-from resnet_flax.errors import UserError
+from resnet_flax.errors import UserError, did_you_mean
 
-__all__ = ["NAMES", "Dataset", "Split", "load"]
+__all__ = ["NAMES", "STREAMED", "Dataset", "Split", "load"]
 
 
 def _load_imagenet(
     name: str, *, data_dir, split, archive, seed, geometry, show_progress, **unused
 ) -> Dataset:
-    del unused
     check_split(split)  # Before the minutes that an index may take.
     train, test, class_names, fingerprint = imagenet.load(
         data_dir=data_dir, archives=archive, show_progress=show_progress
     )
-    return streamed.assemble(
+    return streaming.assemble(
         name,
-        source=train,
-        train=np.arange(len(train)),
-        test_source=test,
-        test=np.arange(len(test)),
+        {kind: (s, np.arange(len(s))) for kind, s in (("train", train), ("test", test))},
         class_names=class_names,
         fingerprint=fingerprint,
         split=split,
@@ -43,7 +38,7 @@ _LOADERS = {
 }
 NAMES = tuple(_LOADERS)
 STREAMED = frozenset({"folder", imagenet.NAME})
-"""Those whose images are decoded as they are needed."""
+"""The data sets whose images are decoded when they are needed; the others are in memory."""
 
 
 def load(
@@ -54,7 +49,7 @@ def load(
     archive: str | os.PathLike | None = None,
     mirror: str | None = None,
     seed: int = 0,
-    geometry: streamed.Geometry | None = None,
+    geometry: streaming.Geometry | None = None,
     show_progress: bool = True,
 ) -> Dataset:
     """Loads a data set, preparing it first where that has not been done.
@@ -65,38 +60,32 @@ def load(
 
     Args:
       name: one of `NAMES`.
-      data_dir: folder of prepared data sets; None or "" for the environment variable
-        TFDS_DATA_DIR, or else ~/tensorflow_datasets. Of "folder": the folder of images. Not used
-        for digits.
-      split: "all" to train on the whole training set, "45k/5k" to hold a class-balanced tenth of
-        it out for validation.
-      archive: path of the original archive (cifar-10-binary.tar.gz, cifar-10-python.tar.gz and
-        their likes), or None or "". Of imagenet2012: the folder of ILSVRC2012_img_train.tar and
-        ILSVRC2012_img_val.tar.
-      mirror: URL of such an archive or of a folder that holds it, or None or "".
+      data_dir: folder of the data sets that TFDS has prepared; None or "" for the environment
+        variable TFDS_DATA_DIR, or else ~/tensorflow_datasets. For "folder": the images' folder.
+      split: "all" trains on the whole training set, "45k/5k" holds a class-balanced tenth out.
+      archive: the original CIFAR archive, or the folder of ImageNet's two tars.
+      mirror: URL of the CIFAR archive or of its folder; the authors' site by default.
       seed: of the held-out draw.
-      geometry: what is made of streamed images ("folder", "imagenet2012"); of no use for others.
-      show_progress: whether to say on stderr what takes long.
+      geometry: how images become examples; only `STREAMED` data sets need it.
+      show_progress: report slow work on stderr.
 
     Returns:
-      The data set, in canonical order (see `dataset.canonical`); images are uint8 [N, 32, 32, 3],
-      labels int32 [N], both in memory. Of "folder" and "imagenet2012": a data set of
-      `streamed.StreamedSplit`.
+      The data set in its canonical order, with splits in memory (`Split`) or, for `STREAMED`
+      names, on disk (`streaming.StreamedSplit`).
 
     Raises:
-      UserError: whatever the user can mend: an unknown name or split, data that are absent,
-        damaged or not what they should be, a full or read-only disk, no network.
+      UserError: the name or split is unknown; the data are absent or damaged; the disk is full or
+        read-only; there is no network.
     """
     if name not in NAMES:
-        close = difflib.get_close_matches(str(name).lower(), NAMES, n=1, cutoff=0.5)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"unknown data set {name!r}{hint}; the known ones are {', '.join(NAMES)}")
-    if name in STREAMED and geometry is None:
-        raise ValueError(f"{name} needs a geometry: what is made of images of any size")
+        raise UserError(
+            f"unknown data set {name!r}{did_you_mean(name, NAMES, 0.5)}; "
+            f"the known ones are {', '.join(NAMES)}"
+        )
     return _LOADERS[name](
         name,
         data_dir=data_dir,
-        split=split,
+        split=check_split(split),  # Before a preparation that may take hours.
         archive=archive,
         mirror=mirror,
         seed=seed,

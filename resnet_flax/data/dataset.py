@@ -7,40 +7,20 @@ import numpy as np
 
 from resnet_flax.errors import UserError
 
-SPLIT_NAMES = {
-    "all": "all",
-    "50k": "all",
-    "45k/5k": "45k/5k",
-    "45k": "45k/5k",
-    "45k5k": "45k/5k",
-}
-"""Every accepted spelling of `split`, and the one it stands for."""
-
-HELD_OUT_PARTS = 10  # The paper holds 5,000 of the 50,000 training images out (section 4.2).
+_HELD_OUT_PARTS = 10  # The paper holds 5,000 of the 50,000 training images out [R §4.2].
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The examples of one split, in memory.
-
-    Attributes:
-      images: uint8 [N, H, W, C], 0..255.
-      labels: int32 [N], 0..classes-1.
-    """
+    """Examples in memory: `images` uint8 [N, H, W, C], 0 to 255, and `labels` int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
 
     def __post_init__(self):
-        if self.images.dtype != np.uint8 or self.images.ndim != 4:
-            raise ValueError(
-                f"images must be uint8 [N, H, W, C], got {self.images.dtype} {self.images.shape}"
-            )
-        if self.labels.dtype != np.int32 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(
-                f"labels must be int32 [{len(self.images)}], "
-                f"got {self.labels.dtype} {self.labels.shape}"
-            )
+        found = self.images.dtype, self.images.ndim, self.labels.dtype, self.labels.shape
+        if found != (np.uint8, 4, np.int32, self.images.shape[:1]):
+            raise ValueError(f"{found}: images must be uint8 [N, H, W, C], labels int32 [N]")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -50,15 +30,14 @@ class Split:
         """(H, W, C) of an example."""
         return self.images.shape[1:]
 
+    def take(self, positions: np.ndarray) -> "Split":
+        """A copy of the examples at `positions`."""
+        return Split(self.images[positions], self.labels[positions])
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Some of the examples of a split in memory, which stay where they are.
-
-    Attributes:
-      whole: the split.
-      positions: int32 [n], of the examples in it.
-    """
+    """The examples of `whole` at `positions`, int32 [N]; `images` and `labels` are copies."""
 
     whole: Split
     positions: np.ndarray
@@ -67,13 +46,11 @@ class Part:
         return len(self.positions)
 
     @property
-    def images(self) -> np.ndarray:
-        """A copy: uint8 [n, H, W, C]."""
+    def images(self) -> np.ndarray:  # noqa: D102
         return self.whole.images[self.positions]
 
     @property
-    def labels(self) -> np.ndarray:
-        """A copy: int32 [n]."""
+    def labels(self) -> np.ndarray:  # noqa: D102
         return self.whole.labels[self.positions]
 
     @property
@@ -84,22 +61,20 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A whole data set, in a canonical order.
-
-    Its splits are in memory, as `Split` or `Part`, or else are `streamed.StreamedSplit`, which have
-    a length and an `image_shape` too.
+    """A data set in canonical order.
 
     Attributes:
       name: one of `resnet_flax.data.NAMES`.
-      train: the examples to train on.
-      validation: the examples held out of the training set, or None where all of it is trained on.
+      train: the training examples. A split is a `Split` or `Part` in memory, or a
+        `streaming.StreamedSplit`; all have a length and an `image_shape`.
+      validation: the examples held out of the training set, or None.
       test: the test set.
-      class_names: one name per label.
-      fingerprint: sha256 (hex) of the training set before the draw and of the test set, both in
-        canonical order: the same for everyone who holds the same pixels and labels, whatever the
-        seed and the draw. Of streamed images: of what identifies them without reading them all.
-      validation_draw: positions, in ascending order, of the held-out examples in the canonical
-        order of the whole training set, or None where nothing is held out.
+      class_names: one per label.
+      fingerprint: SHA-256 (hex) of the whole training set and the test set in canonical order. It
+        does not depend on the draw or the seed. Streamed images are identified without reading
+        them: see the data set's module.
+      validation_draw: ascending positions of the held-out examples in the whole training set, or
+        None where none are drawn.
     """
 
     name: str
@@ -112,29 +87,20 @@ class Dataset:
 
 
 def canonical(images: np.ndarray, labels: np.ndarray) -> Split:
-    """Puts examples in an order that depends on nothing but the examples.
+    """Sorts examples by the SHA-256 of their pixels, then by label.
 
-    A data set prepared by another version of TFDS, or read from another archive layout, comes in
-    another order, and a seeded permutation of it would be another permutation. Examples are
-    therefore sorted by the sha256 of their pixels, then by label. Examples equal in both are
-    interchangeable.
-
-    Args:
-      images: uint8 [N, H, W, C].
-      labels: integers [N].
-
-    Returns:
-      The same examples, sorted.
+    Seeded permutations start from this order, so they do not depend on the version of TFDS or the
+    archive that the examples were read from. Takes uint8 [N, H, W, C] and integers [N].
     """
     images = np.ascontiguousarray(images)
     labels = np.asarray(labels, np.int32)
     digests = [hashlib.sha256(image).digest() for image in images]
     order = sorted(range(len(digests)), key=lambda i: (digests[i], labels[i]))
-    return Split(images=images[order], labels=labels[order])
+    return Split(images, labels).take(order)
 
 
 def fingerprint(train: Split, test: Split) -> str:
-    """Returns the sha256 (hex) of shapes, pixels and little-endian int32 labels of both splits."""
+    """SHA-256 (hex) of shapes, pixels and little-endian int32 labels of both splits."""
     digest = hashlib.sha256()
     for name, split in (("train", train), ("test", test)):
         digest.update(f"{name} {split.images.shape}\n".encode())
@@ -143,20 +109,15 @@ def fingerprint(train: Split, test: Split) -> str:
     return digest.hexdigest()
 
 
-def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
-    """Draws one part in `parts` of the examples, the same share of every class.
+def hold_out(
+    labels: np.ndarray, *, seed: int, parts: int = _HELD_OUT_PARTS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws one example in `parts` of each class, rounded, but one at least of two or more.
 
-    `np.random.RandomState` is used because numpy has frozen its stream (NEP 19): the draw for a
-    seed is the same with every version of numpy.
-
-    Args:
-      labels: integers [N].
-      parts: one example in this many is drawn, rounded within each class, but at least one of
-        each class of two or more.
-      seed: of the draw.
+    `np.random.RandomState` draws because numpy never changes its stream (NEP 19).
 
     Returns:
-      Positions of the drawn examples, int64, ascending.
+      Positions of the kept and of the drawn examples, int64, both ascending.
     """
     random = np.random.RandomState(seed)
     drawn = []
@@ -164,32 +125,24 @@ def balanced_draw(labels: np.ndarray, *, parts: int, seed: int) -> np.ndarray:
         positions = np.flatnonzero(labels == label)
         count = max(round(len(positions) / parts), len(positions) > 1)
         drawn.append(random.permutation(positions)[:count])
-    return np.sort(np.concatenate(drawn))
-
-
-def divide(split: Split, positions: np.ndarray) -> tuple[Split, Split]:
-    """Returns the examples not at `positions` and those at `positions`, order kept."""
-    held_out = np.zeros(len(split), bool)
-    held_out[positions] = True
-    return (
-        Split(images=split.images[~held_out], labels=split.labels[~held_out]),
-        Split(images=split.images[held_out], labels=split.labels[held_out]),
-    )
+    held_out = np.sort(np.concatenate(drawn))
+    return np.delete(np.arange(len(labels)), held_out), held_out
 
 
 def check_split(split: str) -> str:
-    """Returns the canonical spelling of `split`.
+    """The canonical spelling of `split`: "all" or "45k/5k".
 
     Raises:
-      UserError: `split` is not one of `SPLIT_NAMES`.
+      UserError: it is unknown.
     """
-    # Not every value a config may hold can be looked up in a dict.
-    if not isinstance(split, str) or split not in SPLIT_NAMES:
-        raise UserError(
-            f"config.data.split is {split!r}; it must be 'all' (the whole training set; also "
-            "'50k') or '45k/5k' (a tenth of it held out for validation; also '45k', '45k5k')"
-        )
-    return SPLIT_NAMES[split]
+    if split in ("all", "50k"):
+        return "all"
+    if split in ("45k/5k", "45k", "45k5k"):
+        return "45k/5k"
+    raise UserError(
+        f"config.data.split is {split!r}; it must be 'all' (the whole training set; also '50k') "
+        "or '45k/5k' (a tenth of it held out for validation; also '45k', '45k5k')"
+    )
 
 
 def assemble(
@@ -201,34 +154,25 @@ def assemble(
     split: str,
     seed: int,
 ) -> Dataset:
-    """Makes a `Dataset` of whole, canonically ordered splits.
-
-    Args:
-      name: of the data set.
-      train: the whole training set, from `canonical`.
-      test: the whole test set, from `canonical`.
-      class_names: one per label.
-      split: a key of `SPLIT_NAMES`.
-      seed: of the held-out draw; without effect where nothing is held out.
-
-    Returns:
-      The data set.
+    """Makes a `Dataset` of two splits in canonical order, and holds out what `split` says.
 
     Raises:
-      UserError: `split` is unknown, or `seed` is not one `np.random.RandomState` takes.
+      UserError: `split` is unknown.
     """
-    whole = fingerprint(train, test)
-    if check_split(split) == "all":
-        return Dataset(name, train, None, test, class_names, whole, None)
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**32:
-        raise UserError(f"the data seed is {seed!r}; it must be an integer in 0..{2**32 - 1}")
-    draw = balanced_draw(train.labels, parts=HELD_OUT_PARTS, seed=int(seed))
-    train, validation = divide(train, draw)
-    return Dataset(name, train, validation, test, class_names, whole, tuple(draw.tolist()))
+    whole = Dataset(name, train, None, test, class_names, fingerprint(train, test), None)
+    found = for_seed(whole, split, seed)
+    if found is whole:
+        return whole
+    # Copied, so that the devices get the training examples only.
+    return dataclasses.replace(
+        found,
+        train=train.take(found.train.positions),
+        validation=train.take(found.validation.positions),
+    )
 
 
 def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
-    """What `assemble` makes with `seed`, of a data set in memory that holds nothing out yet.
+    """Holds out what `split` says of a data set in memory that has no validation split yet.
 
     The images are not copied: several seeds share them.
 
@@ -237,9 +181,8 @@ def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
     """
     if check_split(split) == "all":
         return whole
-    draw = balanced_draw(whole.train.labels, parts=HELD_OUT_PARTS, seed=seed)
-    rest = np.delete(np.arange(len(whole.train)), draw)
-    train, validation = (Part(whole.train, p.astype(np.int32)) for p in (rest, draw))
+    kept, drawn = hold_out(whole.train.labels, seed=seed)
+    train, validation = (Part(whole.train, p.astype(np.int32)) for p in (kept, drawn))
     return dataclasses.replace(
-        whole, train=train, validation=validation, validation_draw=tuple(draw.tolist())
+        whole, train=train, validation=validation, validation_draw=tuple(drawn.tolist())
     )

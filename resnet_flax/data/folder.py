@@ -9,46 +9,37 @@ import sys
 
 import numpy as np
 
-from resnet_flax.data import dataset, image_files, streamed
+from resnet_flax.data import dataset, image_files, streaming
 from resnet_flax.errors import UserError
 
-# What folders that hold a split are called, in lower case and without the endings below.
+# Names of the folders of splits, in lower case and without the endings below.
 _SPLITS = {
     "train": ("train", "training"),
-    "validation": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
     "test": ("test", "testing"),
+    "validation": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
 }
 _ENDING = re.compile(r"[\W_]*(set|data|images)$")
-TEST_SEED = 0  # Fixed: the test set must be the same for every run.
+_TEST_SEED = 0  # The test set is the same for every run.
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Image files by number; see `streamed.Source`.
-
-    Attributes:
-      root: folder that `files` are relative to.
-      files: paths, with "/".
-      file_labels: int32 [N].
-    """
+    """Image files by number: a `streaming.Source`."""
 
     root: pathlib.Path
-    files: tuple[str, ...]
-    file_labels: np.ndarray
+    files: tuple[str, ...]  # relative to root, with "/"
+    file_labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def labels(self) -> np.ndarray:
-        """Labels of all images, int32 [N]."""
+    def labels(self) -> np.ndarray:  # noqa: D102
         return self.file_labels
 
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Content of an image file, and its label."""
+    def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
         return (self.root / self.files[index]).read_bytes(), int(self.file_labels[index])
 
-    def name(self, index: int) -> str:
-        """The file's path."""
+    def name(self, index: int) -> str:  # noqa: D102
         return str(self.root / self.files[index])
 
 
@@ -58,69 +49,60 @@ def load(
     data_dir: str | os.PathLike | None,
     split: str,
     seed: int,
-    geometry: streamed.Geometry,
+    geometry: streaming.Geometry,
     show_progress: bool = True,
     **unused,
 ) -> dataset.Dataset:
-    """Finds the images of a folder; the arguments are those of `resnet_flax.data.load`.
+    """Finds the images of a folder; for the arguments see `resnet_flax.data.load`.
 
-    Either `data_dir` has a folder of classes for each split, `train/cats/1.jpg`,
-    `test/cats/2.jpg` and perhaps `val/cats/3.jpg` (upper case and other usual names will do; `val`
-    without `test` is the test set), or it has the classes themselves, `cats/1.jpg`: then a
-    class-balanced tenth, the same for every seed, is the test set. Classes are numbered in the
-    order of their names. Folders within a class's folder belong to the class; for what counts as an
-    image, see `image_files.find`.
+    `data_dir` has a folder of classes for each split: `train/cats/1.jpg`, `test/cats/2.jpg` and
+    perhaps `val/cats/3.jpg`. Upper case and other usual names will do, and `val` without `test` is
+    the test set. Or `data_dir` has the classes themselves, `cats/1.jpg`; a class-balanced tenth,
+    the same for every seed, is then the test set. Classes are numbered in the order of their names.
+    Folders inside a class belong to it. `image_files.find` says what an image is.
+
+    The fingerprint covers names and sizes of the files: reading them all could take hours.
 
     Raises:
-      UserError: there is no such folder, or what is in it is not a data set of two classes or more.
+      UserError: the folder is absent, or is not a data set of two classes or more.
     """
-    del unused
-    dataset.check_split(split)
     if not data_dir:
-        raise UserError("config.data.data_dir is empty; with config.data.name=folder it must name "
-                        "the folder of the images")  # fmt: skip
+        raise UserError("config.data.name=folder needs config.data.data_dir, the images' folder")
     root = pathlib.Path(data_dir).expanduser()
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={root} is not a folder")
     roots = _split_roots(root)
-    if show_progress and (unused_folders := _unused(root, roots)):
+    if show_progress and (others := _unused_folders(root, roots)):
         print(
             f"note: {root} has train/; its other folders of images are not used: "
-            f"{', '.join(unused_folders)}",
+            f"{', '.join(others)}",
             file=sys.stderr,
         )
-    class_names = _classes(roots["train"])
+    class_names = tuple(_folders(roots["train"]))
+    if len(class_names) < 2:
+        raise UserError(f"{roots['train']} has {len(class_names)} sub-folders; it must have one "
+                        "for each class, at least two")  # fmt: skip
     for other in roots.values():
-        extra = sorted(set(_folders(other)) - set(class_names))
-        if extra:
+        if extra := sorted(set(_folders(other)) - set(class_names)):
             raise UserError(f"{other} has the class {extra[0]!r}, which {roots['train']} lacks")
     seen = _distinct(roots, class_names) | {os.path.realpath(r) for r in (root, *roots.values())}
     sources = {
         kind: _find(place, class_names, seen, may_lack=kind != "train")
         for kind, place in roots.items()
     }
-    source, train = sources["train"], np.arange(len(sources["train"]))
-    test_source = sources.setdefault("test", source)
-    test = np.arange(len(test_source))
-    if "test" not in roots:
-        test = dataset.balanced_draw(source.labels(), parts=dataset.HELD_OUT_PARTS, seed=TEST_SEED)
-        if not len(test):
+    parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
+    if "test" not in sources:
+        source = sources["train"]
+        kept, drawn = dataset.hold_out(source.file_labels, seed=_TEST_SEED)
+        if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "
                 "images, or put test images into test/ and the others into train/"
             )
-        train = np.setdiff1d(train, test)
-    parts, validation = {"train": (source, train), "test": (test_source, test)}, None
-    if "validation" in sources:
-        parts["validation"] = sources["validation"], np.arange(len(sources["validation"]))
-        validation = streamed.StreamedSplit(*parts["validation"], geometry.evaluation())
-    return streamed.assemble(
+        parts = {"train": (source, kept), "test": (source, drawn)}
+    return streaming.assemble(
         name,
-        source=source,
-        train=train,
-        validation=validation,
-        test_source=test_source,
-        test=test,
+        parts,
         class_names=class_names,
         fingerprint=_fingerprint(parts),
         split=split,
@@ -148,7 +130,7 @@ def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
     return found
 
 
-def _unused(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
+def _unused_folders(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
     """Names of the folders of images beside those of the splits."""
     if root in roots.values():
         return []
@@ -165,17 +147,8 @@ def _folders(root: pathlib.Path) -> list[str]:
         raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
 
 
-def _classes(root: pathlib.Path) -> tuple[str, ...]:
-    names = _folders(root)
-    if len(names) < 2:
-        raise UserError(
-            f"{root} has {len(names)} sub-folders; it must have one for each class, at least two"
-        )
-    return tuple(names)
-
-
 def _distinct(roots: dict[str, pathlib.Path], class_names: tuple[str, ...]) -> set[str]:
-    """The real paths of all classes' folders."""
+    """The real paths of all classes' folders, of which no two may be the same."""
     found: dict[str, pathlib.Path] = {}
     for folder in [place / name for place in roots.values() for name in class_names]:
         other = found.setdefault(os.path.realpath(folder), folder)
@@ -205,15 +178,14 @@ def _find(
     return FolderSource(root, tuple(files), np.array(labels, np.int32))
 
 
-def _fingerprint(parts: dict[str, tuple[FolderSource, np.ndarray]]) -> str:
-    """SHA-256 of the files' names and sizes: reading them all could take hours."""
+def _fingerprint(parts: dict[str, streaming.Examples]) -> str:
     digest = hashlib.sha256()
     for title, (source, positions) in parts.items():
         digest.update(f"{title}\n".encode())
         for i in positions.tolist():
             try:
                 size = os.stat(source.name(i)).st_size
-            except OSError:  # A link that leads nowhere: passed over, as other unreadable files.
+            except OSError:  # A link that leads nowhere is passed over like other unreadable files.
                 size = -1
             digest.update(f"{source.files[i]}\0{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 
-# Not what this version of Pillow can decode: the same folder must be the same data set everywhere.
+# A fixed list, not what this Pillow can decode: a folder must be the same data set everywhere.
 EXTENSIONS = frozenset(
     ".avif .bmp .gif .ico .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff "
     ".webp".split()
@@ -21,14 +21,12 @@ def is_visible(name: str) -> bool:
 def find(
     folder: str | os.PathLike, seen: set[str], onerror: Callable[[OSError], None] | None = None
 ) -> Iterator[str]:
-    """Paths of the visible image files below a folder, in order of name.
-
-    Links are followed, into each folder once.
+    """Paths of the visible image files below a folder, sorted by name.
 
     Args:
-      folder: where to begin.
-      seen: real paths of folders that are not entered from others; those that are, are added.
-      onerror: told of folders that cannot be listed; None: they are passed over.
+      folder: where to begin. Links are followed, into each folder once.
+      seen: real paths of folders not to enter; folders that are entered are added.
+      onerror: called for a folder that cannot be listed; None passes it over.
     """
     for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = {os.path.realpath(os.path.join(place, f)): f for f in folders if is_visible(f)}

@@ -28,7 +28,7 @@ def make_mesh(devices: Sequence[jax.Device], batch_size: int) -> Mesh:
 
 
 def platform(mesh: Mesh) -> str:
-    """What the devices are: "cpu", "gpu" or "tpu"; they need not be here."""
+    """The devices' platform, "cpu", "gpu" or "tpu"; they need not be present."""
     return mesh.devices.flat[0].platform
 
 
@@ -43,42 +43,31 @@ def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array, the same on every process, placed under `sharding`."""
+    """Places a host array that is the same on every process."""
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 def put_tree(tree: Any, sharding: NamedSharding) -> Any:
-    """Every host array of a tree, the same on every process, placed under `sharding`."""
+    """Places a tree of host arrays that are the same on every process."""
     # device_put would compare them over the network, and may alias what is then donated.
     return jax.tree.map(lambda value: put(np.array(value), sharding), tree)
 
 
-def rows_here(sharding: NamedSharding, axis: int, size: int) -> np.ndarray:
-    """Positions along `axis`, of length `size`, that this process's devices hold: int64, rising."""
-    shape = (1,) * axis + (size,)
-    places = sharding.addressable_devices_indices_map(shape).values()
-    return np.unique(np.concatenate([np.arange(size)[place[axis]] for place in places]))
+def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """The rows of a batch that this process's devices hold: int64, ascending."""
+    places = split(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[place] for (place,) in places]))
 
 
-def put_rows(
-    value: np.ndarray, rows: np.ndarray, batch_size: int, sharding: NamedSharding
-) -> jax.Array:
-    """Places a batch of which each process has its own part.
+def put_rows(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Places k batches of which each process has the rows `rows_here`.
 
-    Args:
-      value: [k, R, …], the positions `rows` of the second axis.
-      rows: from `rows_here`.
-      batch_size: length of the whole second axis.
-      sharding: of it.
-
-    Returns:
-      [k, batch_size, …]
+    Takes arrays [k, R, ...] and returns [k, B, ...], with the second axis split over the devices.
     """
-    shape = (len(value), batch_size, *value.shape[2:])
 
-    def part(index):
-        first, last, _ = index[1].indices(batch_size)
-        begin = int(np.searchsorted(rows, first))
-        return value[:, begin : begin + last - first]
+    def whole(value: np.ndarray) -> tuple[int, ...]:
+        rows = value.shape[1] // len(mesh.local_devices) * mesh.size
+        return len(value), rows, *value.shape[2:]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    shapes = {name: whole(value) for name, value in batches.items()}
+    return jax.make_array_from_process_local_data(split(mesh, 1), batches, shapes)

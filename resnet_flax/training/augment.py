@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What is divided by, where the mean of each pixel is subtracted.
+# The divisors where the mean of each pixel is subtracted.
 _PIXEL_MEANS = {"pixel_mean": 1, "pixel_mean_255": 255}
-# Channel means and deviations of the ImageNet training images that published nets go by.
+# Channel means and deviations of ImageNet's training images, as published nets use them.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Principal components of the colours of ImageNet's pixels, of values 0 to 1: standard deviations,
 # and directions as rows of (red, green, blue).
@@ -18,23 +18,21 @@ _COLOR_DIRECTIONS = (
     (0.7192, -0.0045, -0.6948),
     (0.4009, -0.8140, 0.4203),
 )
-# Standard deviation of how far along them an image is shifted.
 _COLOR_STRENGTH = 0.1
-# What an image is surrounded with, as `jnp.pad` calls it.
+# `jnp.pad`'s names of what surrounds an image.
 _FILLS = {"zero": "constant", "edge": "edge"}
-# The widest border that is cropped by selects, one for each place where a part can begin.
+# The widest border that is cropped by selects, one for each place where a crop can begin.
 _MOST_SELECTED = 16
 
 
 def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """What `normalize` subtracts and divides by, from uint8 images [N, H, W, C].
+    """The mean and deviation that `normalize` takes, from training images uint8 [N, H, W, C].
 
     Args:
       images: the training set.
       kind: "pixel_mean": the mean of each pixel, and 1 ("the per-pixel mean subtracted" [R §4.1]);
-        "pixel_mean_255": the mean of each pixel, and 255: pixel values from 0 to 1 less their mean;
-        "channel": mean and standard deviation of each channel;
-        "imagenet": the usual ones of ImageNet's channels, whatever the images.
+        "pixel_mean_255": the same mean, and 255; "channel": mean and standard deviation of each
+        channel; "imagenet": ImageNet's channel statistics, whatever the images.
 
     Returns:
       float32 (mean, std), in units of pixel values 0 to 255: [H, W, C] and [1], or [C] and [C].
@@ -51,11 +49,10 @@ def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     if kind == "channel":
         count = images[..., 0].size
         mean = images.sum(axis=(0, 1, 2), dtype=np.int64) / count
-        # 64-bit sums of squares are exact: no second pass over a float copy of the data.
+        # Sums of squares are exact in 64 bits: no second pass over a float copy of the data.
         square = np.square(images.astype(np.uint16)).sum(axis=(0, 1, 2), dtype=np.int64) / count
         return mean.astype(np.float32), np.sqrt(square - mean**2).astype(np.float32)
-    known = ", ".join([*_PIXEL_MEANS, "channel", "imagenet"])
-    raise ValueError(f"unknown normalization {kind!r}; known: {known}")
+    raise ValueError(f"unknown normalization {kind!r}")
 
 
 def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
@@ -67,18 +64,12 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str, jax.Array]:
     """Draws what `crop_and_mirror` does to each image of a batch [R §4.2].
 
-    The draws are a function of the key and of the position in the batch alone, so they do not
-    depend on how a (global) batch is split over devices.
-
-    Args:
-      key: a typed PRNG key.
-      batch: number of images, B.
-      pad: pixels added on each side before cropping back; 0: no crop.
-      flip: mirror each image with probability one half.
+    A draw depends on the key and the position in the (global) batch, not on how the batch is split
+    over devices.
 
     Returns:
-      Where there is a crop, `offsets`: int32 [B, 2], 0 to 2 * pad; with `flip`, `mirror`: bool
-      [B, 1, 1, 1].
+      With `pad`, the pixels added on each side before cropping back, `offsets`: int32 [B, 2], 0 to
+      2 * pad. With `flip`, `mirror`: bool [B, 1, 1, 1], with probability one half.
     """
     offset_key, flip_key = jax.random.split(key)
     draws = {}
@@ -92,18 +83,10 @@ def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str,
 def crop_and_mirror(
     images: jax.Array, draws: dict[str, jax.Array], *, pad: int, fill: str = "zero"
 ) -> jax.Array:
-    """Crops the padded images, or their mirror images [R §4.2].
+    """Mirrors, pads and crops normalised images [B, H, W, C], in which zero is the mean [R §4.2].
 
-    Args:
-      images: normalised, [B, H, W, C]: zero stands for the mean.
-      draws: from `draw_crops`, with the same `pad`.
-      pad: pixels added on each side.
-      fill: what is added: "zero", or "edge": the nearest pixel of the image. The latter is what
-        Keras's generator does when it shifts an image, but for one thing: it draws shifts of
-        fractions of a pixel and interpolates, here they are of whole pixels.
-
-    Returns:
-      [B, H, W, C], dtype of `images`.
+    `draws` come from `draw_crops` with the same `pad`. `fill` "edge" adds the nearest pixel, as in
+    Keras's generator (whose shifts are fractions of a pixel, and interpolated).
     """
     if "mirror" in draws:
         images = jnp.where(draws["mirror"], images[:, :, ::-1], images)
@@ -111,8 +94,8 @@ def crop_and_mirror(
         padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)), _FILLS[fill])
         by_slices = functools.partial(_crop_by_slices, shape=images.shape[1:])
         by_selects = functools.partial(_crop_by_selects, shape=images.shape[1:])
-        # Slices that start anywhere a TPU makes image by image: half of a step of ResNet-20. A CPU
-        # takes five times as long for selects.
+        # A TPU slices at varying offsets image by image, in half the time of a ResNet-20 step. On
+        # a CPU selects take five times as long as slices.
         images = jax.lax.platform_dependent(
             padded,
             draws["offsets"],
@@ -130,7 +113,7 @@ def _crop_by_slices(padded, offsets, *, shape):
 
 
 def _crop_by_selects(padded, offsets, *, shape):
-    """The same pixels: every image's rows, then its columns, are one of 2 * pad + 1 slices."""
+    """The same pixels: rows, then columns, are selected from 2 * pad + 1 slices of the batch."""
     out = padded
     for axis in (1, 2):
         source, size = out, shape[axis - 1]
@@ -142,15 +125,10 @@ def _crop_by_selects(padded, offsets, *, shape):
 
 
 def color_shift(key: jax.Array, batch: int) -> jax.Array:
-    """A random colour to add to each image: float32 [B, 1, 1, 3], in pixel values 0 to 255.
+    """A random colour to add to each image: float32 [batch, 1, 1, 3], in pixel values 0 to 255.
 
-    "The standard color augmentation in [21] is used" [R §3.4]: along each principal component of
-    the colours of ImageNet, by a normal draw of deviation 0.1 times the component's own (Krizhevsky
-    et al. 2012, §4.1).
-
-    Args:
-      key: a typed PRNG key.
-      batch: number of images.
+    "The standard color augmentation in [21] is used" [R §3.4]: a normal draw along each principal
+    component of ImageNet's colours, of 0.1 times its deviation (Krizhevsky et al. 2012, §4.1).
     """
     draws = _COLOR_STRENGTH * jax.random.normal(key, (batch, 3), jnp.float32)
     along = draws * jnp.array([_COLOR_DEVIATIONS], jnp.float32)
@@ -158,15 +136,7 @@ def color_shift(key: jax.Array, batch: int) -> jax.Array:
 
 
 def ten_crops(images: jax.Array, size: int) -> jax.Array:
-    """The corners and the centre of each image, and their mirror images [R §3.4].
-
-    Args:
-      images: [B, H, W, C], H and W at least `size`.
-      size: side of the parts, pixels.
-
-    Returns:
-      [B, 10, size, size, C]
-    """
+    """[B, 10, size, size, C]: corners, centre and mirror images of [B, H, W, C] [R §3.4]."""
     bottom, right = images.shape[1] - size, images.shape[2] - size
     corners = (0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)
     parts = jnp.stack([images[:, y : y + size, x : x + size] for y, x in corners], axis=1)

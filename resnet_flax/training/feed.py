@@ -1,46 +1,203 @@
-"""What the compiled functions are fed with, step by step, whatever holds the data.
+"""Feeds: what the compiled functions of `steps` take, wherever the data are.
 
-Two kinds with one face: `ResidentFeed` for a data set that lies on the devices, to which the host
-sends positions, and `StreamedFeed` for one that is decoded as it is needed. Both have
-
-  resident: what stays on the devices, see `steps`.
-  size: number of examples.
-  default_chunk: steps worth dispatching at once on an accelerator.
-  chunk(step, count): what `steps.make_train_chunk` takes for `count` steps from `step` on.
-  batches(batch_size): what `steps.make_eval_chunk` takes, every example once.
-  spread(examples, batch_size): batches for `steps.make_batch_statistics`.
-  close(): ends what works in the background.
+`ResidentFeed` has the data set on the devices, and the host sends positions. `StreamedFeed` decodes
+images when they are needed.
 """
 
+import contextlib
+import dataclasses
 import functools
-import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from resnet_flax.data import batches as streaming
-from resnet_flax.data import stream
+from resnet_flax.data import order, streaming
 from resnet_flax.data.dataset import Part, Split
-from resnet_flax.data.streamed import StreamedSplit, why_unreadable
 from resnet_flax.devices import randomness, sharding
 from resnet_flax.errors import UserError
 
 
-def _statistics(mean: np.ndarray, std: np.ndarray, seed: int, mesh: Mesh) -> dict[str, jax.Array]:
-    everywhere = sharding.replicated(mesh)
-    make_key = functools.partial(randomness.make_key, seed)
-    return {
-        "mean": sharding.put(mean, everywhere),
-        "std": sharding.put(std, everywhere),
-        "key": jax.jit(make_key, out_shardings=everywhere)(),
-    }
+@dataclasses.dataclass(eq=False)
+class Feed:
+    """A feed; besides what is here it has three methods.
+
+      chunk(step, count): input of `steps.make_train_chunk` for `count` steps from `step` on.
+      batches(batch_size): inputs of `steps.make_eval_chunk`, every example once.
+      spread(examples, batch_size): inputs of `steps.make_batch_statistics`, evenly spaced.
+
+    Attributes:
+      split: the examples.
+      mean: see `augment.statistics`.
+      std: see `augment.statistics`.
+      seed: of order, crops and augmentation.
+      mesh: of all devices.
+      batch_size: examples in a training step.
+      default_chunk: steps worth dispatching at once on an accelerator.
+    """
+
+    split: Split | Part | streaming.StreamedSplit
+    mean: np.ndarray
+    std: np.ndarray
+    _: dataclasses.KW_ONLY
+    seed: int
+    mesh: Mesh
+    batch_size: int
+
+    default_chunk: ClassVar[int]
+
+    @property
+    def size(self) -> int:
+        """Number of examples."""
+        return len(self.split)
+
+    @functools.cached_property
+    def resident(self) -> dict[str, jax.Array]:
+        """What stays on the devices, see `steps`."""
+        everywhere = sharding.replicated(self.mesh)
+        make_key = functools.partial(randomness.make_key, self.seed)
+        return {
+            "mean": sharding.put(self.mean, everywhere),
+            "std": sharding.put(self.std, everywhere),
+            "key": jax.jit(make_key, out_shardings=everywhere)(),
+        }
+
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+@dataclasses.dataclass(eq=False)
+class ResidentFeed(Feed):
+    """Feeds positions in a data set that every device holds.
+
+    Of a `Part` the whole is placed, by `put`: see `put_once`.
+    """
+
+    default_chunk = 100
+    put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put
+
+    def __post_init__(self):
+        whole = self.split.whole if isinstance(self.split, Part) else self.split
+        self.mean = np.broadcast_to(self.mean, whole.image_shape)
+        everywhere = sharding.replicated(self.mesh)
+        self.resident |= {
+            "images": self.put(whole.images.reshape(len(whole), -1), everywhere),
+            "labels": self.put(whole.labels, everywhere),
+        }
+
+    def positions(self, step: int, count: int) -> np.ndarray:
+        """Positions of the examples of `count` steps: int32 [count, B]."""
+        return self._in_whole(order.indices(self.seed, step, count, self.batch_size, self.size))
+
+    def _in_whole(self, index: np.ndarray) -> np.ndarray:
+        if not isinstance(self.split, Part):
+            return index
+        return np.where(index < 0, index, self.split.positions[index])
+
+    def chunk(self, step: int, count: int) -> jax.Array:
+        """`positions` on the devices."""
+        return sharding.put(self.positions(step, count), sharding.split(self.mesh, 1))
+
+    def batches(self, batch_size: int) -> Iterator[jax.Array]:
+        """Positions of all examples: int32 [k, B], -1 for none."""
+        index = self._in_whole(padded_rows(self.size, batch_size, self.mesh.size))
+        # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
+        on_cpu = sharding.platform(self.mesh) == "cpu"
+        for chunk in index[:, None] if on_cpu else index[None]:
+            yield sharding.put(chunk, sharding.split(self.mesh, 1))
+
+    def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
+        """Positions of about `examples` examples: int32 [B] each."""
+        for row in self._in_whole(_spread(self.size, examples, batch_size)):
+            yield sharding.put(row, sharding.split(self.mesh))
+
+
+@dataclasses.dataclass(eq=False)
+class StreamedFeed(Feed):
+    """Feeds decoded images: a dict of `images` uint8 [k, B, H, W, C] and `labels` int32 [k, B].
+
+    Each process decodes the rows of its own devices only.
+
+    Attributes:
+      total_steps: where the stream of training steps ends.
+      workers: processes that decode; 0: threads of this one.
+      limit: how many unreadable images are passed over.
+      warn: called with a line for each of them.
+    """
+
+    default_chunk = 1
+    _: dataclasses.KW_ONLY
+    total_steps: int
+    workers: int
+    limit: int
+    warn: Callable[[str], None]
+
+    def __post_init__(self):
+        self._unreadable: set[int] = set()
+        self._ahead, self._next = None, -1
+
+    def chunk(self, step: int, count: int) -> dict[str, jax.Array]:
+        """The examples of `count` steps."""
+        if self._next != step:
+            self.close()
+            ordered = streaming.TrainBatches(
+                *self._common(self.batch_size), self.batch_size, step, self.total_steps
+            )
+            self._ahead = streaming.read_ahead(ordered, self.workers)
+        parts = [self._check(next(self._ahead)) for _ in range(count)]
+        self._next = step + count
+        return self._put(parts)
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """All examples, in order."""
+        yield from self._ordered(padded_rows(self.size, batch_size, self.mesh.size))
+
+    def spread(self, examples: int, batch_size: int) -> Iterator[dict[str, jax.Array]]:
+        """About `examples` examples, cropped as in training and not mirrored."""
+        for part in self._ordered(_spread(self.size, examples, batch_size)):
+            yield jax.tree.map(lambda x: x[0], part)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead, self._next = None, -1
+
+    def _common(self, batch_size: int):
+        return self.split, sharding.rows_here(self.mesh, batch_size), self.limit, self.seed
+
+    def _ordered(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
+        ordered = streaming.OrderedBatches(*self._common(index.shape[1]), index)
+        with contextlib.closing(streaming.read_ahead(ordered, self.workers)) as ahead:
+            for batch in ahead:
+                yield self._put([self._check(batch)])
+
+    def _check(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
+        """Warns of each unreadable image once, up to the limit."""
+        for index, reason in batch.pop("unreadable"):
+            if index in self._unreadable:
+                continue
+            self._unreadable.add(index)
+            name = self.split.name(index)
+            said = f"image {len(self._unreadable)} that cannot be read: {name} ({reason})"
+            if len(self._unreadable) > self.limit:
+                raise UserError(
+                    f"{said}; more than config.data.max_unreadable={self.limit}: mend or remove "
+                    "them, or raise the limit"
+                )
+            self.warn(f"{said}; passed over")
+        return batch
+
+    def _put(self, parts: list[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+        # Stacked even if there is one: a worker's arrays lie in memory that it uses again.
+        together = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return sharding.put_rows(self.mesh, together)
 
 
 def padded_rows(count: int, batch_size: int, devices: int) -> np.ndarray:
-    """Positions 0 to count - 1 in rows: int32 [k, B], -1 after the last; devices divide B."""
+    """Positions 0 to count - 1 in rows: int32 [k, B], then -1; `devices` divides B."""
     batch_size = -(-min(batch_size, count) // devices) * devices
     rows = -(-count // batch_size)
     index = np.full(rows * batch_size, streaming.PADDING, np.int32)
@@ -63,214 +220,13 @@ def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
     def put(value: np.ndarray, where: NamedSharding) -> jax.Array:
         key = value.ctypes.data, value.shape, where
         if key not in placed:
-            # Kept with its value: else another could come to have its address.
+            # Holds on to the value: another array could take over its address.
             placed[key] = value, sharding.put(value, where)
         return placed[key][1]
 
     return put
 
 
-class ResidentFeed:
-    """Feeds positions in a data set that lies on every device."""
-
-    default_chunk = 100
-
-    def __init__(
-        self,
-        split: Split | Part,
-        mean: np.ndarray,
-        std: np.ndarray,
-        *,
-        seed: int,
-        mesh: Mesh,
-        batch_size: int,
-        put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put,
-    ):
-        """Puts the data on the devices.
-
-        Args:
-          split: the examples.
-          mean: see `augment.statistics`.
-          std: likewise.
-          seed: of their order and augmentation.
-          mesh: of all devices.
-          batch_size: examples a training step.
-          put: places images and labels, see `put_once`.
-        """
-        self.size, self._seed, self._mesh, self._batch = len(split), seed, mesh, batch_size
-        everywhere = sharding.replicated(mesh)
-        # Of a part the whole lies there: other parts of it may be fed too.
-        self._part = split.positions if isinstance(split, Part) else None
-        whole = split.whole if isinstance(split, Part) else split
-        mean = np.broadcast_to(mean, whole.image_shape)
-        self.resident = _statistics(mean, std, seed, mesh) | {
-            "images": put(whole.images.reshape(len(whole), -1), everywhere),
-            "labels": put(whole.labels, everywhere),
-        }
-
-    def positions(self, step: int, count: int) -> np.ndarray:
-        """Positions of the examples of `count` steps: int32 [count, B]."""
-        index = stream.indices(self._seed, step, count, self._batch, self.size)
-        return self._in_whole(index)
-
-    def _in_whole(self, index: np.ndarray) -> np.ndarray:
-        if self._part is None:
-            return index
-        return np.where(index < 0, index, self._part[index])
-
-    def chunk(self, step: int, count: int) -> jax.Array:
-        """The same on the devices."""
-        return sharding.put(self.positions(step, count), sharding.split(self._mesh, 1))
-
-    def batches(self, batch_size: int) -> Iterator[jax.Array]:
-        """Positions of all examples: int32 [k, B], -1 for none."""
-        index = self._in_whole(padded_rows(self.size, batch_size, self._mesh.size))
-        # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
-        on_cpu = sharding.platform(self._mesh) == "cpu"
-        for chunk in index[:, None] if on_cpu else index[None]:
-            yield sharding.put(chunk, sharding.split(self._mesh, 1))
-
-    def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
-        """Positions of evenly spaced examples: int32 [B] each."""
-        for row in self._in_whole(_spread(self.size, examples, batch_size)):
-            yield sharding.put(row, sharding.split(self._mesh))
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class StreamedFeed:
-    """Feeds decoded images: a dict of `images` uint8 [k, B, H, W, C] and `labels` int32 [k, B].
-
-    Each process decodes the examples of its own devices only.
-    """
-
-    default_chunk = 1
-
-    def __init__(
-        self,
-        split: StreamedSplit,
-        mean: np.ndarray,
-        std: np.ndarray,
-        *,
-        seed: int,
-        mesh: Mesh,
-        batch_size: int,
-        total_steps: int,
-        workers: int,
-        limit: int,
-        warn: Callable[[str], None],
-    ):
-        """Begins nothing yet.
-
-        Args:
-          split: the examples.
-          mean: see `augment.statistics`.
-          std: likewise.
-          seed: of their order and augmentation.
-          mesh: of all devices.
-          batch_size: examples a training step.
-          total_steps: where the stream of training steps ends.
-          workers: processes that decode; 0: threads of this one.
-          limit: how many unreadable images are passed over.
-          warn: told of each of them.
-        """
-        self.size, self.resident = len(split), _statistics(mean, std, seed, mesh)
-        self._split, self._seed, self._mesh, self._batch = split, seed, mesh, batch_size
-        self._total, self._workers, self._limit, self._warn = total_steps, workers, limit, warn
-        self._unreadable: set[int] = set()
-        self._ahead: Any = None
-        self._next = -1
-
-    def chunk(self, step: int, count: int) -> dict[str, jax.Array]:
-        """The examples of `count` steps."""
-        split = sharding.split(self._mesh, 1)
-        rows = sharding.rows_here(split, 1, self._batch)
-        if self._next != step:
-            self.close()
-            ordered = streaming.TrainBatches(
-                self._split,
-                rows,
-                self._limit,
-                seed=self._seed,
-                batch_size=self._batch,
-                first=step,
-                last=self._total,
-            )
-            self._ahead = streaming.read_ahead(ordered, self._workers)
-        parts = [self._take(self._ahead) for _ in range(count)]
-        self._next = step + count
-        return self._put(parts, rows, self._batch)
-
-    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """All examples, in order."""
-        yield from self._ordered(padded_rows(self.size, batch_size, self._mesh.size))
-
-    def spread(self, examples: int, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """Evenly spaced examples, as they are trained on but for mirroring."""
-        for part in self._ordered(_spread(self.size, examples, batch_size)):
-            yield jax.tree.map(lambda x: x[0], part)
-
-    def _ordered(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
-        rows = sharding.rows_here(sharding.split(self._mesh, 1), 1, index.shape[1])
-        ordered = streaming.OrderedBatches(
-            self._split, rows, self._limit, index=index, seed=self._seed
-        )
-        ahead = streaming.read_ahead(ordered, self._workers)
-        try:
-            for _ in index:
-                yield self._put([self._take(ahead)], rows, index.shape[1])
-        finally:
-            ahead.close()
-            del ahead
-            gc.collect()  # See `close`.
-
-    def _take(self, ahead) -> dict[str, np.ndarray]:
-        """The next batch; names each unreadable image once, and too many of them are an error."""
-        try:
-            part = next(ahead)
-        except UserError as error:
-            # Grain adds lines of its own to what a worker raises.
-            raise UserError(str(error).partition("\n")[0]) from error
-        except RuntimeError as error:
-            raise UserError(
-                f"a process that decodes images ended ({str(error).partition(chr(10))[0]}); out of "
-                "memory? Then lower config.data.workers"
-            ) from error
-        for index in part.pop("unreadable").tolist():
-            if index in self._unreadable:
-                continue
-            self._unreadable.add(index)
-            name, reason = self._split.name(index), why_unreadable(self._split, index)
-            said = f"image {len(self._unreadable)} that cannot be read: {name} ({reason})"
-            if len(self._unreadable) > self._limit:
-                raise UserError(
-                    f"{said}; more than config.data.max_unreadable={self._limit}: mend or remove "
-                    "them, or raise the limit"
-                )
-            self._warn(f"{said}; passed over")
-        return part
-
-    def _put(self, parts: list[dict], rows: np.ndarray, batch_size: int) -> dict[str, jax.Array]:
-        by_batch, placed = sharding.split(self._mesh, 1), {}
-        for name, first in parts[0].items():
-            together = np.empty((len(parts), *first.shape), first.dtype)
-            for i, part in enumerate(parts):
-                together[i] = part[name]
-            placed[name] = sharding.put_rows(together, rows, batch_size, by_batch)
-        return placed
-
-    def close(self) -> None:
-        """Ends the workers."""
-        if self._ahead is not None:
-            self._ahead.close()
-            self._ahead, self._next = None, -1
-            gc.collect()  # The iterator is part of cycles, and has threads and processes.
-
-
-Feed = ResidentFeed | StreamedFeed
-
-
 def chunk_steps(examples: Feed, requested: int, platform: str) -> int:
-    """Steps to dispatch at once: `requested`, or where that is 0 as many as pay on a platform."""
+    """Steps to dispatch at once: `requested`, or, where that is 0, what suits the platform."""
     return requested or (1 if platform == "cpu" else examples.default_chunk)

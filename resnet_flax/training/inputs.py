@@ -1,4 +1,4 @@
-"""The configured data: which, how their images become examples, and how they reach the devices."""
+"""The configured data: which they are, how images become examples, and their feeds."""
 
 from collections.abc import Callable
 
@@ -8,25 +8,25 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models
-from resnet_flax.data import streamed
+from resnet_flax.data import streaming
 from resnet_flax.data.dataset import Dataset, Part, Split
 from resnet_flax.errors import UserError
 from resnet_flax.training import augment, feed
 
-# Training images from which the statistics of a streamed data set are estimated.
+# Training images that the statistics of a streamed data set are estimated from.
 _SAMPLE = 2048
 
-# What [R §3.4] does with images of ImageNet, in pixels.
+# ImageNet's crops and shorter sides, pixels [R §3.4].
 _CROP, _SHORT_SIDES, _TEST_SHORT_SIDE = 224, (256, 480), 256
 
 
 def is_for_cifar(config: ConfigDict) -> bool:
-    """Whether the configured net is made for images as small as those of CIFAR."""
+    """Whether the configured net is made for small images like CIFAR's."""
     return models.get_architecture(config.model.name).image_size < _CROP
 
 
-def make_geometry(config: ConfigDict) -> streamed.Geometry:
-    """What is made of streamed images.
+def make_geometry(config: ConfigDict) -> streaming.Geometry:
+    """How streamed images become examples.
 
     Raises:
       UserError: the sizes contradict each other.
@@ -44,39 +44,39 @@ def make_geometry(config: ConfigDict) -> streamed.Geometry:
         raise UserError(
             f"config.eval.crops=10 needs config.data.eval_short_side above the image size, {size}"
         )
-    return streamed.Geometry(size, short_sides, eval_short_side if ten else size, eval_short_side)
+    return streaming.Geometry(size, short_sides, eval_short_side if ten else size, eval_short_side)
 
 
 def load_data(config: ConfigDict) -> Dataset:
-    """The configured data set, read (or prepared first) on this machine.
+    """Loads the configured data set, and prepares it first where that has not been done.
 
     Raises:
-      UserError: anything the user can mend, see `data.load`.
+      UserError: see `data.load`.
     """
     is_streamed = config.data.name in data.STREAMED
     if config.eval.crops != 1 and not is_streamed:
         raise UserError(f"config.eval.crops={config.eval.crops} is for streamed images only")
     return data.load(
         config.data.name,
-        data_dir=config.data.data_dir or None,
+        data_dir=config.data.data_dir,
         split=config.data.split,
-        archive=config.data.archive or None,
-        mirror=config.data.mirror or None,
+        archive=config.data.archive,
+        mirror=config.data.mirror,
         seed=config.seed,
         geometry=make_geometry(config) if is_streamed else None,
     )
 
 
 def statistics(dataset: Dataset, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """See `augment.statistics`; of streamed images, from a sample of their central parts."""
-    if not isinstance(dataset.train, streamed.StreamedSplit):
+    """See `augment.statistics`; streamed images are sampled."""
+    if not isinstance(dataset.train, streaming.StreamedSplit):
         return augment.statistics(dataset.train.images, kind)
     needed = 1 if kind == "imagenet" else _SAMPLE
-    return augment.statistics(streamed.central_sample(dataset.train, needed), kind)
+    return augment.statistics(streaming.central_sample(dataset.train, needed), kind)
 
 
 def make_feed(
-    split: Split | Part | streamed.StreamedSplit,
+    split: Split | Part | streaming.StreamedSplit,
     mean: np.ndarray,
     std: np.ndarray,
     *,
@@ -86,28 +86,11 @@ def make_feed(
     warn: Callable[[str], None],
     put: Callable[..., jax.Array],
 ) -> feed.Feed:
-    """What brings a split to the devices; durations must be resolved.
-
-    Args:
-      split: the examples.
-      mean: see `augment.statistics`.
-      std: likewise.
-      config: of the run.
-      mesh: of all devices.
-      workers: processes that decode images.
-      warn: told of images that cannot be read.
-      put: places images that stay on the devices, see `feed.put_once`.
-    """
+    """The feed of a split, see `feed`; `config` has its durations in steps."""
     common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
-    if not isinstance(split, streamed.StreamedSplit):
+    if not isinstance(split, streaming.StreamedSplit):
         return feed.ResidentFeed(split, mean, std, **common, put=put)
+    steps, limit = config.train.total_steps, config.data.max_unreadable
     return feed.StreamedFeed(
-        split,
-        mean,
-        std,
-        **common,
-        total_steps=config.train.total_steps,
-        workers=workers,
-        limit=config.data.max_unreadable,
-        warn=warn,
+        split, mean, std, **common, total_steps=steps, workers=workers, limit=limit, warn=warn
     )

@@ -1,13 +1,12 @@
-"""Optimizer and learning-rate schedules, as optax transformations."""
+"""Optimizers and learning-rate schedules, as optax transformations."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# How fast the training error that ends a warm-up forgets: a mean over about 50 steps.
+# How much of it the smoothed training error keeps per step: a mean over about 50 steps.
 _ERROR_MEMORY = 0.98
 
 
@@ -20,17 +19,16 @@ def make_schedule(
     decay_factor: float = 0.1,
     decay_factors: tuple[float, ...] = (),
 ) -> optax.Schedule:
-    """Learning rate as a function of the step, counted from 0.
+    """The learning rate as a function of the step, counted from 0.
 
     Args:
-      kind: "piecewise": `learning_rate`, times `decay_factor` from each of `boundaries` on
-        [R §4.2]; "cosine": half a cosine from `learning_rate` to 0 at `total_steps`; "constant".
-      learning_rate: the rate at step 0.
-      total_steps: length of the run, steps.
+      kind: "piecewise": `learning_rate`, times `decay_factor` from each boundary on [R §4.2];
+        "cosine": half a cosine from `learning_rate` to 0 at `total_steps`; "constant".
+      learning_rate: at step 0.
+      total_steps: length of the run.
       boundaries: steps, rising.
-      decay_factor: see "piecewise".
-      decay_factors: where given, "piecewise" is `learning_rate` times the k-th of these from the
-        k-th of `boundaries` on: as many as those, each counted from the start.
+      decay_factor: of "piecewise".
+      decay_factors: instead, one for each boundary, all relative to `learning_rate`.
 
     Raises:
       ValueError: unknown kind.
@@ -45,23 +43,16 @@ def make_schedule(
         return optax.cosine_decay_schedule(learning_rate, total_steps)
     if kind == "constant":
         return optax.constant_schedule(learning_rate)
-    raise ValueError(f"unknown schedule {kind!r}; known: piecewise, cosine, constant")
+    raise ValueError(f"unknown schedule {kind!r}")
 
 
 class RateState(NamedTuple):
-    """State of `scale_by_rate`: all scalars.
+    """State of `scale_by_rate`: all scalars."""
 
-    Attributes:
-      count: int32, updates so far.
-      error: float32, training error over about the last 50 steps.
-      warming: bool, whether the warm-up by error goes on.
-      rate: float32, learning rate of the last update.
-    """
-
-    count: jax.Array
-    error: jax.Array
-    warming: jax.Array
-    rate: jax.Array
+    count: jax.Array  # int32, updates so far
+    error: jax.Array  # float32, smoothed training error
+    warming: jax.Array  # bool, whether the warm-up by error goes on
+    rate: jax.Array  # float32, learning rate of the last update
 
 
 def scale_by_rate(
@@ -76,14 +67,10 @@ def scale_by_rate(
 
     The paper trains its 110-layer net at 0.01 until the training error is below 80 % (about 400
     iterations), then at 0.1 [R §4.2]: `warmup_error=0.8`, or [I] `warmup_steps=400`. The schedule
-    counts from step 0 either way. `update` takes the batch's training error as `error` (0 to 1).
+    counts from step 0 either way. `update` takes the batch's training error, 0 to 1, as `error`.
 
-    Args:
-      schedule: rate by step.
-      warmup_steps: steps of warm-up, where it does not go by error.
-      warmup_error: warm up until the training error is below this; 0: go by steps.
-      warmup_rate: rate during the warm-up; where linear, at its start.
-      warmup_linear: rise to the schedule's rate over `warmup_steps`.
+    The warm-up lasts until the smoothed error is below `warmup_error` or, where that is 0, for
+    `warmup_steps`; it stays at `warmup_rate` or, with `warmup_linear`, rises from there.
     """
 
     def init(params: Any) -> RateState:
@@ -119,8 +106,12 @@ def scale_by_rate(
 
 
 def kernels_only(params: Any) -> Any:
-    """Mask that is true for kernels and false for batch-norm scales and all biases."""
+    """A mask: true for kernels, false for batch-norm scales and all biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _decay(weight_decay: float, everything: bool) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(weight_decay, None if everything else kernels_only)
 
 
 def sgd(
@@ -136,19 +127,10 @@ def sgd(
     g = gradient + weight_decay * p;  v = momentum * v + g;  p = p - rate * v
     (Nesterov: p = p - rate * (g + momentum * v)).
 
-    Args:
-      rate: the last factor, from `scale_by_rate`.
-      momentum: 0 to 1, 1 excluded.
-      nesterov: see above.
-      weight_decay: per step, before the learning rate.
-      decay_norm_and_bias: decay every parameter, as the paper's text has it; else kernels only.
+    `rate` is a `scale_by_rate`. Every parameter decays, as in the paper's text, or kernels only.
     """
-    mask: Callable[[Any], Any] | None = None if decay_norm_and_bias else kernels_only
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.trace(momentum, nesterov),
-        rate,
-    )
+    decay = _decay(weight_decay, decay_norm_and_bias)
+    return optax.chain(decay, optax.trace(momentum, nesterov), rate)
 
 
 def adam(
@@ -158,18 +140,11 @@ def adam(
     weight_decay: float = 0.0,
     decay_norm_and_bias: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with coupled weight decay.
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) with coupled weight decay; arguments as in `sgd`.
 
     The decay is part of the gradient before its moments are taken (L2 regularisation, unlike
-    AdamW's). The second moment keeps 0.999 a step; 1e-7, as in Keras, is added to its root.
-
-    Args:
-      rate: the last factor, from `scale_by_rate`.
-      momentum: what the first moment keeps a step.
-      weight_decay: see `sgd`.
-      decay_norm_and_bias: likewise.
+    AdamW's). `momentum` is b1; b2 is 0.999, and 1e-7, as in Keras, is added to the root.
     """
-    mask: Callable[[Any], Any] | None = None if decay_norm_and_bias else kernels_only
     scale = optax.scale_by_adam(b1=momentum, eps=1e-7)
 
     def update(updates, state, params=None):
@@ -177,11 +152,8 @@ def adam(
         with jax.numpy_dtype_promotion("standard"):
             return scale.update(updates, state, params)
 
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask),
-        optax.GradientTransformation(scale.init, update),
-        rate,
-    )
+    moments = optax.GradientTransformation(scale.init, update)
+    return optax.chain(_decay(weight_decay, decay_norm_and_bias), moments, rate)
 
 
 def last_rate(opt_state: Any) -> jax.Array:

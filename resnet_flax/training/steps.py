@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from resnet_flax.data.batches import UNREADABLE
+from resnet_flax.data.streaming import UNREADABLE
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.training import augment, optim, packing
 from resnet_flax.training.state import TrainState

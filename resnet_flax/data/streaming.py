@@ -1,0 +1,292 @@
+"""Images too many for memory: read, decoded and cropped ahead of their use, batch by batch."""
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from absl import flags
+
+from resnet_flax.data import dataset, images, order
+from resnet_flax.errors import UserError, first_line
+
+PADDING, UNREADABLE = -1, -2
+"""Labels of rows without an example, and of rows whose image cannot be read."""
+
+
+class Source(Protocol):
+    """Encoded images by number, of known length; picklable: worker processes get a copy."""
+
+    def labels(self) -> np.ndarray:
+        """All labels, int32 [N]; may take a while."""
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Content of an image file, and its label."""
+
+    def name(self, index: int) -> str:
+        """What messages call the image."""
+
+
+Examples = tuple[Source, np.ndarray]
+"""A source and positions in it, int64 [N]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Pixels of training and of evaluated examples, see `StreamedSplit`.
+
+    `eval_size` is more than `size` where the evaluation cuts its own crops.
+    """
+
+    size: int
+    short_sides: tuple[int, int]
+    eval_size: int
+    eval_short_side: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedSplit:
+    """The examples of one split, on disk.
+
+    Attributes:
+      source: of the images.
+      positions: int64 [N], of the examples in the source.
+      size: side of an example, a square, pixels.
+      short_sides: the image's shorter side is resized to a number drawn from this range, both ends
+        included, and the square is cut out at random: "scale augmentation" [R §3.4].
+      central: resize to the first of `short_sides` and take the centre instead.
+    """
+
+    source: Source
+    positions: np.ndarray
+    size: int
+    short_sides: tuple[int, int]
+    central: bool = False
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        return self.size, self.size, 3
+
+    def name(self, index: int) -> str:
+        """What messages call an example."""
+        return self.source.name(int(self.positions[index]))
+
+    def example(self, index: int, random: np.random.RandomState | None) -> tuple[np.ndarray, int]:
+        """Returns uint8 [size, size, 3] and the label; `random` draws a crop that is not central.
+
+        Raises:
+          OSError, ValueError: the image cannot be read or decoded.
+        """
+        content, label = self.source.read(int(self.positions[index]))
+        low, high = self.short_sides
+        least = low if self.central else high
+        image = images.decode(content, at_least=(least, least))
+        if self.central:
+            box = images.central_box(*image.size, short_side=low, size=self.size)
+        else:
+            box = images.random_box(
+                random, *image.size, short_sides=self.short_sides, size=self.size
+            )
+        return images.crop_resized(image, box, self.size), label
+
+
+def assemble(
+    name: str,
+    parts: dict[str, Examples],
+    *,
+    class_names: tuple[str, ...],
+    fingerprint: str,
+    split: str,
+    seed: int,
+    geometry: Geometry,
+) -> dataset.Dataset:
+    """Makes a `Dataset` of "train", "test" and perhaps "validation" examples.
+
+    With `split` "45k/5k" a class-balanced tenth is held out of "train".
+
+    Raises:
+      UserError: there is a validation split already, or are too few images to hold some out.
+    """
+    draw = None
+    if split != "all":
+        if "validation" in parts:
+            raise UserError(f"{name} has a validation split of its own: set config.data.split=all")
+        source, positions = parts["train"]
+        kept, drawn = dataset.hold_out(source.labels()[positions], seed=seed)
+        if not len(drawn):
+            raise UserError(f"config.data.split={split} would hold no image of {name} out")
+        draw = tuple(drawn.tolist())
+        held_out = {"train": (source, positions[kept]), "validation": (source, positions[drawn])}
+        parts = parts | held_out
+    training = geometry.size, geometry.short_sides, False
+    evaluation = geometry.eval_size, (geometry.eval_short_side,) * 2, True
+    splits = {
+        kind: StreamedSplit(*examples, *(training if kind == "train" else evaluation))
+        for kind, examples in parts.items()
+    }
+    validation = splits.get("validation")
+    return dataset.Dataset(
+        name, splits["train"], validation, splits["test"], class_names, fingerprint, draw
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Batches by number: a pure function of (seed, number), whichever process decodes them.
+
+    A batch is a dict of `images` uint8 [R, H, W, C], `labels` int32 [R], and `unreadable`: the
+    (index, reason) of each example that was passed over. A subclass's `_choose(number)` yields
+    index and randomness of the examples.
+    """
+
+    split: StreamedSplit
+    rows: np.ndarray  # int [R], positions in the batch that are wanted in this process
+    limit: int  # the most unreadable images in a row
+    seed: int  # of crops that are not central
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        unreadable: list[tuple[int, str]] = []
+        found = [self._read(*chosen, unreadable) for chosen in self._choose(number)]
+        pixels, labels = zip(*found, strict=True)
+        return {
+            "images": np.stack(pixels),
+            "labels": np.array(labels, np.int32),
+            "unreadable": unreadable,
+        }
+
+    def _read(self, index: int, random, unreadable: list) -> tuple[np.ndarray, int]:
+        """An example; where it cannot be read, a blank one or, in training, the next that can."""
+        blank = np.zeros(self.split.image_shape, np.uint8)
+        if index == PADDING:
+            return blank, PADDING
+        before = len(unreadable)
+        for candidate in range(index, index + len(self.split)):
+            candidate %= len(self.split)
+            try:
+                return self.split.example(candidate, random)
+            except (OSError, ValueError) as error:
+                unreadable.append((candidate, first_line(error)))
+            if self.split.central:
+                return blank, UNREADABLE
+            if len(unreadable) - before > self.limit:
+                break
+        first, reason = unreadable[before]
+        raise UserError(
+            f"{len(unreadable) - before} images in a row cannot be read "
+            f"(config.data.max_unreadable={self.limit}), the first is "
+            f"{self.split.name(first)}: {reason}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches(Batches):
+    """The batches of training steps `first` to `last - 1`, in the order of `order.indices`."""
+
+    batch_size: int
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def _choose(self, number):
+        step = self.first + number
+        index = order.indices(self.seed, step, 1, self.batch_size, len(self.split))[0]
+        for row in self.rows.tolist():
+            # Of the place in the stream, not of the image: each epoch cuts out another part.
+            place = step * self.batch_size + row
+            yield int(index[row]), np.random.RandomState([self.seed, place % 2**32, place >> 32])
+
+
+@dataclasses.dataclass(frozen=True)
+class OrderedBatches(Batches):
+    """The batches of an evaluation: `index` int [k, B], `PADDING` where there is no example."""
+
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _choose(self, number):
+        for row in self.rows.tolist():
+            yield int(self.index[number, row]), np.random.RandomState([self.seed, number, row, 1])
+
+
+def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
+    """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3].
+
+    Raises:
+      UserError: none of them can be read.
+    """
+    low, _ = split.short_sides
+    split = dataclasses.replace(split, short_sides=(low, low), central=True)
+    index = np.linspace(0, len(split), min(most, len(split)), endpoint=False).astype(np.int64)
+    sample = OrderedBatches(split, np.arange(len(index)), 0, 0, index[None])[0]
+    if len(sample["unreadable"]) == len(index):
+        first, reason = sample["unreadable"][0]
+        raise UserError(
+            f"none of {len(index)} training images can be read; {split.name(first)}: {reason}"
+        )
+    return sample["images"][sample["labels"] != UNREADABLE]
+
+
+def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
+    """Yields `batches` in order; call `close` on it to end the workers early.
+
+    `workers` processes decode, each a batch at a time; 0: threads of this process.
+
+    Raises:
+      UserError: too many images in a row cannot be read, or a worker died.
+    """
+    # Takes a second to import, and data sets in memory do without.
+    import grain
+
+    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; a library user parses none.
+        flags.FLAGS.mark_as_parsed()
+    source = grain.MapDataset.source(batches)
+    if workers:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+        ahead = source.to_iter_dataset(options).mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=min(workers, len(batches)), per_worker_buffer_size=2
+            ),
+            worker_init_fn=_begin_worker,
+        )
+    else:
+        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+        ahead = source.to_iter_dataset(options)
+    iterator = iter(ahead)
+    try:
+        yield from iterator
+    except UserError as error:  # Grain adds lines of its own to what a worker raises.
+        raise UserError(str(error).partition("\n")[0]) from error
+    except RuntimeError as error:
+        raise UserError(
+            f"a process that decodes images ended ({first_line(error)}); out of memory? Then "
+            "lower config.data.workers"
+        ) from error
+    finally:
+        iterator.close()
+        del iterator
+        gc.collect()  # The iterator is part of cycles, and has threads and processes.
+
+
+def _begin_worker(number: int, count: int) -> None:
+    """Leaves signals to the main process, and ends when it does."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
