@@ -44,10 +44,7 @@ class Pretrained:
       model: the net; it maps normalised images to logits.
       variables: its `{"params": …, "batch_stats": …}`, float32, in the model's own layout
         (canonical except for very deep nets, see `models.layout`).
-      mean: float32 [H, W, C] or [C], subtracted from pixel values 0 to 255.
-      std: float32 [1] or [C], divided by.
-      class_names: one per class.
-      training: result and configuration of the run.
+      mean: see `weights.Weights`, as for `std`, `class_names` and `training`.
       size: side of the square images that the net takes, pixels.
       short_side: length to which the shorter side of an image is resized before the central square
         is cut out, pixels.
@@ -193,11 +190,7 @@ def build(loaded: weights.Weights, source: str) -> tuple[ResNet, dict[str, Any]]
 
 
 def assemble(name: str, loaded: weights.Weights, sha256: str) -> Pretrained:
-    """A usable net from the content of a weights file.
-
-    Raises:
-      UserError: what the file says of the net, its classes or its images contradicts itself.
-    """
+    """A usable net; raises a UserError if the weights file contradicts itself."""
     model, variables = build(loaded, name)
     if models.get_architecture(loaded.model["name"]).scan_pays:
         model, variables = model.clone(scan=True), layout.to_scanned(variables)

@@ -28,8 +28,7 @@ def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
     A file or directory of the user comes before published weights of the same name.
 
     Raises:
-      UserError: there is no such file or name (the message lists the names), the run is not
-        finished, or the published file is damaged.
+      UserError: there is none (the message lists the names), or the published file is damaged.
     """
     path, index = pathlib.Path(source).expanduser(), read_index()
     entry = None if path.exists() else index.get(str(source))

@@ -34,8 +34,7 @@ class Weights:
     """The content of a weights file.
 
     Attributes:
-      model: `name`, `shortcut`, `num_classes`, `stride_in_3x3`, `survival` of `create_model`; a
-        missing one has its default.
+      model: arguments of `create_model`.
       variables: `{"params": …, "batch_stats": …}`, float32 host arrays, canonical layout.
       mean: float32 [H, W, C] or [C], subtracted from pixel values 0 to 255.
       std: float32 [1] or [C], divided by.
@@ -73,11 +72,7 @@ def _content_hash(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
 
 
 def load(path: pathlib.Path) -> Weights:
-    """Reads a file.
-
-    Raises:
-      UserError: it is missing, damaged, or not in this format.
-    """
+    """Reads a file; raises a UserError if it is missing, damaged, or not in this format."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     try:

@@ -65,17 +65,9 @@ def from_torch(
 ) -> weights.Weights:
     """Weights of the net called `name` from a PyTorch state dict.
 
-    Args:
-      state_dict: arrays by name.
-      name: of the net.
-      mean: [C] or [H, W, C], subtracted from pixel values 0 to 255.
-      std: [C], divided by.
-      shortcut: A, B or C; None: by the projections in the state dict.
-      stride_in_3x3: of bottlenecks; None: as torchvision has it in its ImageNet nets.
-      option_a_zeros: where a net with option A has the zeros of its new channels: "split" (None),
-        half before and half after the old ones, or "after" them.
-      class_names: one per class; none: numbers.
-      source: recorded in the weights.
+    Options that are not given follow the state dict, or torchvision (`stride_in_3x3`), or are the
+    usual ones ("split" zeros of option A, numbers for class names). `mean` and `std`, [C] or
+    [H, W, C], are in pixel values 0 to 255.
 
     Raises:
       UserError: the state dict is of another net, or the net cannot be converted.
@@ -98,18 +90,14 @@ def from_torch(
         variables = torch_names.move_zeros(variables, "split")
     if class_names and len(class_names) != num_classes:
         raise UserError(f"there are {len(class_names)} class names, but {num_classes} classes")
+    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
     return weights.Weights(
-        model={
-            "name": name,
-            "shortcut": shortcut,
-            "num_classes": num_classes,
-            "stride_in_3x3": stride_in_3x3,
-        },
-        variables=variables,
-        mean=np.asarray(mean, np.float32),
-        std=np.asarray(std, np.float32),
-        class_names=class_names or tuple(map(str, range(num_classes))),
-        training={"source": source} if source else {},
+        model | {"stride_in_3x3": stride_in_3x3},
+        variables,
+        np.asarray(mean, np.float32),
+        np.asarray(std, np.float32),
+        class_names or tuple(map(str, range(num_classes))),
+        {"source": source} if source else {},
     )
 
 
@@ -202,24 +190,23 @@ def _from(args) -> tuple[dict[str, Any], list[str]]:
     check_expressible(args.model)
     given = _given_preprocessing(args)
     state_dict, beside, notes = torch_file.read(args.from_torch)
-    if not given and "mean" in beside:
-        given = beside["mean"], beside["std"]
+    if not given and beside:
         notes.append("took the preprocessing that the file has")
-    if not given:
+    if args.class_names:
+        given["class_names"] = tuple(args.class_names.split(","))
+    described = beside | given
+    if "mean" not in described:
         raise UserError(
             "say what the net expects of images: --preprocess="
             f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
         )
-    names = args.class_names.split(",") if args.class_names else beside.get("class_names", ())
     converted = from_torch(
         state_dict,
         args.model,
-        mean=given[0],
-        std=given[1],
+        **described,
         shortcut=args.shortcut,
-        stride_in_3x3=args.stride_in_3x3 and args.stride_in_3x3 == "true",
+        stride_in_3x3={"true": True, "false": False}.get(args.stride_in_3x3),
         option_a_zeros=args.option_a_zeros,
-        class_names=tuple(names),
         source=args.from_torch.name,
     )
     with entry.writing(args.out):
@@ -228,31 +215,24 @@ def _from(args) -> tuple[dict[str, Any], list[str]]:
     return converted.model, notes
 
 
-def _given_preprocessing(args) -> tuple[np.ndarray, np.ndarray] | None:
-    """Mean and standard deviation that the flags give, in pixel values 0 to 255."""
+def _given_preprocessing(args) -> dict[str, Any]:
+    """`mean` and `std` that the flags give, in pixel values 0 to 255."""
     if args.preprocess and (args.mean or args.std):
         raise UserError("give --preprocess, or --mean and --std, not both")
     if bool(args.mean) != bool(args.std):
         raise UserError("give both --mean=R,G,B and --std=R,G,B")
-    if args.preprocess:
-        mean, std = (np.array(v, np.float32) for v in PREPROCESS[args.preprocess])
-    elif args.mean:
-        mean, std = _numbers(args.mean, "--mean"), _numbers(args.std, "--std")
-        if (std <= 0).any():
-            raise UserError(f"--std={args.std} must be three positive numbers")
-    else:
-        return None
-    return 255 * mean, 255 * std
-
-
-def _numbers(text: str, flag: str) -> np.ndarray:
+    if not (args.preprocess or args.mean):
+        return {}
+    pair = PREPROCESS.get(args.preprocess) or (args.mean.split(","), args.std.split(","))
     try:
-        values = np.array([float(v) for v in text.split(",")], np.float32)
+        mean, std = (np.array(values, np.float32) for values in pair)
     except ValueError:
-        values = np.zeros(0)
-    if len(values) != 3 or not np.isfinite(values).all():
-        raise UserError(f"{flag}={text} must be three numbers, as in {flag}=0.49,0.48,0.45")
-    return values
+        mean = std = np.zeros(0)
+    if mean.shape != (3,) or std.shape != (3,) or not np.isfinite([mean, std]).all():
+        raise UserError(f"--mean={args.mean} and --std={args.std} must be three numbers each")
+    if (std <= 0).any():
+        raise UserError(f"--std={args.std} must be three positive numbers")
+    return {"mean": 255 * mean, "std": 255 * std}
 
 
 def _to(args) -> tuple[dict[str, Any], list[str]]:

@@ -30,18 +30,14 @@ from resnet_flax.tools import entry
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, PORTABLE, DESCRIPTION = "model.jaxexport", "model.stablehlo", "model.json"
 
-# Images in the comparison, and the relative and absolute tolerance: the compiler may fuse, and so
-# round, differently.
+# Images compared, and the relative and absolute tolerance: compilers round differently.
 _COMPARED, _TOLERANCE = 3, 1e-3
 
 
 def export_net(
     net: pretrained.Pretrained, directory: pathlib.Path, *, output: str, batch_size: int = 1
 ) -> dict[str, Any]:
-    """Writes the programs of a net; their output is "probabilities" or "logits".
-
-    Returns:
-      The content of `model.json`.
+    """Writes programs of a net whose output is "probabilities" or "logits"; returns `model.json`.
 
     Raises:
       UserError: the programs do not compute what the net does.
@@ -78,11 +74,11 @@ def export_net(
             "platforms": platforms,
             "largest_difference_from_net": difference,
         }
-    training = ("model", "data", "test_error_last")
+    kept = ("model", "data", "test_error_last")
     description = {
         "weights": pathlib.PurePath(net.name).name,
         "weights_sha256": net.sha256,
-        "training": {k: net.training[k] for k in training if k in net.training},
+        "training": {key: net.training[key] for key in kept if key in net.training},
         "class_names": net.class_names,
         "input": f"RGB, 0 to 255: the central square of an image whose shorter side was resized to "
         f"{net.short_side} pixels (bilinear)",
@@ -110,10 +106,7 @@ def _run(content: bytes, images: np.ndarray, name: str, writer: str = jax.__vers
 
 
 def check(directory: pathlib.Path) -> dict[str, Any]:
-    """Verifies an export, and runs `model.jaxexport` on this machine.
-
-    Returns:
-      The content of `model.json`.
+    """Verifies an export and runs `model.jaxexport` on this machine; returns `model.json`.
 
     Raises:
       UserError: something is missing or damaged, or this version of jax cannot read it.

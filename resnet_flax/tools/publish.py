@@ -33,10 +33,7 @@ def publish(
     folder: pathlib.Path = published.FOLDER,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Adds the weights `file` of the run recorded in `results` to the published ones in `folder`.
-
-    Returns:
-      The new entry of the index.
+    """Publishes the weights `file` of the run recorded in `results`; returns its index entry.
 
     Raises:
       UserError: the weights are not those of the run, the name is taken or does not begin with the

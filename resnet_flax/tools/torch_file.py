@@ -34,7 +34,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any], lis
 
     Returns:
       Arrays by name, PyTorch's floats as float32; `mean`, `std` and `class_names` as in
-      `weights.Weights` where this package wrote the file, otherwise nothing; notes for the user.
+      `weights.Weights` if this package wrote the file; notes for the user.
 
     Raises:
       UserError: there is none, or it holds more than plain tensors.
@@ -128,26 +128,19 @@ def _torch():
 
 
 def write(path: pathlib.Path, arrays: dict[str, np.ndarray], beside: dict[str, Any]) -> str:
-    """Writes a state dict that any program can load, with `beside`, as `read` returns it.
-
-    Returns:
-      Where `beside` lies, in words.
-    """
+    """Writes a state dict that any program can load; says where `beside` lies in the file."""
     if path.suffix == ".safetensors":
         text = json.dumps(beside, default=lambda array: array.tolist())
         write_atomically(path, safetensors.numpy.save(arrays, {_BESIDE: text}))
         return f"the file's metadata, {_BESIDE!r}"
     torch, buffer = _torch(), io.BytesIO()
 
-    def tensors(values):
-        return {
-            k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v
-            for k, v in values.items()
-        }
+    def convert(value):
+        return torch.from_numpy(value.copy()) if isinstance(value, np.ndarray) else value
 
-    state_dict = collections.OrderedDict(tensors(arrays))
+    state_dict = collections.OrderedDict((name, convert(value)) for name, value in arrays.items())
     # An attribute, like PyTorch's own _metadata, does not disturb load_state_dict.
-    setattr(state_dict, _BESIDE, tensors(beside))
+    setattr(state_dict, _BESIDE, {name: convert(value) for name, value in beside.items()})
     torch.save(state_dict, buffer)
     write_atomically(path, buffer.getvalue())
     return f"torch.load({path.name!r}).{_BESIDE}"
