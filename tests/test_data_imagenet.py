@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from resnet_flax import data
-from resnet_flax.data import imagenet, streamed, tfds_files
+from resnet_flax.data import imagenet, streaming, tfds_files
 from resnet_flax.errors import UserError
 
 SYNSETS = ("n02105855", "n01440764", "n03018349")  # Not in the order of the alphabet.
@@ -152,7 +152,7 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
         data_dir=data_dir,
         archive=archive,
         split="45k/5k",
-        geometry=streamed.Geometry(16, (16, 20), 18, 18),
+        geometry=streaming.Geometry(16, (16, 20), 18, 18),
         show_progress=False,
     )
     assert dataset.fingerprint == fingerprint

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from resnet_flax.data import decoded, tfds_files
-from resnet_flax.data.streamed import Source
+from resnet_flax.data.streaming import Source
 from resnet_flax.errors import UserError, first_line
 
 NAME = "imagenet2012"

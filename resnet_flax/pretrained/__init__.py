@@ -1,12 +1,7 @@
-"""Trained nets, ready to use: the ones published with the package, and any weights file.
-
-`index.json` here lists the published ones; `tools.publish` writes it.
-"""
+"""Trained nets, ready to use: published weights and any weights file or run."""
 
 import dataclasses
-import difflib
 import functools
-import hashlib
 import os
 import pathlib
 from collections.abc import Iterable
@@ -22,67 +17,59 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.runs import weights
-from resnet_flax.runs.files import read_json
+from resnet_flax.runs.published import FOLDER as FOLDER
+from resnet_flax.runs.published import locate as locate
+from resnet_flax.runs.published import read_index as read_index
 from resnet_flax.training import augment, inputs
 from resnet_flax.training.state import abstract_variables
-
-FOLDER = pathlib.Path(__file__).parent
-"""Where the published weights lie."""
 
 BATCH = 32
 """Most images that are computed at once."""
 
-# Side, in pixels, of the images of the data sets that are held in memory: CIFAR and the digits.
+# Side, in pixels, of the images of CIFAR and the digits.
 _SIDE_IN_MEMORY = 32
-# A file with more bytes is no image that would be decoded: see `images.MAX_PIXELS`.
+# No image of `images.MAX_PIXELS` needs a larger file, bytes.
 _LARGEST_FILE = 2**30
 
 Picture = str | os.PathLike | bytes | images.Image.Image | np.ndarray
-"""An image: a path, a file's content, one of Pillow, or uint8 [H, W] or [H, W, 1 | 3 | 4]."""
+"""A path, a file's content, an image of Pillow, or uint8 [H, W] or [H, W, 1 | 3 | 4]."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A trained net with all that is needed to use it.
+    """A trained net with its preprocessing and class names.
 
     Attributes:
-      name: of the published weights, or the path of the file.
+      name: the published name, or the path of the file.
       model: the net; it maps normalised images to logits.
-      variables: its `{"params": …, "batch_stats": …}`, float32, in its own layout (canonical but
-        for very deep nets, see `models.layout`).
-      mean: float32 [H, W, C] or [C], what is subtracted from pixel values 0 to 255.
-      std: float32 [1] or [C], what they are divided by then.
-      class_names: one a class.
-      training: how the weights came about: of a run, its result and its configuration.
+      variables: its `{"params": …, "batch_stats": …}`, float32, in the model's own layout
+        (canonical except for very deep nets, see `models.layout`).
+      mean: see `weights.Weights`, as for `std`, `class_names` and `training`.
       size: side of the square images that the net takes, pixels.
-      short_side: what the shorter side of an image is resized to before the central square is cut
-        out of it, pixels.
+      short_side: length to which the shorter side of an image is resized before the central square
+        is cut out, pixels.
       sha256: of the file.
     """
 
     name: str
-    model: ResNet = dataclasses.field(repr=False)
-    variables: dict[str, Any] = dataclasses.field(repr=False)
-    mean: np.ndarray = dataclasses.field(repr=False)
-    std: np.ndarray = dataclasses.field(repr=False)
+    model: ResNet
+    variables: dict[str, Any]
+    mean: np.ndarray
+    std: np.ndarray
     class_names: tuple[str, ...]
-    training: dict[str, Any] = dataclasses.field(repr=False)
+    training: dict[str, Any]
     size: int
     short_side: int
     sha256: str
 
+    def __repr__(self) -> str:
+        return f"Pretrained({self.name!r}, size={self.size}, {len(self.class_names)} classes)"
+
     def crop(self, picture: Picture, size: int | None = None) -> np.ndarray:
-        """The part of an image that the net sees, of any image that `data.images.decode` reads.
-
-        Args:
-          picture: the image.
-          size: side of the result, pixels; None: what the net takes.
-
-        Returns:
-          uint8 [size, size, 3].
+        """The part of an image that the net sees, uint8 [size, size, 3], by default of `self.size`.
 
         Raises:
-          UserError: it cannot be read.
+          UserError: the image cannot be read.
         """
         size = size or self.size
         try:
@@ -108,7 +95,7 @@ class Pretrained:
         return functools.partial(apply, jax.device_put(self.variables))
 
     def probabilities(self, crops: np.ndarray) -> np.ndarray:
-        """Float32 [N, K] of uint8 [N, size, size, 3]; `BATCH` images at a time.
+        """Float32 [N, K] of uint8 [N, size, size, 3], computed `BATCH` images at a time.
 
         Raises:
           ValueError: the images are of another shape or type.
@@ -118,7 +105,7 @@ class Pretrained:
         if crops.dtype != np.uint8 or crops.shape[1:] != shape:
             raise ValueError(f"images are {crops.dtype} {crops.shape}; must be uint8 [N, *{shape}]")
         found = [np.zeros((0, len(self.class_names)), np.float32)]
-        # One program, whatever the number of images: the last batch is filled up.
+        # The last batch is filled up, so that one program is enough.
         batch = min(len(crops), BATCH)
         for start in range(0, len(crops), BATCH):
             part = crops[start : start + BATCH]
@@ -129,11 +116,9 @@ class Pretrained:
     def predict(
         self, pictures: Picture | Iterable[Picture], *, top: int = 5
     ) -> list[list[tuple[str, float]]]:
-        """The likeliest classes of each image, with their probabilities, the likeliest first.
+        """The `top` likeliest classes of each image with their probabilities, likeliest first.
 
-        Args:
-          pictures: one image, or several, of any sizes; or uint8 [N, H, W, 1 | 3 | 4].
-          top: number of classes; of fewer classes, all.
+        `pictures` is one image or several, of any sizes, or uint8 [N, H, W, 1 | 3 | 4].
 
         Raises:
           UserError: an image cannot be read.
@@ -155,116 +140,58 @@ class Pretrained:
 def _decode(picture: Picture, *, least: int) -> images.Image.Image:
     if isinstance(picture, images.Image.Image):
         return images.upright_rgb(picture)
-    if hasattr(picture, "__array__"):
-        array = np.asarray(picture)
-        fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
-        if array.dtype != np.uint8 or not fits or not array.size:
-            raise ValueError(
-                f"it is {array.dtype} {list(array.shape)}: give pixel values 0 to 255 as uint8 "
-                "[H, W] or [H, W, 1 | 3 | 4]"
-            )
-        grey = array.ndim == 3 and array.shape[2] == 1
-        return images.upright_rgb(images.Image.fromarray(array[..., 0] if grey else array))
-    if not isinstance(picture, (bytes, str, os.PathLike)):
-        raise ValueError(f"it is a {type(picture).__name__}, and no path, image or array")
-    if not isinstance(picture, bytes):
+    if isinstance(picture, (str, os.PathLike)):
         path = pathlib.Path(picture)
-        if not path.exists():
-            raise ValueError("there is no such file")
+        # Opening a named pipe would wait for a writer.
         if not path.is_file():
-            raise ValueError("it is a folder" if path.is_dir() else "it is not a file")
+            raise ValueError("it is not a file" if path.exists() else "there is no such file")
         if path.stat().st_size > _LARGEST_FILE:
             raise ValueError(f"it has more than {_LARGEST_FILE:,} bytes")
         picture = path.read_bytes()
-    return images.decode(picture, at_least=(least, least))
-
-
-def read_index(folder: pathlib.Path = FOLDER) -> dict[str, dict[str, Any]]:
-    """What is published, by name: `file`, `sha256`, `model`, `test_error`, `results` and others.
-
-    Raises:
-      UserError: the index is damaged.
-    """
-    return read_json(folder / "index.json") or {}
+    if isinstance(picture, bytes):
+        return images.decode(picture, at_least=(least, least))
+    if not hasattr(picture, "__array__"):
+        raise ValueError(f"it is a {type(picture).__name__}, and no path, image or array")
+    array = np.asarray(picture)
+    fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
+    if array.dtype != np.uint8 or not fits or not array.size:
+        raise ValueError(
+            f"it is {array.dtype} {list(array.shape)}: give pixel values 0 to 255 as uint8 "
+            "[H, W] or [H, W, 1 | 3 | 4]"
+        )
+    grey = array.ndim == 3 and array.shape[2] == 1
+    return images.upright_rgb(images.Image.fromarray(array[..., 0] if grey else array))
 
 
 def load_pretrained(source: str | os.PathLike) -> Pretrained:
-    """Loads a published net by its name, or any weights file of this package by its path.
+    """Loads a net by its published name, or from a weights file or a run.
 
         net = resnet_flax.load_pretrained("resnet20")
         [[(name, probability), *others]] = net.predict("photo.jpg")
 
-    Args:
-      source: a name, a weights file, or the directory of a finished run.
-
     Raises:
-      UserError: there is no such name or file (the message lists the names), or it is damaged.
+      UserError: `source` is none of these (the message lists the names), or is damaged.
     """
     path, digest = locate(source)
     return assemble(str(source), weights.load(path), digest)
 
 
-def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
-    """The weights file that a path, a run's directory or a published name stands for; its SHA-256.
-
-    A file or directory of the user's own comes before published weights of that name.
+def build(loaded: weights.Weights, source: str) -> tuple[ResNet, dict[str, Any]]:
+    """The net that a weights file describes, and its variables, in the canonical layout.
 
     Raises:
-      UserError: as `load_pretrained`.
+      UserError: this version has no such net, or the variables are those of another.
     """
-    index = read_index()
-    path = pathlib.Path(source).expanduser()
-    entry = None if path.exists() else index.get(str(source))
-    path = FOLDER / entry["file"] if entry else path
-    if path.is_dir():
-        path /= "weights.safetensors"
-        if not path.exists():
-            seeds = sorted(str(p.parent) for p in path.parent.glob(f"seed*/{path.name}"))
-            todo = f"name one of its runs, {', '.join(seeds)}" if seeds else "finish the run first"
-            raise UserError(f"{source} holds no weights.safetensors: {todo}")
-    if not path.is_file():
-        raise UserError(
-            f"weights file {path} of {source!r} is missing: install the package again"
-            if entry
-            else _no_such(str(source), index)
-        )
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"weights file {path} cannot be read: {error.strerror}") from error
-    if entry and digest != entry["sha256"]:
-        raise UserError(
-            f"weights file {path} is damaged: its SHA-256 is {digest[:12]}…, not "
-            f"{entry['sha256'][:12]}… as published; install the package again"
-        )
-    return path, digest
-
-
-def _no_such(source: str, index: dict[str, dict[str, Any]]) -> str:
-    listed = [f"{n} ({100 * e['test_error']:.2f} % on {e['data']})" for n, e in index.items()]
-    there_are = f"there are: {', '.join(listed)}" if listed else "none is published yet"
-    if os.sep in source or source.endswith(".safetensors"):
-        return f"weights file {source} does not exist; of published ones {there_are}"
-    if source in models.ARCHITECTURES:
-        return f"no weights are published yet for {source}; {there_are}; or give a weights file"
-    near = difflib.get_close_matches(source, index, n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    return f"no published weights are called {source!r}{hint}; {there_are}; or give a weights file"
+        model = models.create_model(**loaded.model)
+    except TypeError as error:
+        raise UserError(f"{source} describes no net of this version: {loaded.model}") from error
+    return model, weights.fit(loaded.variables, abstract_variables(model), source)
 
 
 def assemble(name: str, loaded: weights.Weights, sha256: str) -> Pretrained:
-    """Makes the net of a weights file's content.
-
-    Raises:
-      UserError: what the file says of the net, its classes or its images contradicts itself.
-    """
-    try:
-        options = dict(loaded.model)
-        model = models.create_model(options.pop("name"), **options)
-    except TypeError as error:
-        raise UserError(f"{name} describes no net of this version: {loaded.model}") from error
-    template = abstract_variables(model)
-    variables = weights.fit(loaded.variables, template, name)
+    """A usable net; raises a UserError if the weights file contradicts itself."""
+    model, variables = build(loaded, name)
     if models.get_architecture(loaded.model["name"]).scan_pays:
         model, variables = model.clone(scan=True), layout.to_scanned(variables)
     class_names = loaded.class_names or tuple(map(str, range(model.num_classes)))
@@ -272,24 +199,17 @@ def assemble(name: str, loaded: weights.Weights, sha256: str) -> Pretrained:
         raise UserError(
             f"{name} has {len(class_names)} class names, but its net {model.num_classes} outputs"
         )
-    size, short_side = _geometry(loaded)
-    weights.check_preprocessing(loaded.mean, loaded.std, (size, size, 3), name)
+    mean, std = loaded.mean, loaded.std
+    size, short_side = _image_sizes(loaded)
+    weights.check_preprocessing(mean, std, (size, size, 3), name)
+    training = loaded.training
     return Pretrained(
-        name,
-        model,
-        variables,
-        loaded.mean,
-        loaded.std,
-        class_names,
-        loaded.training,
-        size,
-        short_side,
-        sha256,
+        name, model, variables, mean, std, class_names, training, size, short_side, sha256
     )
 
 
-def _geometry(loaded: weights.Weights) -> tuple[int, int]:
-    """Sizes that the net's images had when it was tested: see `Pretrained`."""
+def _image_sizes(loaded: weights.Weights) -> tuple[int, int]:
+    """`size` and `short_side` of `Pretrained`: as when the net was tested."""
     trained = loaded.training.get("config")
     trained = trained if isinstance(trained, dict) else {}
     config = base_config()
@@ -301,7 +221,7 @@ def _geometry(loaded: weights.Weights) -> tuple[int, int]:
     if trained.get("data.name") in [name for name in data.NAMES if name not in data.STREAMED]:
         config.data.image_size = config.data.eval_short_side = _SIDE_IN_MEMORY
     if loaded.mean.ndim == 3 and loaded.mean.shape[0] != config.data.image_size:
-        # A mean of every pixel goes with images of its own size and no others.
+        # A mean per pixel only fits images of its own size.
         config.data.image_size, config.data.eval_short_side = loaded.mean.shape[0], 0
     geometry = inputs.make_geometry(config)
     return geometry.size, geometry.eval_short_side

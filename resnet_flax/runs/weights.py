@@ -1,9 +1,9 @@
-"""Weight files: safetensors that say which net they are, how images must be prepared, and whence.
+"""Weight files: safetensors that describe their net and the preprocessing of its images.
 
 Tensors: `params/…` and `batch_stats/…` in the canonical layout (see `models.layout`), and
-`preprocess/mean` and `preprocess/std` in pixel values 0 to 255. Metadata: `format`, and JSON in
-`model` (arguments of `create_model`), `class_names` and `training`; `sha256` of all this, for the
-format itself would not notice a flipped bit.
+`preprocess/mean` and `preprocess/std` in pixel values 0 to 255. Metadata: `format`; JSON in `model`
+(arguments of `create_model`), `class_names` and `training`; and `sha256` of tensors and metadata,
+since safetensors itself does not notice a flipped bit.
 """
 
 import dataclasses
@@ -24,8 +24,9 @@ from resnet_flax.runs.files import write_atomically
 
 FORMAT = "resnet_flax 1"
 
-# Of `create_model`, for files that do not say.
+# What the net of a file has whose `model` lacks the option: older versions did not write them.
 _DEFAULTS = {"stride_in_3x3": False, "survival": 1.0}
+_DESCRIPTION = {"model": dict, "class_names": list, "training": dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,12 @@ class Weights:
     """The content of a weights file.
 
     Attributes:
-      model: `name`, `shortcut`, `num_classes`, `stride_in_3x3`, `survival` of `create_model`; one
-        that is missing stands at its default.
+      model: arguments of `create_model`.
       variables: `{"params": …, "batch_stats": …}`, float32 host arrays, canonical layout.
-      mean: float32, what is subtracted from pixel values 0 to 255: [H, W, C] or [C].
-      std: float32, what they are divided by then: [1] or [C].
-      class_names: one a class.
-      training: how the weights came about.
+      mean: float32 [H, W, C] or [C], subtracted from pixel values 0 to 255.
+      std: float32 [1] or [C], divided by.
+      class_names: one per class.
+      training: result and `config` of the run, or the source of converted weights.
     """
 
     model: dict[str, Any]
@@ -51,23 +51,19 @@ class Weights:
 
 
 def save(path: pathlib.Path, weights: Weights) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file atomically."""
     tree = layout.to_canonical(jax.device_get(weights.variables))
     tensors = {"preprocess/mean": weights.mean, "preprocess/std": weights.std}
     tensors |= flax.traverse_util.flatten_dict(tree, sep="/")
-    metadata = {
-        "format": FORMAT,
-        "model": json.dumps(weights.model),
-        "class_names": json.dumps(weights.class_names),
-        "training": json.dumps(weights.training),
-    }
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    metadata = {"format": FORMAT}
+    metadata |= {key: json.dumps(getattr(weights, key)) for key in _DESCRIPTION}
     metadata["sha256"] = _content_hash(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
 
 def _content_hash(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    described = {k: v for k, v in metadata.items() if k != "sha256"}
+    described = {key: metadata[key] for key in metadata if key != "sha256"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
@@ -76,59 +72,43 @@ def _content_hash(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> s
 
 
 def load(path: pathlib.Path) -> Weights:
-    """Reads a file.
-
-    Raises:
-      UserError: it is missing, damaged, or not in this format.
-    """
+    """Reads a file; raises a UserError if it is missing, damaged, or not in this format."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise UserError(
-            f"weights file {path} cannot be read: no safetensors, or damaged"
-        ) from error
-    except OSError as error:
-        raise UserError(f"weights file {path} cannot be read: {error.strerror}") from error
+    except (safetensors.SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or "no safetensors, or damaged"
+        raise UserError(f"weights file {path} cannot be read: {reason}") from error
     if metadata.get("format") != FORMAT:
         raise UserError(
             f"weights file {path} is of format {metadata.get('format')!r}, not {FORMAT!r}"
         )
-    # Where there is none, an older version wrote the file.
-    if metadata.get("sha256", expected := _content_hash(tensors, metadata)) != expected:
+    # Older versions wrote no hash.
+    if "sha256" in metadata and metadata["sha256"] != _content_hash(tensors, metadata):
         raise UserError(f"weights file {path} is damaged: its content does not match its SHA-256")
+    for name, value in tensors.items():
+        if not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
+            raise UserError(f"weights file {path} is damaged: {name} is not finite throughout")
     try:
         mean, std = tensors.pop("preprocess/mean"), tensors.pop("preprocess/std")
         variables = flax.traverse_util.unflatten_dict(tensors, sep="/")
-        model, class_names, training = (
-            json.loads(metadata[key]) for key in ("model", "class_names", "training")
-        )
+        description = {key: json.loads(metadata[key]) for key in _DESCRIPTION}
     except (KeyError, ValueError) as error:
         raise UserError(f"weights file {path} is incomplete: {error}") from error
-    if not (
-        isinstance(model, dict)
-        and isinstance(model.get("name"), str)
-        and isinstance(class_names, list)
-        and isinstance(training, dict)
-    ):
-        raise UserError(f"weights file {path} is damaged: its metadata are not of the right types")
-    for name, value in {"preprocess/mean": mean, "preprocess/std": std, **tensors}.items():
-        if not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
-            raise UserError(f"weights file {path} is damaged: {name} is not finite throughout")
-    return Weights(model, variables, mean, std, tuple(class_names), training)
+    right = all(isinstance(description[key], kind) for key, kind in _DESCRIPTION.items())
+    if not right or "name" not in description["model"]:
+        raise UserError(f"weights file {path} is damaged: its metadata are of the wrong types")
+    description["class_names"] = tuple(description["class_names"])
+    return Weights(variables=variables, mean=mean, std=std, **description)
 
 
 def check_preprocessing(
     mean: np.ndarray, std: np.ndarray, image_shape: tuple[int, ...], source: str
 ) -> None:
-    """Refuses a mean and a deviation that do not go with images of `image_shape` (H, W, C).
-
-    Raises:
-      UserError: names the shapes.
-    """
+    """Raises a UserError unless mean and std fit images of `image_shape` (H, W, C)."""
     try:
         fits = np.broadcast_shapes(mean.shape, std.shape, image_shape) == tuple(image_shape)
     except ValueError:
@@ -141,7 +121,7 @@ def check_preprocessing(
 
 
 def save_preprocessing(path: pathlib.Path, mean: np.ndarray, std: np.ndarray) -> None:
-    """Writes what a run subtracts from pixel values and divides them by."""
+    """Writes the mean and the standard deviation of a run's preprocessing."""
     write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
 
 
@@ -152,55 +132,36 @@ def load_preprocessing(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def for_classes(weights: Weights, class_names: tuple[str, ...], source: str) -> Weights:
-    """`weights` with the outputs in the order of a data set's classes, which it may have more of.
+    """`weights` with the outputs in the order of a data set's classes, and any others after them.
 
-    Weights from elsewhere have numbers for names. Where the data set's are others, and as many,
-    outputs and classes go together by their order.
-
-    Args:
-      weights: from `load`.
-      class_names: of the data set.
-      source: where the weights come from, for the message.
+    Weights whose class names are only numbers match a data set of as many classes by order.
 
     Raises:
-      UserError: a class of the data set is none of the weights'.
+      UserError: the weights, called `source` in the message, lack a class of the data set.
     """
     names, count = weights.class_names, len(weights.class_names)
     are_numbers = names == tuple(map(str, range(count)))
     by_order = are_numbers and count == len(class_names) and set(names) != set(class_names)
     if not names or names == class_names or by_order:
         return weights
-    missing = [name for name in class_names if name not in names]
-    if missing:
+    if missing := [name for name in class_names if name not in names]:
         raise UserError(
             f"{source} is of other classes ({names[0]!r} to {names[-1]!r}, {count} in all): it "
             f"lacks {missing[0]!r}"
         )
-    chosen = [names.index(name) for name in class_names]
-
-    def reorder(values: np.ndarray) -> np.ndarray:
-        others = [k for k in range(values.shape[-1]) if k not in chosen]
-        return values[..., chosen + others]
-
+    ordered = tuple(dict.fromkeys([*class_names, *names]))
+    outputs = [names.index(name) for name in ordered]
     params = weights.variables["params"]
-    params = params | {"head": jax.tree.map(reorder, params["head"])}
-    return dataclasses.replace(
-        weights,
-        variables=weights.variables | {"params": params},
-        class_names=tuple(dict.fromkeys([*class_names, *names])),
-    )
+    head = jax.tree.map(lambda values: values[..., outputs], params["head"])
+    variables = weights.variables | {"params": params | {"head": head}}
+    return dataclasses.replace(weights, variables=variables, class_names=ordered)
 
 
 def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
-    """Refuses the weights of a net whose arrays may fit, but which computes something else.
-
-    Args:
-      weights: from `load`.
-      model: what `Weights.model` must be.
-      source: where the weights come from, for the message.
+    """Refuses weights of a net that computes something else, even where all arrays fit.
 
     Raises:
-      UserError: names the first option that differs.
+      UserError: names the first option in which `weights.model` differs from `model`.
     """
     for key, value in model.items():
         own = weights.model.get(key, _DEFAULTS.get(key, value))
@@ -209,29 +170,21 @@ def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
 
 
 def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:
-    """`variables`, once they are known to be those of a net.
+    """Returns `variables` if their names, shapes and dtypes are those of `template`.
 
-    Args:
-      variables: canonical `{"params": …, "batch_stats": …}`.
-      template: the net's own, with shapes and dtypes, in the canonical layout.
-      source: where they come from, for the message.
+    Both are `{"params": …, "batch_stats": …}` in the canonical layout.
 
     Raises:
-      UserError: names the first array that is missing, foreign, or of another shape.
+      UserError: names the first array that is missing, foreign, or of another shape or dtype.
     """
     have = flax.traverse_util.flatten_dict(variables, sep="/")
     want = flax.traverse_util.flatten_dict(template, sep="/")
-    for name, spec in want.items():
+    for name in sorted(have.keys() | want.keys()):
         if name not in have:
-            raise UserError(f"{source} is of another net: it lacks {name} {list(spec.shape)}")
-        if have[name].shape != spec.shape:
-            raise UserError(
-                f"{source} is of another net: {name} is {list(have[name].shape)}, but "
-                f"{list(spec.shape)} here"
-            )
-        if have[name].dtype != spec.dtype:
-            raise UserError(f"{source}: {name} is {have[name].dtype}, must be {spec.dtype}")
-    for name in have:
+            raise UserError(f"{source} is of another net: it lacks {name}")
         if name not in want:
             raise UserError(f"{source} is of another net: it has {name}, which this one lacks")
+        own, needed = (f"{x.dtype} {list(x.shape)}" for x in (have[name], want[name]))
+        if own != needed:
+            raise UserError(f"{source} is of another net: {name} is {own}, but {needed} here")
     return variables

@@ -4,9 +4,9 @@ r"""Converts weights between this package's format and PyTorch's.
         --preprocess=imagenet --out=resnet20.safetensors
     python -m resnet_flax.tools.convert --to_torch=resnet20.safetensors --out=resnet20.pth
 
-A state dict says nothing of what lies between its arrays. So only nets are converted whose layers
-PyTorch projects build too; stochastic depth, which scales branches at test, is folded into the
-arrays on the way to PyTorch.
+A state dict does not describe what happens between its arrays. So only nets are converted whose
+layers PyTorch projects build too; stochastic depth, which scales branches at test, is folded into
+the arrays on the way to PyTorch.
 """
 
 import collections
@@ -25,7 +25,7 @@ from resnet_flax.runs import weights
 from resnet_flax.tools import entry, torch_file, torch_names
 from resnet_flax.training.state import abstract_variables
 
-# Mean and standard deviation of the channels, of pixel values from 0 to 1.
+# Mean and standard deviation of the channels, in pixel values from 0 to 1.
 PREPROCESS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -42,11 +42,7 @@ _BLOCKS = (
 
 
 def check_expressible(name: str) -> None:
-    """Refuses a net that PyTorch's names cannot stand for.
-
-    Raises:
-      UserError: there is no net called `name`, or its arrays would make another net in PyTorch.
-    """
+    """Raises a UserError if there is no net of this name, or its arrays mean another in PyTorch."""
     architecture = models.get_architecture(name)
     if architecture.block not in _BLOCKS or architecture.shortcut not in (*models.OPTIONS, "none"):
         raise UserError(
@@ -64,33 +60,24 @@ def from_torch(
     shortcut: str | None = None,
     stride_in_3x3: bool | None = None,
     option_a_zeros: str | None = None,
-    class_names: tuple[str, ...] | None = None,
+    class_names: tuple[str, ...] = (),
     source: str = "",
 ) -> weights.Weights:
     """Weights of the net called `name` from a PyTorch state dict.
 
-    Args:
-      state_dict: arrays by name.
-      name: of the net.
-      mean: [C] or [H, W, C], subtracted from pixel values 0 to 255.
-      std: [C], divided by.
-      shortcut: A, B or C; None: by the projections that the state dict has.
-      stride_in_3x3: of bottlenecks; None: as torchvision has it in its ImageNet nets.
-      option_a_zeros: where a net with option A has the zeros of its new channels: "split", half
-        before and half after the old ones, or "after" them; None: split.
-      class_names: one a class; None: numbers.
-      source: where it comes from, for the record.
+    Options that are not given follow the state dict, or torchvision (`stride_in_3x3`), or are the
+    usual ones ("split" zeros of option A, numbers for class names). `mean` and `std`, [C] or
+    [H, W, C], are in pixel values 0 to 255.
 
     Raises:
-      UserError: the state dict is not that net's, or the net is none that can be converted.
+      UserError: the state dict is of another net, or the net cannot be converted.
     """
     check_expressible(name)
     architecture = models.get_architecture(name)
     arrays = torch_names.canonical(state_dict)
     if stride_in_3x3 is None:
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
-    head = arrays.get("linear.weight", ())
-    num_classes = len(head) or architecture.num_classes
+    num_classes = len(arrays.get("linear.weight", ())) or architecture.num_classes
     try:
         shortcut, variables = _fitted(arrays, name, num_classes, shortcut)
     except UserError as error:
@@ -103,25 +90,20 @@ def from_torch(
         variables = torch_names.move_zeros(variables, "split")
     if class_names and len(class_names) != num_classes:
         raise UserError(f"there are {len(class_names)} class names, but {num_classes} classes")
+    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
     return weights.Weights(
-        model={
-            "name": name,
-            "shortcut": shortcut,
-            "num_classes": num_classes,
-            "stride_in_3x3": stride_in_3x3,
-        },
-        variables=variables,
-        mean=np.asarray(mean, np.float32),
-        std=np.asarray(std, np.float32),
-        class_names=class_names or tuple(map(str, range(num_classes))),
-        training={"source": source} if source else {},
+        model | {"stride_in_3x3": stride_in_3x3},
+        variables,
+        np.asarray(mean, np.float32),
+        np.asarray(std, np.float32),
+        class_names or tuple(map(str, range(num_classes))),
+        {"source": source} if source else {},
     )
 
 
 def _fitted(
     arrays: dict[str, np.ndarray], name: str, num_classes: int, shortcut: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The shortcut option and the variables of a net, from `torch_names.canonical` arrays."""
     if shortcut is None and models.get_architecture(name).shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(arrays)
     template = abstract_variables(models.create_model(name, num_classes, shortcut=shortcut))
@@ -146,79 +128,59 @@ def _check_zeros(option_a_zeros: str | None, name: str, shortcut: str) -> None:
         )
 
 
-def _numbers(text: str, flag: str, *, positive: bool = False) -> np.ndarray:
-    try:
-        values = np.array([float(v) for v in text.split(",")], np.float32)
-    except ValueError:
-        values = np.zeros(0)
-    if len(values) != 3 or not np.isfinite(values).all() or (positive and (values <= 0).any()):
-        kind = "three positive numbers" if positive else "three numbers"
-        raise UserError(f"{flag}={text} must be {kind}, as in {flag}=0.49,0.48,0.45")
-    return values
-
-
-# Flags that only one of the two ways has.
-_FROM = ("model", "shortcut", "stride_in_3x3", "preprocess", "mean", "std", "class_names")
-_TO = ("names",)
-
-
 def main(argv: list[str]) -> None:
     """Converts one file."""
     parser = entry.parser(__doc__)
     parser.add_argument("--from_torch", type=pathlib.Path, help="a PyTorch file to read")
     parser.add_argument("--to_torch", help="a published name, a file of ours, or a run, to read")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="the file to write")
-    parser.add_argument("--model", help="the net's name (from_torch)")
-    parser.add_argument("--shortcut", help="A, B or C; default: as the file has it")
-    parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks")
     parser.add_argument(
         "--option_a_zeros",
         choices=["split", "after"],
         help="where the PyTorch net has option A's zeros: half before and half after the old "
         "channels (the default), or all after them",
     )
-    parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects of images")
-    parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1")
-    parser.add_argument("--std", help="likewise")
-    parser.add_argument("--class_names", help="cat,dog,…: one a class (from_torch)")
-    parser.add_argument("--names", choices=["cifar", "torchvision"], help="style (to_torch)")
+    only_from = [
+        parser.add_argument("--model", help="the net's name"),
+        parser.add_argument("--shortcut", help="A, B or C; default: as the file has it"),
+        parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks"),
+        parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects"),
+        parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1"),
+        parser.add_argument("--std", help="three numbers, of pixel values from 0 to 1"),
+        parser.add_argument("--class_names", help="cat,dog,…: one per class"),
+    ]
     args = parser.parse_args(argv)
     if (args.from_torch is None) == (args.to_torch is None):
         raise UserError("give either --from_torch=FILE or --to_torch=FILE")
-    way, foreign = ("from_torch", _TO) if args.from_torch else ("to_torch", _FROM)
-    for flag in foreign:
-        if getattr(args, flag) is not None:
-            raise UserError(f"--{flag} means nothing to --{way}: leave it out")
-    try:
-        model, notes = (_from if args.from_torch else _to)(args)
-    except OSError as error:
-        raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+    for flag in only_from:
+        if args.to_torch and getattr(args, flag.dest) is not None:
+            raise UserError(f"--{flag.dest} means nothing to --to_torch: leave it out")
+    model, notes = _from(args) if args.from_torch else _to(args)
     print(f"wrote {args.out}")
-    for note in (*notes, *_unsaid(model, args.option_a_zeros)):
+    for note in notes:
         print(f"note: {note}")
+    for assumption in _assumptions(model, args.option_a_zeros):
+        print(f"note: taken to {assumption}, which a state dict does not show")
 
 
-def _unsaid(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[str]:
-    """What the net in PyTorch must be like beyond what its state dict shows."""
+def _assumptions(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[str]:
+    """What the net in PyTorch must do beyond what its state dict shows."""
     block = models.get_architecture(model["name"]).block
     if model["shortcut"] == "none":
-        yield "taken to have no shortcuts, which a state dict does not show"
+        yield "have no shortcuts"
     if model["shortcut"] == "A":
         where = "after" if option_a_zeros == "after" else "half before and half after"
         yield (
-            "taken to have shortcuts without parameters (option A), the zeros of new channels "
-            f"{where} the old ones (--option_a_zeros), which a state dict does not show"
+            "have shortcuts without parameters (option A), the zeros of new channels "
+            f"{where} the old ones (--option_a_zeros)"
         )
     if block is blocks.BottleneckBlock:
         where = "the 3x3" if model["stride_in_3x3"] else "the first 1x1"
-        yield (
-            f"taken to have the stride of its bottlenecks in {where} convolution, which a state "
-            "dict does not show"
-        )
+        yield f"have the stride of its bottlenecks in {where} convolution"
     if block.preactivation:
         yield (
-            "taken to activate before branch and shortcut split, in the first block and where the "
-            "shape changes (Identity Mappings, appendix), which a state dict does not show"
+            "activate before branch and shortcut split, in the first block and where the shape "
+            "changes (Identity Mappings, appendix)"
         )
 
 
@@ -226,40 +188,51 @@ def _from(args) -> tuple[dict[str, Any], list[str]]:
     if not args.model:
         raise UserError("--from_torch needs --model=NAME")
     check_expressible(args.model)
-    if args.preprocess and (args.mean or args.std):
-        raise UserError("give --preprocess, or --mean and --std, not both")
-    given = None
-    if args.preprocess:
-        given = [255 * np.array(v, np.float32) for v in PREPROCESS[args.preprocess]]
-    elif args.mean and args.std:
-        given = [_numbers(args.mean, "--mean"), _numbers(args.std, "--std", positive=True)]
-        given = [255 * v for v in given]
-    state_dict, beside = torch_file.read(args.from_torch)
-    notes = beside["notes"]
-    if not (given or args.mean or args.std) and "mean" in beside:
-        given = [beside["mean"], beside["std"]]
+    given = _given_preprocessing(args)
+    state_dict, beside, notes = torch_file.read(args.from_torch)
+    if not given and beside:
         notes.append("took the preprocessing that the file has")
-    if not given:
+    if args.class_names:
+        given["class_names"] = tuple(args.class_names.split(","))
+    described = beside | given
+    if "mean" not in described:
         raise UserError(
             "say what the net expects of images: --preprocess="
             f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
         )
-    names = args.class_names.split(",") if args.class_names else beside.get("class_names", ())
-    stride = None if args.stride_in_3x3 is None else args.stride_in_3x3 == "true"
     converted = from_torch(
         state_dict,
         args.model,
-        mean=given[0],
-        std=given[1],
+        **described,
         shortcut=args.shortcut,
-        stride_in_3x3=stride,
+        stride_in_3x3={"true": True, "false": False}.get(args.stride_in_3x3),
         option_a_zeros=args.option_a_zeros,
-        class_names=tuple(names),
         source=args.from_torch.name,
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    weights.save(args.out, converted)
+    with entry.writing(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        weights.save(args.out, converted)
     return converted.model, notes
+
+
+def _given_preprocessing(args) -> dict[str, Any]:
+    """`mean` and `std` that the flags give, in pixel values 0 to 255."""
+    if args.preprocess and (args.mean or args.std):
+        raise UserError("give --preprocess, or --mean and --std, not both")
+    if bool(args.mean) != bool(args.std):
+        raise UserError("give both --mean=R,G,B and --std=R,G,B")
+    if not (args.preprocess or args.mean):
+        return {}
+    pair = PREPROCESS.get(args.preprocess) or (args.mean.split(","), args.std.split(","))
+    try:
+        mean, std = (np.array(values, np.float32) for values in pair)
+    except ValueError:
+        mean = std = np.zeros(0)
+    if mean.shape != (3,) or std.shape != (3,) or not np.isfinite([mean, std]).all():
+        raise UserError(f"--mean={args.mean} and --std={args.std} must be three numbers each")
+    if (std <= 0).any():
+        raise UserError(f"--std={args.std} must be three positive numbers")
+    return {"mean": 255 * mean, "std": 255 * std}
 
 
 def _to(args) -> tuple[dict[str, Any], list[str]]:
@@ -267,27 +240,21 @@ def _to(args) -> tuple[dict[str, Any], list[str]]:
     loaded = weights.load(path)
     name = loaded.model["name"]
     check_expressible(name)
-    try:
-        model = models.create_model(**loaded.model)
-    except TypeError as error:
-        raise UserError(f"{path} is damaged: its net is {loaded.model}") from error
-    variables = weights.fit(loaded.variables, abstract_variables(model), str(path))
+    model, variables = pretrained.build(loaded, str(path))
     variables = without_survival(model, variables)
     shortcut = models.resolve_shortcut(name, loaded.model.get("shortcut"))
     _check_zeros(args.option_a_zeros, name, shortcut)
     if args.option_a_zeros == "after":
         variables = torch_names.move_zeros(variables, "after")
-    cifar = models.get_architecture(name).image_size == 32
-    style = args.names or ("cifar" if cifar else "torchvision")
-    names = ("shortcut", "linear") if style == "cifar" else ("downsample", "fc")
-    arrays = torch_names.to_torch(variables, shortcut=names[0], head=names[1])
+    style = "cifar" if models.get_architecture(name).image_size == 32 else "torchvision"
+    arrays = torch_names.to_torch(variables, style)
     beside = {"mean": loaded.mean, "std": loaded.std, "class_names": list(loaded.class_names)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    where = torch_file.write(args.out, arrays, beside)
-    shape = list(loaded.mean.shape)
+    with entry.writing(args.out):
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        where = torch_file.write(args.out, arrays, beside)
     note = (
-        f"the net expects (pixels - mean) / std of pixel values 0 to 255; mean {shape}, std and "
-        f"class names are in {where}"
+        "the net expects (pixels - mean) / std of pixel values 0 to 255; mean "
+        f"{list(loaded.mean.shape)}, std and class names are in {where}"
     )
     return {"name": name, "shortcut": shortcut, "stride_in_3x3": model.stride_in_3x3}, [note]
 

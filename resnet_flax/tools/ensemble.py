@@ -2,8 +2,8 @@
 
     python -m resnet_flax.tools.ensemble runs/paper/resnet110/seed* --out=ensemble.json
 
-Each net is the directory of a finished run, a weights file, or the name of published weights; all
-must be of the same classes and data. Says the error of each, their mean, and that of the ensemble.
+Each net is a finished run, a weights file, or published weights; all must be of the same classes
+and data. Prints the error of each, their mean, and the error of the ensemble.
 """
 
 import json
@@ -12,9 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.models import layout
 from resnet_flax.runs import environment, files
 from resnet_flax.tools import entry
 from resnet_flax.training import outputs
@@ -24,13 +22,9 @@ from resnet_flax.training.trained import Loader, Trained
 def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
     """Scores nets alone and together.
 
-    Args:
-      sources: directories of finished runs, or weights files.
-      loader: loads them.
-
     Returns:
       `members`, each with `source`, `model`, `seed`, `wrong`, `error` and `weights_sha256`;
-      `examples`, `wrong` and `error` of the ensemble, `mean_error` of the members, and the
+      `data`, `examples`, `wrong` and `error` of the ensemble, `mean_error` of the members, and the
       environment.
 
     Raises:
@@ -38,18 +32,16 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
     """
     if len(sources) < 2:
         raise UserError("an ensemble needs at least two nets")
-    # All are looked at before the first is scored.
-    nets, digests = [], {}
+    nets = {}  # By SHA-256. All are checked before the first is scored.
     for source in sources:
         trained = loader.load(source)
-        _check_alike((nets or [trained])[0], trained)
-        if twin := digests.get(trained.sha256):
-            raise UserError(f"{source} and {twin} are the same weights; name one")
-        digests[trained.sha256] = source
-        nets.append(trained)
+        _check_alike(next(iter(nets.values()), trained), trained)
+        if twin := nets.get(trained.sha256):
+            raise UserError(f"{source} and {twin.source} are the same weights; name one")
+        nets[trained.sha256] = trained
     total, members = np.zeros(()), []
-    for trained in nets:
-        probabilities, labels = _predict(trained)
+    for trained in nets.values():
+        probabilities, labels = outputs.probabilities(trained)
         total = total + probabilities.astype(np.float64)
         members.append(
             {
@@ -61,28 +53,13 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
             }
         )
     return {
-        "data": nets[0].run.dataset.name,
+        "data": trained.run.dataset.name,
         "examples": len(labels),
         **_scored(total, labels),
         "mean_error": sum(m["error"] for m in members) / len(members),
         "members": members,
-        **environment.describe(nets[0].run.mesh),
+        **environment.describe(trained.run.mesh),
     }
-
-
-def _predict(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
-    run = trained.run
-    variables = trained.variables()
-    if run.model.scan:
-        variables = layout.to_scanned(variables)
-    return outputs.predict(
-        run.model,
-        variables,
-        trained.test_feed(),
-        sharding=sharding.split(run.mesh),
-        batch_size=run.config.eval.batch_size,
-        ten_crops=run.dataset.train.image_shape[0] if run.config.eval.crops == 10 else 0,
-    )
 
 
 def _scored(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
@@ -92,14 +69,14 @@ def _scored(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 def _check_alike(first: Trained, other: Trained) -> None:
     for what, get in (
-        ("data set", lambda t: t.run.dataset.name),
-        ("number of outputs", lambda t: t.run.config.model.num_classes),
-        ("data set's fingerprint", lambda t: t.run.dataset.fingerprint),
+        ("data set", lambda run: run.dataset.name),
+        ("number of outputs", lambda run: run.config.model.num_classes),
+        ("data set's fingerprint", lambda run: run.dataset.fingerprint),
     ):
-        if get(first) != get(other):
+        if get(first.run) != get(other.run):
             raise UserError(
-                f"{other.source} does not go with {first.source}: its {what}: {get(other)}; "
-                f"the other's: {get(first)}"
+                f"{other.source} does not go with {first.source}: its {what}: {get(other.run)}; "
+                f"the other's: {get(first.run)}"
             )
 
 
@@ -108,9 +85,8 @@ def _text(result: dict[str, Any]) -> str:
         f"{m['source']}: {m['model']}, error {100 * m['error']:.2f} % ({m['wrong']} wrong)"
         for m in result["members"]
     ]
-    count = len(result["members"])
     lines.append(
-        f"ensemble of {count} on {result['data']}: error {100 * result['error']:.2f} % "
+        f"ensemble of {len(lines)} on {result['data']}: error {100 * result['error']:.2f} % "
         f"({result['wrong']} of {result['examples']} wrong); mean of the members "
         f"{100 * result['mean_error']:.2f} %"
     )
@@ -118,20 +94,17 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Scores the nets that are named."""
+    """Scores the named nets."""
     parser = entry.parser(__doc__)
-    parser.add_argument("nets", nargs="+", help="directories of runs, weights files, names")
+    parser.add_argument("nets", nargs="+", type=pathlib.Path, help="runs, weights files, names")
     parser.add_argument("--data_dir", help="where the data are, if not where the runs found them")
-    parser.add_argument("--out", help="a JSON file to write")
+    parser.add_argument("--out", type=pathlib.Path, help="a JSON file to write")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
-    sources = [pathlib.Path(path).expanduser() for path in args.nets]
-    result = evaluate(sources, Loader(args.data_dir))
+    result = evaluate([path.expanduser() for path in args.nets], Loader(args.data_dir))
     if args.out:
-        try:
-            files.write_json(pathlib.Path(args.out).expanduser(), result)
-        except OSError as error:
-            raise UserError(f"cannot write {args.out}: {error.strerror}") from error
+        with entry.writing(args.out):
+            files.write_json(args.out.expanduser(), result)
     print(json.dumps(result, indent=2) if args.json else _text(result))
 
 

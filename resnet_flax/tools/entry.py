@@ -1,9 +1,10 @@
 """What the tools' entry points share."""
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from resnet_flax.devices import cache
 from resnet_flax.errors import UserError
@@ -15,7 +16,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """A parser whose complaints are `UserError`s, without abbreviations of flags."""
+    """A parser that raises `UserError` and accepts no abbreviated flags."""
     return _Parser(
         description=description,
         allow_abbrev=False,
@@ -23,11 +24,20 @@ def parser(description: str) -> argparse.ArgumentParser:
     )
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """Turns an `OSError` inside into a `UserError`: `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
 def run(main: Callable[[list[str]], None]) -> None:
     """Runs `main(arguments)`; a `UserError` becomes a line on stderr and exit status 1."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if sys.stdout is not None:
-        # Names of files may be of characters that the terminal's encoding lacks, or of none.
+        # File names may contain characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         cache.keep_programs()
@@ -37,7 +47,7 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
-        # The reader of a pipe has seen enough; Python would complain once more at its end.
+        # The reader has closed the pipe; without this Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         from resnet_flax.devices import hardware

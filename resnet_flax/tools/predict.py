@@ -1,15 +1,16 @@
-r"""Says what is on images: the five likeliest classes of each, with their probabilities.
+r"""Prints the five likeliest classes of images, with their probabilities.
 
     python -m resnet_flax.tools.predict --weights=resnet20 photo.jpg holiday/
     python -m resnet_flax.tools.predict --weights=runs/quickstart/seed0/weights.safetensors \
         --json --strip=strip.png digits/
 
-Images may be of any size, mode and format that Pillow decodes; the net sees the central square. Of
-folders, every file is taken whose name ends like that of an image, in sub-folders too. A file that
-cannot be read is named and passed over; the exit status is then 1, and 0 where all could be read.
+Images may be of any size, mode and format that Pillow decodes; the net sees the central square. In
+folders and their sub-folders every file is taken whose name ends like that of an image. A file that
+cannot be read is named and passed over; the exit status is then 1.
 """
 
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -31,9 +32,9 @@ _STRIP, _COLUMNS, _SIDE = 64, 8, 112
 
 
 def find_images(paths: Iterable[str]) -> Iterator[str]:
-    """The files among `paths` as they are, and those that `image_files.find` finds in folders.
+    """The files among `paths`, and the images in the folders among them.
 
-    A folder that cannot be listed comes out itself, to fail as a file would.
+    A folder that cannot be listed is returned itself, and then cannot be read.
     """
     for path in paths:
         if not os.path.isdir(path):
@@ -47,51 +48,35 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
 def predict(
     net: pretrained.Pretrained, files: Iterable[str], *, thumbnails: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Predicts image files, a bounded number of them at a time.
-
-    Args:
-      net: see `pretrained.load_pretrained`.
-      files: paths.
-      thumbnails: of so many readable images a small picture is kept.
+    """Predicts image files, `pretrained.BATCH` at a time, in order.
 
     Yields:
-      For each file, in order, `image`, its path, and either `predictions`, a list of `class` and
-      `probability`, the likeliest first, and perhaps `thumbnail`, uint8 [H, W, 3]; or `error`.
+      `image`, the path, and either `error`, or `predictions`, a list of `class` and `probability`,
+      the likeliest first, and for the first `thumbnails` images `thumbnail`, uint8 [H, W, 3].
     """
-    pending, crops = [], []
-
-    def finish():
-        rows = iter(net.probabilities(np.stack(crops))) if crops else iter(())
-        for found in pending:
+    files = iter(files)
+    while batch := [{"image": file} for file in itertools.islice(files, pretrained.BATCH)]:
+        crops = []
+        for found in batch:
+            try:
+                crops.append(net.crop(found["image"]))
+                if thumbnails:
+                    thumbnails -= 1
+                    found["thumbnail"] = net.crop(found["image"], _SIDE)
+            except UserError as error:
+                found["error"] = str(error)
+        rows = iter(net.probabilities(np.stack(crops)) if crops else ())
+        for found in batch:
             if "error" not in found:
+                ranked = net.rank(next(rows))
                 found["predictions"] = [
-                    {"class": name, "probability": round(p, 6)} for name, p in net.rank(next(rows))
+                    {"class": name, "probability": round(p, 6)} for name, p in ranked
                 ]
             yield found
-        pending.clear()
-        crops.clear()
-
-    for file in files:
-        found = {"image": file}
-        try:
-            crops.append(net.crop(file))
-            if thumbnails:
-                thumbnails -= 1
-                found["thumbnail"] = net.crop(file, _SIDE)
-        except UserError as error:
-            found["error"] = str(error)
-        pending.append(found)
-        if len(pending) == pretrained.BATCH:
-            yield from finish()
-    yield from finish()
 
 
 def draw_strip(found: list[dict[str, Any]]) -> bytes:
-    """A PNG of images, each with its likeliest class and that one's probability.
-
-    Args:
-      found: of `predict`; those without a `thumbnail` are left out.
-    """
+    """A PNG of the thumbnails in what `predict` yields, with their likeliest classes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -104,38 +89,34 @@ def draw_strip(found: list[dict[str, Any]]) -> bytes:
     for axes, item in zip(figure.axes, shown, strict=False):
         axes.imshow(item["thumbnail"])
         best = item["predictions"][0]
-        name = _short(best["class"])
-        # A class may be called "$5": that is no formula.
-        file = _short(pathlib.Path(item["image"]).name)
-        title = f"{name}\n{100 * best['probability']:.1f} %\n{file}"
-        axes.set_title(_printable(title, "\n"), fontsize=8, parse_math=False)
+        lines = _short(best["class"]), f"{100 * best['probability']:.1f} %", _short(item["image"])
+        # A class may be called "$5", which is no formula.
+        axes.set_title("\n".join(lines), fontsize=8, parse_math=False)
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # A script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph")  # The font may lack a script.
         FigureCanvasAgg(figure).print_png(content)
     return content.getvalue()
 
 
-def _line(found: dict[str, Any]) -> str:
-    each = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
-    return f"{found['image']}: {', '.join(each)}"
-
-
 def _short(text: str) -> str:
+    text = _printable(os.path.basename(text))
     return text if len(text) <= 16 else text[:15] + "…"
 
 
-def _printable(text: str, more: str = "") -> str:
-    """`text` on one line, whatever characters the name of a file has; `more` are let through."""
-    return "".join(c if c.isprintable() or c in more else ascii(c)[1:-1] for c in text)
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _line(found: dict[str, Any]) -> str:
+    each = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
+    return _printable(f"{found['image']}: {', '.join(each)}")
 
 
 def main(argv: list[str]) -> None:
-    """Predicts the images that the arguments name."""
+    """Predicts the named images."""
     parser = entry.parser(__doc__)
-    parser.add_argument(
-        "images", nargs="+", metavar="IMAGE", help="image files, or folders of them"
-    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders")
     parser.add_argument("--weights", required=True, help="a published name, a file, or a run")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--strip", type=pathlib.Path, help=f"a PNG of the first {_STRIP} to write")
@@ -144,23 +125,21 @@ def main(argv: list[str]) -> None:
     if strip and (strip.suffix.lower() != ".png" or not strip.parent.is_dir()):
         raise UserError(f"--strip={strip} must be a name ending in .png in a folder that exists")
     net = pretrained.load_pretrained(args.weights)
-    done, unreadable, total = [], 0, 0
+    kept, unreadable, total = [], 0, 0
     for found in predict(net, find_images(args.images), thumbnails=_STRIP if strip else 0):
         total += 1
         if "error" in found:
             unreadable += 1
             print(_printable(found["error"]), file=sys.stderr)
         elif not args.json:
-            print(_printable(_line(found)))
+            print(_line(found))
         if args.json or "thumbnail" in found:
-            done.append(found)
-    if strip and any("thumbnail" in f for f in done):
-        try:
-            write_atomically(strip, draw_strip(done))
-        except OSError as error:
-            raise UserError(f"cannot write {strip}: {error.strerror}") from error
+            kept.append(found)
+    if strip and any("thumbnail" in f for f in kept):
+        with entry.writing(strip):
+            write_atomically(strip, draw_strip(kept))
     if args.json:
-        listed = [{k: v for k, v in f.items() if k != "thumbnail"} for f in done]
+        listed = [{k: v for k, v in f.items() if k != "thumbnail"} for f in kept]
         print(json.dumps(listed, indent=2))
     if not total:
         raise UserError(f"there are no images in {', '.join(args.images)}")

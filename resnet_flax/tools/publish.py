@@ -3,8 +3,8 @@ r"""Publishes the weights of a recorded run with the package, for `load_pretrain
     python -m resnet_flax.tools.publish results/resnet20 --name=resnet20 \
         --weights=runs/resnet20/seed0/weights.safetensors
 
-The folder of results must hold what the run left: config.json, run.json, result.json and
-metrics.jsonl. Weights of any other run are refused; nothing is evaluated again.
+The results folder must hold the run's config.json, run.json, result.json and metrics.jsonl. Weights
+of any other run are refused; nothing is evaluated again.
 """
 
 import hashlib
@@ -16,14 +16,13 @@ import jax
 
 from resnet_flax import pretrained
 from resnet_flax.errors import UserError
-from resnet_flax.runs import files, metrics, weights
+from resnet_flax.runs import files, published, weights
 from resnet_flax.tools import entry
 
 MOST_BYTES = 16_000_000
 """All published files together; they come with every installation."""
 
-# Of result.json: what a weights file keeps elsewhere, or leaves out.
-_NOT_IN_WEIGHTS = ("class_names", "test_confusion_last")
+_RECORDED = ("model", "data", "seed", "steps")
 
 
 def publish(
@@ -31,110 +30,72 @@ def publish(
     file: pathlib.Path,
     name: str,
     *,
-    folder: pathlib.Path = pretrained.FOLDER,
+    folder: pathlib.Path = published.FOLDER,
     replace: bool = False,
 ) -> dict[str, Any]:
-    """Adds a weights file to the published ones.
-
-    Args:
-      results: folder of the recorded run, somewhere below a folder called "results".
-      file: the run's `weights.safetensors`.
-      name: to load it by; it must begin with the net's.
-      folder: where published files lie.
-      replace: put it in the place of the one that has this name.
-
-    Returns:
-      The new entry of the index.
+    """Publishes the weights `file` of the run recorded in `results`; returns its index entry.
 
     Raises:
-      UserError: the weights are not those of the run, the name is taken or no name, or the files
-        would be too large.
+      UserError: the weights are not those of the run, the name is taken or does not begin with the
+        net's, or the published files would be too large.
     """
-    result = _record(results, "result.json")
+    if "results" not in results.resolve().parts[:-1]:
+        raise UserError(f"{results} does not lie in results/: record the run there first")
+    for needed in ("result.json", "config.json", "run.json", "metrics.jsonl"):
+        if not (results / needed).is_file():
+            raise UserError(f"{results} holds no {needed}: give the folder of a recorded run")
     loaded = weights.load(file)
-    _check_same_run(results, result, loaded, file)
-    net = pretrained.assemble(str(file), loaded, "")  # Can it be used at all?
+    net = pretrained.assemble(str(file), loaded, "")  # Raises if it cannot be used.
+    result = files.read_json(results / "result.json")
+    for key in (*_RECORDED, "test_error_last"):
+        if key not in result:
+            raise UserError(f"{results / 'result.json'} lacks {key}: the run is not finished")
+    # Durations, commit and errors, to the last digit: no other run has all of them.
+    own = loaded.training | {"class_names": list(loaded.class_names)}
+    _check_same(own, result, results, file)
+    config = files.read_json(results / "config.json")
+    optim = {key: value for key, value in config.items() if key.startswith("optim.")}
+    _check_same(loaded.training.get("config", {}), optim, results, file)
     if not re.fullmatch(r"[a-z0-9_]+", name) or not name.startswith(result["model"]):
         raise UserError(
             f"--name={name} must be of small letters, digits and _, and begin with the net's name, "
             f"{result['model']}"
         )
-    index = pretrained.read_index(folder)
+    index = published.read_index(folder)
     if name in index and not replace:
         raise UserError(f"{name} is published already, from {index[name]['results']}; --replace?")
+    content = file.read_bytes()
     path = folder / f"{name}.safetensors"
-    old = path.read_bytes() if path.exists() else None
     others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p != path)
-    weights.save(path, loaded)
-    content = path.read_bytes()
-    try:
-        if others + len(content) > MOST_BYTES:
-            raise UserError(
-                f"with the {len(content):,} bytes of {name} the published files would have more "
-                f"than {MOST_BYTES:,}"
-            )
-        index[name] = {
-            "file": path.name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            **{key: result[key] for key in ("model", "data", "seed", "steps")},
-            "parameters": sum(x.size for x in jax.tree.leaves(net.variables["params"])),
-            "test_error": result["test_error_last"],
-            "results": _below_results(results),
-        }
-        files.write_json(folder / "index.json", dict(sorted(index.items())))
-    except BaseException:
-        # The index must go on describing the files that are there.
-        path.unlink() if old is None else files.write_atomically(path, old)
-        raise
+    if others + len(content) > MOST_BYTES:
+        raise UserError(
+            f"with the {len(content):,} bytes of {name} the published files would have more than "
+            f"{MOST_BYTES:,}"
+        )
+    parts = results.resolve().parts
+    start = len(parts) - 1 - parts[::-1].index("results")
+    index[name] = {
+        "file": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        **{key: result[key] for key in _RECORDED},
+        "parameters": sum(x.size for x in jax.tree.leaves(net.variables["params"])),
+        "test_error": result["test_error_last"],
+        "results": "/".join(parts[start:]),
+    }
+    files.write_atomically(path, content)
+    files.write_json(folder / "index.json", dict(sorted(index.items())))
     return index[name]
 
 
-def _record(results: pathlib.Path, name: str) -> dict[str, Any]:
-    content = files.read_json(results / name)
-    if content is None:
-        raise UserError(f"{results} holds no {name}: give the folder of a recorded run")
-    return content
-
-
-def _below_results(results: pathlib.Path) -> str:
-    parts = results.resolve().parts
-    if "results" not in parts[:-1]:
-        raise UserError(f"{results} does not lie in results/: record the run there first")
-    start = len(parts) - 1 - parts[::-1].index("results")
-    return "/".join(parts[start:])
-
-
-def _check_same_run(
-    results: pathlib.Path, result: dict[str, Any], loaded: weights.Weights, file: pathlib.Path
+def _check_same(
+    own: dict[str, Any], recorded: dict[str, Any], results: pathlib.Path, file: pathlib.Path
 ) -> None:
-    """Refuses weights whose record of their training is not the run's, to the last digit."""
-    _below_results(results)
-    missing = [k for k in ("model", "data", "seed", "steps", "test_error_last") if k not in result]
-    if missing:
-        raise UserError(f"{results / 'result.json'} lacks {missing[0]}: it is no finished run's")
-    for key, value in result.items():
-        if key not in _NOT_IN_WEIGHTS and loaded.training.get(key) != value:
+    for key, value in recorded.items():
+        # A weights file has no copy of the confusion matrix.
+        if key != "test_confusion_last" and own.get(key) != value:
             raise UserError(
-                f"{file} is not of the run in {results}: its {key} is "
-                f"{loaded.training.get(key)!r}, the run's {value!r}"
-            )
-    run, config = _record(results, "run.json"), _record(results, "config.json")
-    trained = loaded.training.get("config", {})
-    parameters = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
-    tests = metrics.of_split(metrics.read_records(results / "metrics.jsonl"), "test")
-    for what, own, recorded in (
-        ("net", loaded.model["name"], result["model"]),
-        ("shortcut", loaded.model.get("shortcut"), result.get("shortcut")),
-        ("class names", list(loaded.class_names), result.get("class_names")),
-        ("parameter count", parameters, run.get("parameters")),
-        ("learning rate", trained.get("optim.learning_rate"), config.get("optim.learning_rate")),
-        ("last test error", result["test_error_last"], tests[-1]["error"] if tests else None),
-        ("last step", result["steps"], tests[-1]["step"] if tests else None),
-    ):
-        if own != recorded:
-            raise UserError(
-                f"{file} is not of the run in {results}: its {what} is {own!r}, the run's "
-                f"{recorded!r}"
+                f"{file} is not of the run in {results}: its {key} is {own.get(key)!r}, the run's "
+                f"{value!r}"
             )
 
 
@@ -144,18 +105,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("results", type=pathlib.Path, help="folder of the recorded run")
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="the run's weights")
     parser.add_argument("--name", required=True, help="to load them by")
-    parser.add_argument("--folder", type=pathlib.Path, default=pretrained.FOLDER)
-    parser.add_argument("--replace", action="store_true", help="in the place of one of this name")
+    parser.add_argument("--folder", type=pathlib.Path, default=published.FOLDER)
+    parser.add_argument("--replace", action="store_true", help="replace the one of this name")
     args = parser.parse_args(argv)
-    try:
+    with entry.writing(args.folder):
         new = publish(
             args.results, args.weights, args.name, folder=args.folder, replace=args.replace
         )
-    except OSError as error:
-        raise UserError(f"cannot write in {args.folder}: {error.strerror}") from error
-    print(
-        f"published {args.name}: {100 * new['test_error']:.2f} % test error, from {new['results']}"
-    )
+    error = 100 * new["test_error"]
+    print(f"published {args.name}: {error:.2f} % test error, from {new['results']}")
 
 
 if __name__ == "__main__":

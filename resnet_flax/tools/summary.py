@@ -20,14 +20,9 @@ def summarize(
     stride_in_3x3: bool = False,
     image_size: int | None = None,
 ) -> dict:
-    """Totals and layers of a net, for one image.
+    """Totals and layers of a net, for one square image of `image_size` pixels a side.
 
-    Args:
-      name: one of `models.ARCHITECTURES`.
-      shortcut: see `models.create_model`.
-      num_classes: likewise.
-      stride_in_3x3: likewise.
-      image_size: side of a square image, pixels; None: that of the net's data set.
+    Options are those of `models.create_model`; the default size is that of the net's data set.
 
     Returns:
       `name`, `shortcut`, `num_classes`, `image_size`, `parameters`, `weighted_layers`,
@@ -55,35 +50,25 @@ def summarize(
     }
 
 
-def _table(total: dict) -> str:
-    lines = [f"{'layer':<28}{'output':>16}{'parameters':>14}{'multiply-adds':>18}"]
-    for row in total["layers"]:
-        shape = " x ".join(map(str, row["shape"]))
-        lines.append(
-            f"{row['name']:<28}{shape:>16}{row['parameters']:>14,}{row['multiply_adds']:>18,}"
-        )
-    lines.append(
-        f"{total['name']}, shortcut {total['shortcut']}: {total['weighted_layers']} weighted "
-        f"layers, {total['parameters']:,} parameters, {total['multiply_adds']:,} multiply-adds "
-        f"at {total['image_size']} x {total['image_size']}"
-    )
+def _table(rows: list[dict]) -> str:
+    cells = [[key.replace("_", " ") for key in rows[0]]]
+    cells += [[_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *rest in cells:
+        aligned = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
     return "\n".join(lines)
 
 
-def _totals(totals: list[dict]) -> str:
-    lines = [
-        f"{'name':<28}{'shortcut':>17}{'layers':>8}{'parameters':>14}{'multiply-adds':>18}{'at':>6}"
-    ]
-    for t in totals:
-        lines.append(
-            f"{t['name']:<28}{t['shortcut']:>17}{t['weighted_layers']:>8}{t['parameters']:>14,}"
-            f"{t['multiply_adds']:>18,}{t['image_size']:>6}"
-        )
-    return "\n".join(lines)
+def _cell(value) -> str:
+    if isinstance(value, tuple):
+        return " x ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) else value
 
 
 def main(argv: list[str]) -> None:
-    """Prints what the flags ask for."""
+    """Prints one net or the list."""
     parser = entry.parser(__doc__)
     parser.add_argument("--model", help="name of a net")
     parser.add_argument("--list", action="store_true", help="all nets, totals only")
@@ -92,24 +77,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--stride_in_3x3", action="store_true", help='bottlenecks as in "v1.5"')
     parser.add_argument("--image_size", type=int, help="side, pixels; default: the data set's")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_args(argv)
-    if bool(args.model) == args.list:
+    options = vars(parser.parse_args(argv))
+    name, as_json = options.pop("model"), options.pop("json")
+    if options.pop("list") == bool(name):
         raise UserError("give either --model=NAME or --list")
-    if args.list:
-        totals = [
-            {key: value for key, value in summarize(name).items() if key != "layers"}
-            for name in models.ARCHITECTURES
-        ]
-        print(json.dumps(totals, indent=2) if args.json else _totals(totals))
+    names = [name] if name else models.ARCHITECTURES
+    totals = [summarize(name, **options) for name in names]
+    layers = [total.pop("layers") for total in totals]
+    if as_json:
+        content = {**totals[0], "layers": layers[0]} if name else totals
+        print(json.dumps(content, indent=2))
         return
-    total = summarize(
-        args.model,
-        shortcut=args.shortcut,
-        num_classes=args.num_classes,
-        stride_in_3x3=args.stride_in_3x3,
-        image_size=args.image_size,
-    )
-    print(json.dumps(total, indent=2) if args.json else _table(total))
+    if name:
+        print(_table(layers[0]), end="\n\n")
+    print(_table(totals))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Variables of this package's nets under the names and layouts that PyTorch projects use.
 
-CIFAR projects (akamaster, chenyaofo, …) and torchvision agree on `conv1`, `bn1`,
-`layer<stage>.<block>.conv<i>` / `bn<i>`. `_ALIASES` has what others call them.
+CIFAR projects (akamaster, chenyaofo, …) and torchvision agree on `conv1`, `bn1` and
+`layer<stage>.<block>.conv<i>` / `bn<i>`.
 """
 
 import itertools
@@ -13,8 +13,16 @@ import flax.traverse_util
 import numpy as np
 
 from resnet_flax.errors import UserError
+from resnet_flax.runs import weights
 
-# Pattern in a project's names: ours.
+# Our module: PyTorch's, where they differ.
+_MODULES = {"stem_conv": "conv1", "stem_bn": "bn1", "final_bn": "bn"}
+STYLES = {
+    "cifar": {"head": "linear", "proj_conv": "shortcut.0", "proj_bn": "shortcut.1"},
+    "torchvision": {"head": "fc", "proj_conv": "downsample.0", "proj_bn": "downsample.1"},
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+# Pattern in the names of other projects: the CIFAR style.
 _ALIASES = (
     (r"\bdownsample\.", "shortcut."),  # torchvision, timm, chenyaofo
     (r"\b(fc|classifier|fcOut)\.", "linear."),
@@ -23,22 +31,14 @@ _ALIASES = (
     (r"\bstack(\d)a\.", r"layer\1.0."),
     (r"\bstack(\d)b\.(\d+)", lambda m: f"layer{m[1]}.{int(m[2]) + 1}"),
 )
-# Counters, and what a layer in front of the net normalises images by.
+# Counters, and the mean and deviation of a normalisation in front of the net.
 _IGNORED = re.compile(r"(.*\.)?(num_batches_tracked|n_averaged|mean|std)")
-_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.(.+)")
-# Our leaf: PyTorch's.
-_NORM = {
-    ("params", "scale"): "weight",
-    ("params", "bias"): "bias",
-    ("batch_stats", "mean"): "running_mean",
-    ("batch_stats", "var"): "running_var",
-}
+_TORCH_BLOCK = re.compile(r"layer(\d+)\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"stage(\d+)_block(\d+)")
 
 
 def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a net, under the names of the CIFAR projects.
-
-    Whatever stands before `layer1.0.conv1` is taken off every name; counters are left out.
+    """The arrays of a net under CIFAR-style names, without prefix and counters.
 
     Raises:
       UserError: there are several nets.
@@ -57,13 +57,13 @@ def canonical(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def blocks(names: Iterable[str], inside: str = "") -> set[tuple[int, int]]:
-    """(stage, block), both from 1, of the blocks that have an array whose name begins `inside`."""
-    found = filter(None, map(_BLOCK.match, names))
-    return {(int(m[1]), int(m[2]) + 1) for m in found if m[3].startswith(inside)}
+    """(stage, block) of the blocks that have an array whose name in the block begins `inside`."""
+    found = filter(None, map(_TORCH_BLOCK.match, names))
+    return {(int(m[1]), int(m[2])) for m in found if m[3].startswith(inside)}
 
 
 def shortcut_option(names: Iterable[str]) -> str:
-    """Option A, B or C: by which blocks have a projection in `canonical` names."""
+    """Option A, B or C, by the blocks that have a projection in `canonical` names."""
     names = list(names)
     projected = blocks(names, "shortcut.")
     if not projected:
@@ -71,81 +71,65 @@ def shortcut_option(names: Iterable[str]) -> str:
     return "C" if projected == blocks(names) else "B"
 
 
-def from_torch(state_dict: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables in the canonical layout from a PyTorch state dict.
-
-    Args:
-      state_dict: arrays by name, see `canonical`.
-      template: the net's own `{"params": …, "batch_stats": …}`, with shapes.
+def from_torch(arrays: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables in the canonical layout, of the shapes in `template`, from `canonical` arrays.
 
     Raises:
-      UserError: names the first array that is missing, of another shape or kind, not finite, or
-        left over.
+      UserError: names the first array that is missing, foreign, of another shape or kind, or not
+        finite.
     """
-    have, out = canonical(state_dict), {}
-    for path, spec in flax.traverse_util.flatten_dict(template).items():
-        name = _torch_name(path)
-        if name not in have:
-            raise UserError(f"the state dict is of another net: it lacks {name}")
-        value = np.asarray(have.pop(name))
-        if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
-            raise UserError(f"the state dict's {name} is {value.dtype}: only floats are read")
-        with np.errstate(over="ignore"):
-            value = value.astype(np.float32)
-        if not np.isfinite(value).all():
-            raise UserError(f"the state dict's {name} is not finite throughout in float32")
-        if path[-1] == "kernel":
-            value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-        if value.shape != spec.shape:
-            raise UserError(
-                f"the state dict is of another net: {name} is {list(value.shape)} in this "
-                f"layout, but {'/'.join(path)} is {list(spec.shape)}"
-            )
-        out[path] = np.ascontiguousarray(value)
-    if have:
-        raise UserError(
-            f"the state dict is of another net: it has {min(have)}, which this one lacks"
-        )
-    return flax.traverse_util.unflatten_dict(out)
+    flat = flax.traverse_util.flatten_dict(template)
+    paths = {_torch_name(path): path for path in flat}
+    have = {name: _our_layout(name, np.asarray(value)) for name, value in arrays.items()}
+    weights.fit(have, {name: flat[path] for name, path in paths.items()}, "the state dict")
+    return flax.traverse_util.unflatten_dict({path: have[name] for name, path in paths.items()})
 
 
-def to_torch(
-    variables: Mapping[str, Any], *, shortcut: str = "shortcut", head: str = "linear"
-) -> dict[str, np.ndarray]:
-    """A PyTorch state dict, as arrays, from variables in the canonical layout.
+def _our_layout(name: str, value: np.ndarray) -> np.ndarray:
+    if value.dtype.kind != "f" and value.dtype.name != "bfloat16":
+        raise UserError(f"the state dict's {name} is {value.dtype}: only floats are read")
+    with np.errstate(over="ignore"):
+        value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+        raise UserError(f"the state dict's {name} is not finite throughout in float32")
+    value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
+    return np.ascontiguousarray(value)
 
-    Args:
-      variables: `{"params": …, "batch_stats": …}`.
-      shortcut: name of the projections: "shortcut", or torchvision's "downsample".
-      head: name of the last layer: "linear", or torchvision's "fc".
-    """
+
+def to_torch(variables: Mapping[str, Any], style: str = "cifar") -> dict[str, np.ndarray]:
+    """A PyTorch state dict, as arrays, from canonical variables; its names in one of `STYLES`."""
     out = {}
     for path, value in flax.traverse_util.flatten_dict(dict(variables)).items():
-        name = _torch_name(path).replace(".shortcut.", f".{shortcut}.")
-        name = re.sub(r"^linear\.", f"{head}.", name)
+        name = _torch_name(path, style)
         value = np.asarray(value, np.float32)
-        if path[-1] == "kernel":
-            value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+        value = value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
         out[name] = np.ascontiguousarray(value)
         if path[-1] == "var":
             out[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return out
 
 
+def _torch_name(path: tuple[str, ...], style: str = "cifar") -> str:
+    _, *block, module, leaf = path
+    names = _MODULES | STYLES[style]
+    name = f"{names.get(module, module)}.{_LEAVES.get(leaf, leaf)}"
+    if not block:
+        return name
+    stage, number = map(int, _BLOCK.fullmatch(block[0]).groups())
+    return f"layer{stage}.{number - 1}.{name}"
+
+
 def move_zeros(variables: Mapping[str, Any], to: str) -> dict[str, Any]:
-    """Variables of a net with option A for zeros in another place; the outputs stay the same.
+    """Moves the zeros of option A's new channels; the outputs of the net stay the same.
 
-    This package puts the zeros half before and half after the old channels, some PyTorch projects
-    all after them: the same net with the channels between its blocks in another order.
-
-    Args:
-      variables: `{"params": …, "batch_stats": …}`, canonical layout.
-      to: "split", of a net that has them after; or "after", of one that has them split.
+    This package puts the zeros half before and half after the old channels ("split"), some PyTorch
+    projects all of them "after". It is the same net with its channels in another order. `variables`
+    are canonical, and have their zeros where `to` does not say.
     """
     params = variables["params"]
     last = "3" if "conv3" in params["stage1_block1"] else "2"
     preactivation = "final_bn" in params
-    # The places of the channels of the stem and of each stage in the order to come.
+    # The new order of the channels of the stem and of each stage.
     orders = [np.arange(params["stem_conv"]["kernel"].shape[-1])]
     for stage in itertools.count(1):
         if f"stage{stage}_block1" not in params:
@@ -159,10 +143,9 @@ def move_zeros(variables: Mapping[str, Any], to: str) -> dict[str, Any]:
     out = {}
     for path, value in flax.traverse_util.flatten_dict(dict(variables)).items():
         module, layer = path[1], path[-2]
-        if match := re.fullmatch(r"stage(\d+)_block(\d+)", module):
+        came = goes = orders[-1]
+        if match := _BLOCK.fullmatch(module):
             came, goes = orders[int(match[1]) - (match[2] == "1")], orders[int(match[1])]
-        else:
-            came = goes = orders[-1]
         if layer in ("conv1", "head") and path[-1] == "kernel":
             value = value.take(came, axis=-2)
         if layer == f"conv{last}" or (layer == f"bn{last}" and not preactivation):
@@ -171,17 +154,3 @@ def move_zeros(variables: Mapping[str, Any], to: str) -> dict[str, Any]:
             value = value[came]
         out[path] = value
     return flax.traverse_util.unflatten_dict(out)
-
-
-def _torch_name(path: tuple[str, ...]) -> str:
-    collection, *modules, leaf = path
-    module = modules[-1]
-    if module == "head":
-        return {"kernel": "linear.weight", "bias": "linear.bias"}[leaf]
-    torch_leaf = "weight" if leaf == "kernel" else _NORM[collection, leaf]
-    if len(modules) == 1:
-        names = {"stem_conv": "conv1", "stem_bn": "bn1", "final_bn": "bn"}
-        return f"{names[module]}.{torch_leaf}"
-    stage, block = re.fullmatch(r"stage(\d+)_block(\d+)", modules[0]).groups()
-    inside = {"proj_conv": "shortcut.0", "proj_bn": "shortcut.1"}.get(module, module)
-    return f"layer{stage}.{int(block) - 1}.{inside}.{torch_leaf}"

@@ -1,83 +1,72 @@
-"""What a trained net says of each example, and how strongly its layers respond."""
+"""The outputs of a trained net for each test example, and the responses of its layers."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks
+from resnet_flax.models import blocks, layout
 from resnet_flax.models.norm import BatchNorm
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.training import augment, steps
-from resnet_flax.training.feed import Feed
+from resnet_flax.training.trained import Trained
 
 
-def _each_batch(step: Callable, feed: Feed, batch_size: int, mesh, *arguments) -> Iterator[Any]:
-    """`step(*arguments, resident, batch)` of each batch of a feed, on the host, with a bar."""
+def _each_batch(step: Callable, trained: Trained, variables: Any) -> Iterator[Any]:
+    """`step(variables, images, labels, resident)` of each test batch, on the host; shows a bar."""
+    feed, batch_size = trained.test_feed(), trained.run.config.eval.batch_size
 
-    def chunk(arguments, resident, batches):
-        # On a CPU there is one batch at a time, see `feed`: XLA does less for loops there.
+    def chunk(variables, resident, batches):
+        def one(batch):
+            split = sharding.split(trained.run.mesh)
+            return step(variables, *steps.examples(resident, batch, split), resident)
+
+        # On a CPU a chunk is one batch, see `feed`, and XLA optimises less inside loops.
         if jax.tree.leaves(batches)[0].shape[0] == 1:
-            out = step(*arguments, resident, jax.tree.map(lambda x: x[0], batches))
-            return jax.tree.map(lambda x: x[None], out)
-        return jax.lax.map(lambda batch: step(*arguments, resident, batch), batches)
+            return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], batches)))
+        return jax.lax.map(one, batches)
 
-    compiled = jax.jit(chunk, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    compiled = jax.jit(chunk, out_shardings=NamedSharding(trained.run.mesh, PartitionSpec()))
     with tqdm(total=feed.size, unit=" images", disable=None, leave=False) as bar:
         for batches in feed.batches(batch_size):
-            out = jax.device_get(compiled(arguments, feed.resident, batches))
+            out = jax.device_get(compiled(variables, feed.resident, batches))
             for i in range(len(jax.tree.leaves(out)[0])):
                 bar.update(min(batch_size, feed.size - bar.n))
                 yield jax.tree.map(lambda x, i=i: x[i], out)
 
 
-def predict(
-    model: ResNet,
-    variables: Any,
-    feed: Feed,
-    *,
-    sharding: NamedSharding,
-    batch_size: int,
-    ten_crops: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities of the classes for every example that can be read, in the data's order.
-
-    Args:
-      model: the net.
-      variables: `{"params": …, "batch_stats": …}`.
-      feed: the data.
-      sharding: of a batch's first axis.
-      batch_size: examples per batch.
-      ten_crops: see `steps.make_eval_chunk`.
+def probabilities(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
+    """Class probabilities of every test example that can be read, in the data set's order.
 
     Returns:
       float32 [N, K] and the labels, int32 [N].
     """
-    logits_of = steps.make_predict(model, ten_crops)
+    run, variables = trained.run, trained.variables()
+    ten_crops = run.dataset.train.image_shape[0] if run.config.eval.crops == 10 else 0
+    logits_of = steps.make_predict(run.model, ten_crops)
 
-    def step(variables, resident, batch):
-        images, labels = steps.examples(resident, batch, sharding)
+    def step(variables, images, labels, resident):
         return jax.nn.softmax(logits_of(variables, images, resident)), labels
 
-    parts = list(_each_batch(step, feed, batch_size, sharding.mesh, variables))
-    labels = np.concatenate([labels for _, labels in parts])
-    return np.concatenate([p for p, _ in parts])[labels >= 0], labels[labels >= 0]
+    variables = layout.to_scanned(variables) if run.model.scan else variables
+    found, labels = zip(*_each_batch(step, trained, variables), strict=True)
+    found, labels = np.concatenate(found), np.concatenate(labels)
+    return found[labels >= 0], labels[labels >= 0]
 
 
 def response_layers(model: ResNet, name: str) -> list[str]:
     """The batch normalisations that follow the 3x3 convolutions of a net, in order [R, Fig. 7].
 
-    Args:
-      model: the net.
-      name: what to call it in the message.
-
     Raises:
-      UserError: in this net none stands between a 3x3 convolution and the addition or ReLU after.
+      UserError: in this net, called `name`, none stands between a 3x3 convolution and the addition
+        or ReLU.
     """
     if issubclass(model.block, blocks.BasicBlock):
         own = ("bn1", "bn2")
@@ -88,74 +77,48 @@ def response_layers(model: ResNet, name: str) -> list[str]:
             f"responses as in [R, Fig. 7] are taken after a 3x3 layer's batch normalisation and "
             f"before the addition or ReLU: {name} has its layers in another order"
         )
-    layers = ["stem_bn"] if model.stem_kernel == 3 else []
-    for stage, size in enumerate(model.stage_sizes, 1):
-        for i in range(1, size + 1):
-            layers += [f"stage{stage}_block{i}/{norm}" for norm in own]
-    return layers
+    return ["stem_bn"] * (model.stem_kernel == 3) + [
+        f"stage{stage}_block{block}/{norm}"
+        for stage, size in enumerate(model.stage_sizes, 1)
+        for block in range(1, size + 1)
+        for norm in own
+    ]
 
 
-def response_deviations(
-    model: ResNet,
-    variables: Any,
-    feed: Feed,
-    *,
-    layers: list[str],
-    sharding: NamedSharding,
-    batch_size: int,
-) -> tuple[dict[str, float], int]:
-    """Standard deviations of layers' outputs over all examples, positions and channels.
-
-    Args:
-      model: the net, not scanned.
-      variables: `{"params": …, "batch_stats": …}` in the canonical layout.
-      feed: the data.
-      layers: names of batch normalisations, see `response_layers`.
-      sharding: of a batch's first axis.
-      batch_size: examples per batch.
+def response_deviations(trained: Trained) -> tuple[dict[str, float], int]:
+    """Responses by layer: standard deviations over all test examples, positions and channels.
 
     Returns:
-      Deviations by layer, and the number of examples that went into them.
-    """
+      Deviations of the `response_layers`, and the number of examples.
 
-    def is_wanted(module, method: str) -> bool:
+    Raises:
+      UserError: see `response_layers`.
+    """
+    model = trained.run.model.clone(scan=False)
+    layers = response_layers(model, trained.run.config.model.name)
+
+    def is_response(module, method: str) -> bool:
         named = "/".join(module.path) in layers
         return isinstance(module, BatchNorm) and named and method == "__call__"
 
-    def step(variables, resident, batch):
-        images, labels = steps.examples(resident, batch, sharding)
+    def step(variables, images, labels, resident):
         images = augment.normalize(images, resident["mean"], resident["std"])
-        _, found = model.apply(
-            variables,
-            images,
-            train=False,
-            capture_intermediates=is_wanted,
-            mutable=["intermediates"],
-        )
+        capture = {"capture_intermediates": is_response, "mutable": ["intermediates"]}
+        _, found = model.apply(variables, images, train=False, **capture)
+        found = flax.traverse_util.flatten_dict(found["intermediates"], sep="/")
         real = (labels >= 0).astype(jnp.float32)[:, None, None, None]
-        moments = {}
+        means, variances = [], []
         for layer in layers:
-            place = found["intermediates"]
-            for key in layer.split("/"):
-                place = place[key]
-            y = place["__call__"][0].astype(jnp.float32)
-            count = jnp.sum(real) * y[0].size
-            mean = jnp.sum(real * y) / jnp.maximum(count, 1)
-            moments[layer] = count, mean, jnp.sum(real * jnp.square(y - mean))
-        return moments, jnp.sum(labels >= 0)
+            y = found[f"{layer}/__call__"][0].astype(jnp.float32)
+            count = jnp.maximum(jnp.sum(real) * y[0].size, 1)
+            means.append(jnp.sum(real * y) / count)
+            variances.append(jnp.sum(real * jnp.square(y - means[-1])) / count)
+        return jnp.sum(labels >= 0), jnp.stack(means), jnp.stack(variances)
 
-    total, examples = dict.fromkeys(layers, (0.0, 0.0, 0.0)), 0
-    for moments, here in _each_batch(step, feed, batch_size, sharding.mesh, variables):
-        examples += int(here)
-        for layer in layers:
-            total[layer] = _add(total[layer], tuple(map(float, moments[layer])))
-    return {k: float(np.sqrt(s / max(n, 1))) for k, (n, _, s) in total.items()}, examples
-
-
-def _add(a, b):
-    """Joins (count, mean, sum of squared deviations) of two parts (Chan et al. 1979)."""
-    count = a[0] + b[0]
-    if not count:
-        return a
-    step = b[1] - a[1]
-    return count, a[1] + step * b[0] / count, a[2] + b[2] + step**2 * a[0] * b[0] / count
+    batches = zip(*_each_batch(step, trained, trained.variables()), strict=True)
+    counts, means, variances = (np.array(x, np.float64) for x in batches)
+    examples = int(counts.sum())
+    share = counts / max(examples, 1)
+    # Law of total variance: within batches and between them.
+    total = share @ (variances + np.square(means - share @ means))
+    return dict(zip(layers, np.sqrt(total).tolist(), strict=True)), examples
