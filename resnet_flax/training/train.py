@@ -13,13 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import models, pretrained
+from resnet_flax import models
 from resnet_flax.config import flatten, resolve_steps
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs import checkpoint, environment, weights
+from resnet_flax.runs import checkpoint, environment, published, weights
 from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.progress import SEEDS, Progress
 from resnet_flax.training import feed, inputs, seeds, setup
@@ -128,7 +128,7 @@ class _Initial:
     def __init__(self, source: str | None):
         self.source, self.weights, self.sha256 = source, None, None
         if source is not None:
-            file, self.sha256 = pretrained.locate(source)
+            file, self.sha256 = published.locate(source)
             self.weights = weights.load(file)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from resnet_flax import data, models, pretrained
+from resnet_flax import data, models
 from resnet_flax.config import base_config, flatten
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs import checkpoint, weights
+from resnet_flax.runs import checkpoint, published, weights
 from resnet_flax.runs.directory import Directory
 from resnet_flax.training import feed, inputs, setup
 from resnet_flax.training.setup import Setup
@@ -46,7 +46,7 @@ def read_weights(source: str | pathlib.Path) -> Source:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    file, sha256 = pretrained.locate(source)
+    file, sha256 = published.locate(source)
     path = pathlib.Path(source)
     directory = Directory(path) if path.is_dir() else None
     return Source(path, weights.load(file), directory, file, sha256)
