@@ -156,7 +156,7 @@ def _describe(run: Experiment | seeds.Group, environment: dict[str, Any]) -> str
     """What is about to be trained, on what, where."""
     several = f"{len(run.members)} seeds of " if len(run.members) > 1 else ""
     how = "; convolutions in the way of a CPU" if run.model.cpu_convolutions else ""
-    how += "; narrow convolutions by models/kernels/" if run.model.uses_kernels else ""
+    how += "; narrow convolutions by models/fused/" if run.model.uses_fused else ""
     images, batch = len(run.dataset.train), run.config.data.batch_size
     if batch > images:
         how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"
