@@ -14,7 +14,6 @@ from resnet_flax.training import optim, packing, state, steps
 from tests.test_models import ONCE, small
 from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches
 
-
 TINY = SMALL.clone(stage_sizes=(1,), widths=(8,))
 
 

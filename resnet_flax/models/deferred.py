@@ -25,7 +25,7 @@ _again = jax.lax.optimization_barrier
 
 
 @dataclasses.dataclass(eq=False)
-class Deferred:
+class Convolved:
     """A convolution's output and its sums.
 
     Attributes:
@@ -41,12 +41,8 @@ class Deferred:
         """(B, H, W, C)."""
         return self.y.shape
 
-
-class Convolved(Deferred):
-    """A convolution's output itself."""
-
     def compute(self) -> jax.Array:
-        """[B, H, W, C]."""
+        """The value [B, H, W, C], in the dtype of `y`."""
         return self.y
 
     def __add__(self, other: jax.Array) -> jax.Array:
@@ -54,7 +50,7 @@ class Convolved(Deferred):
 
 
 @dataclasses.dataclass(eq=False)
-class Normalized(Deferred):
+class Normalized(Convolved):
     """The batch normalisation of `y`, plus a shortcut, and then ReLU, not computed yet.
 
     Attributes:
@@ -74,7 +70,7 @@ class Normalized(Deferred):
     computed: jax.Array | None = None
 
     def compute(self) -> jax.Array:
-        """The value [B, H, W, C], in the dtype of `y`."""
+        """The value, computed once."""
         if self.computed is None:
             arguments = self.y, self.sums, self.scale, self.bias, self.shortcut
             self.computed = _normalize(self.epsilon, self.rectified, *arguments)
@@ -90,14 +86,14 @@ class Normalized(Deferred):
         return dataclasses.replace(self, shortcut=shortcut, computed=None)
 
 
-def array(x: jax.Array | Deferred) -> jax.Array:
+def array(x: jax.Array | Convolved) -> jax.Array:
     """The value of `x`, computed now if it was not before."""
-    return x.compute() if isinstance(x, Deferred) else x
+    return x.compute() if isinstance(x, Convolved) else x
 
 
-def sums(x: jax.Array | Deferred, groups: int) -> Sums:
+def sums(x: jax.Array | Convolved, groups: int) -> Sums:
     """Sums of each channel and of its squares in consecutive groups of examples: float32 [G, C]."""
-    return x.sums if isinstance(x, Convolved) else _sums_of(groups, array(x))
+    return x.sums if type(x) is Convolved else _sums_of(groups, array(x))
 
 
 def mean_and_variance(sums: Sums, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:

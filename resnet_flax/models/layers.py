@@ -42,7 +42,7 @@ class Conv(nn.Module):
     fused: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array | deferred.Deferred) -> jax.Array | deferred.Convolved:
+    def __call__(self, x: jax.Array | deferred.Convolved) -> jax.Array | deferred.Convolved:
         """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
         shape = (self.kernel, self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32).astype(self.dtype)
@@ -98,7 +98,7 @@ class BatchNorm(nn.Module):
     defer: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array | deferred.Deferred) -> jax.Array | deferred.Normalized:
+    def __call__(self, x: jax.Array | deferred.Convolved) -> jax.Array | deferred.Normalized:
         """Normalises `x` [B, H, W, C].
 
         Raises:

@@ -55,12 +55,11 @@ def _is_dict(node):
 
 
 def _row(x, i):
+    is_abstract = isinstance(x, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_abstract else x[i]
+
+
+def _stack(x, *others):
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return x[i]
-
-
-def _stack(*xs):
-    if isinstance(xs[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
-    return np.stack(xs) if isinstance(xs[0], np.ndarray) else jnp.stack(xs)
+        return jax.ShapeDtypeStruct((1 + len(others), *x.shape), x.dtype)
+    return (np if isinstance(x, np.ndarray) else jnp).stack([x, *others])

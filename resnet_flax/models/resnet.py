@@ -34,9 +34,8 @@ class ResNet(nn.Module):
       stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
       stem_strides: its stride.
       stem_pool: follow it by a 3x3 max-pool of stride 2.
-      zero_init_last: initialise the last scale of each branch that ends in batch normalisation to
-        0, so that every block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677); not
-        the paper's.
+      zero_init_last: initialise the scale that ends a branch to 0: every block starts as its
+        shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution and not in the first 1x1.
       gate_bias: initial bias of the gates, in the nets that have gates.
       conv: makes a convolution, as `layers.Conv` does.
@@ -46,7 +45,7 @@ class ResNet(nn.Module):
       bn_epsilon: added to the variance.
       bn_group_size: examples per batch-norm group, None for the global batch.
       survival: probability that the last block's branch takes part in a training step; it falls
-        linearly over the blocks from 1 (stochastic depth, Huang et al. 2016, arXiv:1603.09382).
+        linearly over the blocks from 1 (stochastic depth, arXiv:1603.09382; there 0.5).
       scan: run equal blocks as one scan.
       remat: keep only block inputs for the backward pass and recompute the rest. On a CPU it saves
         memory with `scan` only, see results/performance.md.
@@ -118,8 +117,7 @@ class ResNet(nn.Module):
         Args:
           x: the images.
           train: normalise by batch statistics, for which `batch_stats` must be mutable, and draw
-            random numbers if `rngs` has a key `drop`; without it everything random is replaced by
-            its expectation.
+            random numbers if `rngs` has a key `drop`, see `blocks.Block`.
           features: return each stage's output instead, [B, H/s, W/s, D] in the net's dtype, for a
             detection or segmentation head. The last one of a pre-activation net is after its final
             BN-ReLU.
@@ -199,9 +197,7 @@ class ResNet(nn.Module):
     def _run(self, block: Block, x: jax.Array, survival: np.float32 | None) -> jax.Array:
         return nn.remat(_call)(block, x, survival) if self.remat else block(x, survival)
 
-    def _scan(
-        self, block: Block, x: jax.Array, survivals: Sequence[np.float32 | None]
-    ) -> jax.Array:
+    def _scan(self, block: Block, x: jax.Array, survivals: Sequence) -> jax.Array:
         # Inside a scan the loop already keeps XLA from merging the two computations.
         call = nn.remat(_call, prevent_cse=False) if self.remat else _call
         scanned = nn.scan(
@@ -218,14 +214,10 @@ def _call(block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
 
 
 def without_survival(model: ResNet, variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables with which a net without stochastic depth computes what `model` does at test.
+    """Canonical variables for `model` without stochastic depth that give its outputs in evaluation.
 
-    There a branch is scaled by its block's survival; here its last layer is: scale and bias of a
-    normalisation, or the kernel of a convolution.
-
-    Args:
-      model: the net, with its `survival`.
-      variables: its own, float32, in the canonical layout.
+    A branch's last layer takes the block's survival: a normalisation's scale and bias, or a
+    convolution's kernel.
     """
     if model.survival == 1:
         return variables

@@ -33,9 +33,8 @@ class HighwayLayer(Block):
     with b negative at first, so that the input passes. The net's first convolution, and those that
     change the shape, stay plain layers, as in that paper, whose formula needs equal shapes.
 
-    These are not the published Highway-19 (2.3M parameters) and Highway-32 (1.25M) that
-    [R, Table 6] quotes, which have the layers and widths of FitNets, max-pooling, and no batch
-    normalisation. Their test errors are comparable in order of magnitude only.
+    The published Highway-19 and Highway-32 that [R, Table 6] quotes are other nets: they have the
+    layers and widths of FitNets, max-pooling, and no batch normalisation.
     """
 
     weighted_layers = 1

@@ -52,10 +52,8 @@ def cifar_architecture(
 ) -> Architecture:
     """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks.
 
-    With blocks of one layer 3n+2.
-
     Raises:
-      ValueError: no such n.
+      ValueError: there is no such n.
     """
     n, rest = divmod(depth - 2, 3 * block.weighted_layers)
     if n < 1 or rest:
@@ -88,22 +86,20 @@ _CIFAR = (
     ("resnet{}_relu_before_addition", (110,), variants.ReLUBeforeAdditionBlock, "A", {}),
     ("resnet{}_relu_only_preact", (110,), variants.ReLUOnlyPreactBlock, "A", {}),
 )
-_BASIC = ((18, (2, 2, 2, 2)), (34, (3, 4, 6, 3)))
-_BOTTLENECK = ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3)), (152, (3, 8, 36, 3)))
-
+_IMAGENET = (
+    ("resnet18", (2, 2, 2, 2), blocks.BasicBlock, "B"),
+    ("plain18", (2, 2, 2, 2), blocks.BasicBlock, "none"),
+    ("resnet34", (3, 4, 6, 3), blocks.BasicBlock, "B"),
+    ("plain34", (3, 4, 6, 3), blocks.BasicBlock, "none"),
+    ("resnet50", (3, 4, 6, 3), blocks.BottleneckBlock, "B"),
+    ("resnet101", (3, 4, 23, 3), blocks.BottleneckBlock, "B"),
+    ("resnet152", (3, 8, 36, 3), blocks.BottleneckBlock, "B"),
+)
 ARCHITECTURES: dict[str, Architecture] = {
-    **{
-        name.format(depth): cifar_architecture(depth, block, shortcut, **extra)
-        for name, depths, block, shortcut, extra in _CIFAR
-        for depth in depths
-    },
-    **{f"resnet{depth}": _imagenet(sizes, blocks.BasicBlock, "B") for depth, sizes in _BASIC},
-    **{f"plain{depth}": _imagenet(sizes, blocks.BasicBlock, "none") for depth, sizes in _BASIC},
-    **{
-        f"resnet{depth}": _imagenet(sizes, blocks.BottleneckBlock, "B")
-        for depth, sizes in _BOTTLENECK
-    },
-}
+    name.format(depth): cifar_architecture(depth, block, shortcut, **extra)
+    for name, depths, block, shortcut, extra in _CIFAR
+    for depth in depths
+} | {name: _imagenet(*rest) for name, *rest in _IMAGENET}
 
 # What users may choose between, where a net leaves them the choice.
 OPTIONS = ("A", "B", "C")
@@ -149,7 +145,7 @@ def resolve_shortcut(name: str, shortcut: str | None) -> str:
     """The shortcut option in force: the paper's for this net where `shortcut` is None or "auto".
 
     Raises:
-      UserError: unknown net or option, or a projection asked of a plain net.
+      UserError: unknown net or option, or the net leaves no choice.
     """
     own = get_architecture(name).shortcut
     if shortcut in (None, "auto", own):
@@ -189,21 +185,17 @@ def create_model(
         projection everywhere; None takes the paper's: A for 6n+2 nets [R §4.2], B for bottleneck
         [R §4.1] and pre-activation nets [I] (there without batch normalisation).
       dtype: of activations, float32 or bfloat16 (or their names); parameters stay float32.
-      zero_init_last: see `ResNet`; not the paper's.
-      survival: probability that the last block takes part in a training step, see `ResNet`: 0.5 in
-        the paper on stochastic depth, 1 in all others.
-      **options: of `ResNet`: `stride_in_3x3`, `gate_bias`, `bn_momentum`, `bn_group_size`, `scan`,
-        `remat`, `cpu_convolutions`, `defer`, `fused`.
+      zero_init_last: see `ResNet`.
+      survival: see `ResNet`.
+      **options: other attributes of `ResNet`: `stride_in_3x3`, `gate_bias`, `bn_momentum`,
+        `bn_group_size`, `scan`, `remat`, `cpu_convolutions`, `defer`, `fused`.
 
     Returns:
-      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes]; its call takes
-      `train` and `features`, see `ResNet`.
+      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes], see `ResNet`.
 
     Raises:
-      TypeError: an option that `ResNet` does not have.
-      UserError: unknown name, shortcut or dtype, num_classes < 0, a survival that is no
-        probability, or below 1 in a net without shortcuts, or zero_init_last where there is no such
-        scale.
+      TypeError: `ResNet` has no such option.
+      UserError: a value is unknown or out of range, or the net cannot have the option.
     """
     architecture = get_architecture(name)
     block = architecture.block

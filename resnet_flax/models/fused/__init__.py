@@ -27,7 +27,7 @@ from resnet_flax.models.fused.programs import SLICES, TILES, split
 __all__ = ["SLICES", "TILES", "convolve", "fits", "split"]
 
 
-def fits(x: jax.Array | deferred.Deferred, kernel_shape: tuple[int, ...]) -> bool:
+def fits(x: jax.Array | deferred.Convolved, kernel_shape: tuple[int, ...]) -> bool:
     """Whether `convolve` can compute the 3x3 convolution, padded by 1, of `x`."""
     return (
         isinstance(x, deferred.Normalized)
