@@ -40,7 +40,7 @@ def base_config() -> ConfigDict:
     c.model.bn_momentum = 0.9  # share of the running statistics kept at each step
     # computed as is fast on a CPU, see models/cpu_convolution.py: "always", "never"; "auto": there
     c.model.cpu_convolutions = "auto"
-    # convolutions of 16 to 64 channels on one GPU in bfloat16 by models/kernels/: "always",
+    # convolutions of 16 to 64 channels on one GPU in bfloat16 by models/fused/: "always",
     # "never"; "auto": where a measurement says that it is faster, so far nowhere
     c.model.kernels = "auto"
     c.model.scan = "auto"  # equal blocks as one loop: "always", "never"; "auto": very deep nets

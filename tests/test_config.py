@@ -112,7 +112,7 @@ def test_what_is_fast_goes_by_the_platform(platform, dtype):
     assert model.cpu_convolutions == (platform == "cpu")
     assert model.defer == model.defers == (platform == "gpu")
     # Until they were measured.
-    assert not model.kernels
+    assert not model.fused
     config.model.dtype = "float32"
     assert setup.make_model(config, platform).dtype == jnp.float32
 
@@ -125,7 +125,7 @@ def test_kernels_everywhere_if_they_must_be():
         validate(config)
         for platform in ("cpu", "gpu", "tpu"):
             model = setup.make_model(config, platform)
-            assert model.kernels == model.uses_kernels == used
+            assert model.fused == model.uses_fused == used
             assert model.defers == (used or platform == "gpu")
 
 

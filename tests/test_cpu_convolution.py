@@ -10,6 +10,7 @@ import pytest
 
 from resnet_flax import create_model
 from resnet_flax.models import cpu_convolution
+from tests.test_models import distance, fill, run_once, small
 
 ONE = ((1, 1), (1, 1))
 
@@ -41,8 +42,8 @@ def _direct(x, kernel):
     return out
 
 
-@pytest.mark.parametrize(("channels", "features"), [(3, 16), (16, 16), (5, 7), (1, 1), (17, 4)])
-@pytest.mark.parametrize(("height", "width"), [(5, 6), (1, 2), (4, 4), (4, 3)])
+@pytest.mark.parametrize(("channels", "features"), [(3, 16), (16, 16), (5, 7), (17, 4)])
+@pytest.mark.parametrize(("height", "width"), [(5, 6), (1, 2), (4, 3)])
 def test_value_by_definition(channels, features, height, width):
     with jax.enable_x64(True):
         x, kernel = _draw((2, height, width, channels), (3, 3, channels, features))
@@ -58,7 +59,7 @@ def test_value_by_definition(channels, features, height, width):
     ((7, 7), 2, ((3, 3), (3, 3))),
     ((2, 3), 3, ((1, 0), (2, 1))),
 ])  # fmt: skip
-@pytest.mark.parametrize("side", [(6, 8), (7, 9)])
+@pytest.mark.parametrize("side", [(6, 8), (5, 7)])
 def test_gradients_are_those_of_the_plain_convolution(window, strides, padding, side):
     with jax.enable_x64(True):
         x, kernel = _draw((3, *side, 4), (*window, 4, 5))
@@ -114,43 +115,24 @@ def test_no_convolution_of_a_training_step_has_permuted_dimensions(name):
 
 
 @pytest.mark.parametrize(("name", "options"), [
-    ("resnet8", {}),
-    ("plain20", {"bn_group_size": 2}),
-    ("resnet20_preact", {}),
+    ("resnet20_keras_v1", {"bn_group_size": 2}),
     ("resnet20_bottleneck", {"remat": True}),
-    ("resnet20_keras_v1", {}),
-    ("highway20", {}),
-    ("resnet20", {"scan": True}),
+    pytest.param("resnet20_preact", {"scan": True}, marks=pytest.mark.slow),
+    pytest.param("highway20", {}, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_nets_are_the_same_with_and_without(name, options):
-    (images,) = _draw((4, 16, 16, 3), dtype=np.float32)
-    plain = create_model(name, **options)
-    variables = jax.jit(plain.init)(jax.random.key(3), images)
-
-    def loss(model, params):
-        variables_now = {**variables, "params": params}
-        logits, new = model.apply(variables_now, images, train=True, mutable=["batch_stats"])
-        return jnp.mean(jnp.square(logits)), (logits, new["batch_stats"])
-
-    results = []
-    for model in (plain, plain.clone(cpu_convolutions=True)):
-        value = jax.jit(jax.value_and_grad(functools.partial(loss, model), has_aux=True))
-        (_, outputs), grads = value(variables["params"])
-        results.append((outputs, jax.jit(model.apply)(variables, images), grads))
-    assert jax.tree.structure(results[0]) == jax.tree.structure(results[1])
-    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-        # Rounding grows on its way through batch normalisation over so few images. A bias before
-        # it has no gradient but rounding.
-        size = jnp.maximum(jnp.linalg.norm(one), 1e-3)
-        distance = float(jnp.linalg.norm(one - other) / size)
-        assert distance < 2e-3, distance
+    (images,) = _draw((4, 8, 8, 3), dtype=np.float32)
+    plain = small(name, **options)
+    variables = fill(plain, images)
+    found = [run_once(plain.clone(cpu_convolutions=on), variables, images) for on in (False, True)]
+    # Rounding grows on its way through batch normalisation over so few images.
+    assert distance(*found) < 2e-3
 
 
 def test_it_is_really_used():
     (images,) = _draw((2, 16, 16, 3), dtype=np.float32)
     model = create_model("resnet8", cpu_convolutions=True)
-    variables = model.init(jax.random.key(0), images)
-    program = str(jax.make_jaxpr(functools.partial(model.apply, train=False))(variables, images))
+    program = str(jax.make_jaxpr(model.apply)(fill(model, images), images))
     # The stem and the two convolutions of the first stage's only block.
     assert program.count("f32[3,4,16,32]") >= 2
     assert "f32[3,4,4,32]" in program

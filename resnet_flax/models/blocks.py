@@ -1,8 +1,8 @@
-"""Residual blocks and shortcuts.
+"""Residual blocks and their shortcuts.
 
-A shortcut is a function `(x, y, strides, conv, norm) -> array` that joins a block's input `x`
-[B, H, W, C] and its residual branch `y` [B, H/s, W/s, D]; `conv` and `norm` make the layers of one
-that has parameters. Called inside a block, such layers belong to the block.
+A shortcut is a function `(block, x) -> array` from a block and its input [B, H, W, C] to what is
+added to the block's branch: [B, H/s, W/s, out_features]. Layers that it makes belong to the block.
+None stands for no shortcut: the block's output is its branch alone.
 """
 
 from collections.abc import Callable
@@ -11,165 +11,74 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models import cpu_convolution, deferred
-from resnet_flax.models.activation import relu
+from resnet_flax.models import deferred
+from resnet_flax.models.layers import relu
 
-Shortcut = Callable[..., jax.Array]
-
-# A plain normal, as published (arXiv:1502.01852): jax's kaiming_normal is truncated.
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+Shortcut = Callable[["Block", jax.Array], jax.Array]
 
 
-class Conv(nn.Module):
-    """k x k convolution, padded by (k - 1) // 2 on every side.
-
-    `SAME` with stride 2 would pad on one side only: then the outputs would not line up with
-    `x[:, ::2, ::2]`, nor with the weights that other frameworks publish.
-
-    Attributes:
-      features: channels of the output.
-      kernel: k.
-      strides: of the window, both ways.
-      dtype: of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel.
-      bias_init: initialiser of a bias; None: there is none, as in the papers' nets.
-      same: pad as TensorFlow's and XLA's `SAME` does all the same, for the Keras nets.
-      cpu_convolutions: compute by `cpu_convolution.convolve`, faster on a CPU.
-      kernels: compute by `kernels.convolve` where that can, faster on a GPU.
-    """
-
-    features: int
-    kernel: int = 3
-    strides: int = 1
-    dtype: jax.typing.DTypeLike = jnp.float32
-    kernel_init: nn.initializers.Initializer = he_normal
-    bias_init: nn.initializers.Initializer | None = None
-    same: bool = False
-    cpu_convolutions: bool = False
-    kernels: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, H, W, C] to [B, ceil(H / strides), ceil(W / strides), features]."""
-        shape = (self.kernel, self.kernel, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        pad = (self.kernel - 1) // 2
-        strides, padding = (self.strides, self.strides), ((pad, pad), (pad, pad))
-        if self.same:
-            padding = tuple(jax.lax.padtype_to_pads(x.shape[1:3], shape[:2], strides, "SAME"))
-        kernel = kernel.astype(self.dtype)
-        if self.kernels and self.bias_init is None and not self.same:
-            # Only here: another jax may not have what they are written in.
-            from resnet_flax.models import kernels
-
-            if kernels.fits(x, shape):
-                return kernels.convolve(x, kernel, self.strides)
-        x = deferred.array(x).astype(self.dtype)
-        if self.cpu_convolutions:
-            y = cpu_convolution.convolve(x, kernel, self.strides, padding)
-        else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-        if self.bias_init is None:
-            return y
-        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
-        return y + jax.lax.broadcast_to_rank(bias.astype(self.dtype), y.ndim)
+def identity(block: "Block", x: jax.Array) -> jax.Array:
+    """The input itself, where the block keeps its shape."""
+    return x
 
 
-def no_shortcut(x, y, strides, conv, norm):
-    """The plain net's: the branch alone."""
-    del x, strides, conv, norm
-    return y
-
-
-def identity(x, y, strides, conv, norm):
-    """The input itself; shapes must agree."""
-    del strides, conv, norm
-    return y + deferred.array(x)
-
-
-def option_a(x: jax.Array, strides: int, channels: int) -> jax.Array:
-    """`pad_identity` before the addition: [B, H, W, C] to [B, H/s, W/s, channels]."""
-    new = channels - x.shape[-1]
-    widths = ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2))
-    return jnp.pad(x[:, ::strides, ::strides], widths)
-
-
-def pad_identity(x, y, strides, conv, norm):
+def pad_identity(block: "Block", x: jax.Array) -> jax.Array:
     """Option A [R §3.3]: every `strides`-th pixel, new channels filled with zeros, no parameters.
 
     The zeros go half before and half after the old channels, as in the PyTorch weights in
-    circulation; any other place gives the same net up to a renaming of channels.
+    circulation; any other place gives the same net up to a permutation of channels.
     """
-    del conv, norm
-    return option_a(deferred.array(x), strides, y.shape[-1]) + y
+    new = block.out_features - x.shape[-1]
+    x = deferred.array(x)[:, :: block.strides, :: block.strides]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
-def projection(x, y, strides, conv, norm):
-    """Options B and C [R §3.3]: 1x1 convolution and batch normalisation."""
-    x = conv(y.shape[-1], kernel=1, strides=strides, name="proj_conv")(x)
-    return norm(name="proj_bn")(x) + y
-
-
-def bare_projection(x, y, strides, conv, norm):
+def bare_projection(block: "Block", x: jax.Array) -> jax.Array:
     """1x1 convolution alone: the projection of the pre-activation nets [I]."""
-    del norm
-    return conv(y.shape[-1], kernel=1, strides=strides, name="proj_conv")(x) + y
+    return block.conv(block.out_features, kernel=1, strides=block.strides, name="proj_conv")(x)
 
 
-def gate(
-    x: jax.Array,
-    features: int,
-    strides: int,
-    conv: Callable[..., nn.Module],
-    bias: float,
-    kernel: int = 1,
-) -> jax.Array:
-    """sigmoid(W x + b), float32 [B, H/s, W/s, features]; W is a convolution, b begins at `bias`."""
-    bias_init = nn.initializers.constant(bias)
-    layer = conv(features, kernel=kernel, strides=strides, bias_init=bias_init, name="gate_conv")
-    # Not in bfloat16, where 1 - g would be 1 for as long as g is below 0.002.
-    return jax.nn.sigmoid(layer(x).astype(jnp.float32))
+def projection(block: "Block", x: jax.Array) -> jax.Array:
+    """Options B and C [R §3.3]: 1x1 convolution and batch normalisation."""
+    return block.norm(name="proj_bn")(bare_projection(block, x))
 
 
 class Block(nn.Module):
     """What all blocks share.
 
-    Class attributes say what kind of net a block makes: `expansion`, the output's width over that
-    of the 3x3 convolutions, where the net does not say otherwise; `weighted_layers` in a block;
-    `preactivation`, no ReLU after the addition: the net has one at its end; `stem_activation`, the
-    net has BN-ReLU after its stem; `final_norm`, it has BN before the ReLU at its end;
-    `ends_in_norm`, so does the branch, right before the addition; `draws`, training draws random
-    numbers whatever the options.
+    Class attributes describe the nets made of a block: `expansion`, output channels over
+    `features`, unless the net sets them; `weighted_layers` per block; `preactivation`, no ReLU
+    follows the addition and the net ends in one; `stem_activation`, BN-ReLU follows the stem;
+    `final_norm`, BN precedes the ReLU at the net's end; `ends_in_norm`, BN ends the branch, right
+    before the addition; `draws`, training always draws random numbers.
 
-    What is random is drawn in training from the collection `drop` of random numbers; at test, and
-    where that is not given, everything stands at its expectation.
+    Random numbers are drawn in training from the rng collection `drop`. In evaluation, and where
+    `drop` is not given, everything random is replaced by its expectation.
 
     Attributes:
       features: width of the block's 3x3 convolutions.
-      out_features: channels of the output.
+      out_features: output channels.
+      conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
+      norm: makes a batch normalisation `norm(name=…)`.
+      shortcuts: used where the block changes the shape, and where it keeps it.
       strides: 1 or 2.
       is_first: whether it is the net's first block.
-      shares_activation: whether a pre-activation block's first BN-ReLU feeds its shortcut too.
-      shortcut: how input and branch are joined.
-      conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
-      norm: makes a normalisation `norm(name=…)`.
       stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
       last_scale_init: initialiser of the scale that ends the branch, where `ends_in_norm`.
-      train: whether to draw.
+      gate_bias: initial bias of a gate.
+      train: whether to draw random numbers.
     """
 
     features: int
     out_features: int
-    strides: int
-    is_first: bool
-    shares_activation: bool
-    shortcut: Shortcut
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
+    shortcuts: tuple[Shortcut | None, Shortcut | None]
+    strides: int = 1
+    is_first: bool = False
     stride_in_3x3: bool = False
     last_scale_init: nn.initializers.Initializer = nn.initializers.ones
+    gate_bias: float = -6.0
     train: bool = False
 
     expansion = 1
@@ -180,22 +89,34 @@ class Block(nn.Module):
     ends_in_norm = False
     draws = False
 
-    def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...]) -> jax.Array:
-        """1 with `probability` and else 0, [*shape]; where nothing is drawn, `probability`, []."""
+    def changes_shape(self, x: jax.Array) -> bool:
+        """Whether the block maps `x` to another shape."""
+        return self.strides != 1 or x.shape[-1] != self.out_features
+
+    def shortcut(self, x: jax.Array) -> jax.Array | None:
+        """The shortcut's output for input `x`, or None."""
+        changing, same = self.shortcuts
+        function = changing if self.changes_shape(x) else same
+        return function and deferred.array(function(self, x))
+
+    def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...] = ()) -> jax.Array:
+        """1 with `probability`, else 0, of `shape`; `probability` itself where nothing is drawn."""
         if self.train and self.has_rng("drop"):
             probability = jnp.asarray(probability, jnp.float32)
             return jax.random.bernoulli(self.make_rng("drop"), probability, shape)
         return jnp.asarray(probability)
 
-    def join(self, x, y, survival):
-        """Applies the shortcut to input `x` and branch `y`.
+    def drop(self, y: jax.Array, survival: jax.Array | None) -> jax.Array:
+        """Stochastic depth (Huang et al. 2016, arXiv:1603.09382) of branch `y`.
 
-        Where there is a `survival`, a scalar probability, the branch is dropped for the whole batch
-        else, and at test scaled by it: stochastic depth (Huang et al. 2016, arXiv:1603.09382).
+        It survives for the whole batch with probability `survival` or is 0; None: it always does.
         """
-        if survival is not None:
-            y = y * self.keep(survival, ()).astype(y.dtype)
-        return self.shortcut(x, y, self.strides, self.conv, self.norm)
+        return y if survival is None else y * self.keep(survival).astype(y.dtype)
+
+    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
+        """Adds the shortcut of input `x` to branch `y`."""
+        y, shortcut = self.drop(y, survival), self.shortcut(x)
+        return y if shortcut is None else y + shortcut
 
 
 class BasicBlock(Block):
@@ -205,7 +126,7 @@ class BasicBlock(Block):
 
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
         y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, name="conv2")(y)
@@ -233,43 +154,47 @@ class BottleneckBlock(Block):
         return relu(self.join(x, y, survival))
 
 
-class PreactBasicBlock(Block):
-    """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e].
-
-    The first BN-ReLU is shared by branch and shortcut where the shape changes, and in the first
-    block of the net, whose input is a bare convolution's output [I, Appendix].
-    """
+class PreactBlock(Block):
+    """What pre-activation blocks share: the first BN-ReLU, and the net's end."""
 
     preactivation = True
     stem_activation = False
     final_norm = True
 
+    def activate(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The inputs of the shortcut and of the branch.
+
+        The first BN-ReLU is shared by both where the shape changes, and in the first block of the
+        net, whose input is a bare convolution's output [I, Appendix].
+        """
+        y = relu(self.norm(name="bn1")(x))
+        return y if self.is_first or self.changes_shape(x) else x, y
+
+
+class PreactBasicBlock(PreactBlock):
+    """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e]."""
+
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, features]."""
-        y = relu(self.norm(name="bn1")(x))
-        x = y if self.shares_activation else x
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
+        x, y = self.activate(x)
         y = self.conv(self.features, strides=self.strides, name="conv1")(y)
         y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, name="conv2")(y)
         return self.join(x, y, survival)
 
 
-class PreactBottleneckBlock(Block):
+class PreactBottleneckBlock(PreactBlock):
     """BN-ReLU-conv1-BN-ReLU-conv3-BN-ReLU-conv1, shortcut [I, Appendix]."""
 
     expansion = 4
     weighted_layers = 3
-    preactivation = True
-    stem_activation = False
-    final_norm = True
 
     @nn.compact
     def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
         """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
         s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
-        y = relu(self.norm(name="bn1")(x))
-        x = y if self.shares_activation else x
+        x, y = self.activate(x)
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(y)
         y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)

@@ -1,15 +1,14 @@
 """Layer by layer: output shape, trainable parameters, multiply-adds."""
 
 import dataclasses
+import itertools
 import math
-import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models.blocks import Conv
-from resnet_flax.models.norm import BatchNorm
+from resnet_flax.models.layers import BatchNorm, Conv
 from resnet_flax.models.resnet import ResNet
 
 
@@ -22,8 +21,7 @@ class Layer:
       kind: "Conv", "BatchNorm" or "Dense".
       shape: of the output, (H, W, C) or (C,).
       parameters: trainable ones.
-      multiply_adds: of convolutions and dense layers, as the paper counts "FLOPs" [R Table 1];
-        0 for the rest.
+      multiply_adds: of convolutions and dense layers, the paper's "FLOPs" [R Table 1]; else 0.
     """
 
     name: str
@@ -40,23 +38,19 @@ def layers(model: ResNet, image_size: int) -> list[Layer]:
       model: the net.
       image_size: side of a square image of 3 channels, pixels.
     """
-    found: dict[tuple[str, ...], Layer] = {}
+    found: dict[str, Layer] = {}
 
     def note(next_fun, args, kwargs, context):
-        out = next_fun(*args, **kwargs)
-        module = context.module
-        if context.method_name == "__call__" and isinstance(module, (Conv, BatchNorm, nn.Dense)):
-            params = module.variables["params"]
-            multiply_adds = 0
-            if not isinstance(module, BatchNorm):
-                positions = math.prod(out.shape[1:-1])
-                multiply_adds = positions * params["kernel"].size
-            found[module.path] = Layer(
+        out, module = next_fun(*args, **kwargs), context.module
+        if context.method_name == "__call__" and isinstance(module, Conv | BatchNorm | nn.Dense):
+            params, shape = module.variables["params"], out.shape[1:]
+            kernel = params["kernel"].size if "kernel" in params else 0
+            found["/".join(module.path)] = Layer(
                 "/".join(module.path),
-                "Conv" if isinstance(module, Conv) else type(module).__name__,
-                tuple(out.shape[1:]),
+                type(module).__name__,
+                shape,
                 sum(p.size for p in jax.tree.leaves(params)),
-                multiply_adds,
+                math.prod(shape[:-1]) * kernel,
             )
         return out
 
@@ -65,23 +59,17 @@ def layers(model: ResNet, image_size: int) -> list[Layer]:
     with nn.intercept_methods(note):
         jax.eval_shape(model.clone(scan=True).init, jax.random.key(0), image)
     rows = []
-    pending: list[Layer] = []
-    for layer in [*found.values(), None]:
-        match = layer and re.match(r"stage(\d+)_rest/", layer.name)
-        if pending and not (match and pending[0].name.startswith(match[0])):
-            rows += _copies(pending, model.stage_sizes)
-            pending = []
-        if match:
-            pending.append(layer)
-        elif layer:
-            rows.append(layer)
+    for stage, group in itertools.groupby(found.values(), _scanned_stage):
+        group = list(group)
+        for block in range(2, model.stage_sizes[stage - 1] + 1) if stage else (None,):
+            rows += [
+                dataclasses.replace(x, name=x.name.replace("_rest/", f"_block{block}/", 1))
+                for x in group
+            ]
     return rows
 
 
-def _copies(block: list[Layer], stage_sizes: tuple[int, ...]) -> list[Layer]:
-    stage = re.match(r"stage(\d+)", block[0].name)[1]
-    return [
-        dataclasses.replace(x, name=x.name.replace("_rest/", f"_block{b}/", 1))
-        for b in range(2, stage_sizes[int(stage) - 1] + 1)
-        for x in block
-    ]
+def _scanned_stage(layer: Layer) -> int:
+    """Its number, from 1; 0 for a layer of an unrolled block."""
+    stage, rest, _ = layer.name.partition("_rest/")
+    return int(stage.removeprefix("stage")) if rest else 0

@@ -1,13 +1,13 @@
 """Activations that are computed where they are used: fewer passes over memory on a GPU.
 
-There a step is bound by the number of its kernels and by what they read and write. So a batch
-normalisation returns a `Normalized`: a convolution's output and what normalises each channel.
-Adding a shortcut and ReLU only take note. What uses the result computes it: `array`, in one pass,
-or a convolution, on the way in (`kernels`).
+On a GPU the number of programs it launches, and the memory that they read and write, bound a
+training step. So batch normalisation returns a `Normalized`: a convolution's output and what
+normalises each channel. Adding a shortcut and ReLU are only noted in it. `array` computes it, in
+one pass, or the convolution that reads it does (`fused`).
 
-The sums that a normalisation needs take one reduction each way. XLA would compute what follows from
-them, a few numbers a channel, in kernels of its own where it has several uses; `_again` makes each
-use compute it anew.
+One reduction takes both sums that a normalisation needs, forwards and backwards. XLA would compute
+the few numbers per channel that follow from the sums in a program of its own where they have
+several uses; `_again` makes each use recompute them.
 """
 
 import dataclasses
@@ -19,53 +19,49 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Sums = tuple[jax.Array, jax.Array]
+
 _again = jax.lax.optimization_barrier
 
 
 @dataclasses.dataclass(eq=False)
 class Convolved:
-    """A convolution's output that knows its sums.
-
-    Attributes:
-      y: [B, H, W, C].
-      sums: see `sums`.
-    """
-
-    y: jax.Array
-    sums: tuple[jax.Array, jax.Array]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the value: (B, H, W, C)."""
-        return self.y.shape
-
-    def compute(self) -> jax.Array:
-        """The output itself."""
-        return self.y
-
-    def __add__(self, other) -> jax.Array:
-        return self.y + array(other)
-
-    __radd__ = __add__
-
-
-@dataclasses.dataclass(eq=False)
-class Normalized:
-    """Batch normalisation of `y`, plus `shortcut`, and ReLU where `rectified`, not computed yet.
+    """A convolution's output and its sums.
 
     Attributes:
       y: [B, H, W, C].
       sums: of its pixels and of their squares, float32 [G, C], over G groups of B / G examples.
+    """
+
+    y: jax.Array
+    sums: Sums
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(B, H, W, C)."""
+        return self.y.shape
+
+    def compute(self) -> jax.Array:
+        """The value [B, H, W, C], in the dtype of `y`."""
+        return self.y
+
+    def __add__(self, other: jax.Array) -> jax.Array:
+        return self.y + other
+
+
+@dataclasses.dataclass(eq=False)
+class Normalized(Convolved):
+    """The batch normalisation of `y`, plus a shortcut, and then ReLU, not computed yet.
+
+    Attributes:
       scale: float32 [C].
-      bias: likewise.
+      bias: float32 [C].
       epsilon: added to the variance.
       shortcut: [B, H, W, C] or None.
       rectified: whether ReLU follows.
       computed: the value, once something has computed it.
     """
 
-    y: jax.Array
-    sums: tuple[jax.Array, jax.Array]
     scale: jax.Array
     bias: jax.Array
     epsilon: float
@@ -73,46 +69,37 @@ class Normalized:
     rectified: bool = False
     computed: jax.Array | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the value: (B, H, W, C)."""
-        return self.y.shape
-
     def compute(self) -> jax.Array:
-        """The value, in the dtype of `y`."""
+        """The value, computed once."""
         if self.computed is None:
             arguments = self.y, self.sums, self.scale, self.bias, self.shortcut
             self.computed = _normalize(self.epsilon, self.rectified, *arguments)
         return self.computed
 
     def relu(self) -> "Normalized":
-        """With ReLU."""
+        """The same with ReLU."""
         return dataclasses.replace(self, rectified=True, computed=None)
 
-    def __add__(self, shortcut) -> "Normalized | jax.Array":
+    def __add__(self, shortcut: jax.Array) -> "Normalized | jax.Array":
         if self.rectified or self.shortcut is not None:
-            return self.compute() + array(shortcut)
-        return dataclasses.replace(self, shortcut=array(shortcut), computed=None)
-
-    __radd__ = __add__
+            return self.compute() + shortcut
+        return dataclasses.replace(self, shortcut=shortcut, computed=None)
 
 
-def array(x: jax.Array | Convolved | Normalized) -> jax.Array:
+def array(x: jax.Array | Convolved) -> jax.Array:
     """The value of `x`, computed now if it was not before."""
-    return x.compute() if isinstance(x, Convolved | Normalized) else x
+    return x.compute() if isinstance(x, Convolved) else x
 
 
-def sums(x: jax.Array | Convolved, groups: int) -> tuple[jax.Array, jax.Array]:
+def sums(x: jax.Array | Convolved, groups: int) -> Sums:
     """Sums of each channel and of its squares in consecutive groups of examples: float32 [G, C]."""
-    return x.sums if isinstance(x, Convolved) else _sums_of(groups, x)
+    return x.sums if type(x) is Convolved else _sums_of(groups, array(x))
 
 
-def mean_and_variance(
-    sums: tuple[jax.Array, jax.Array], shape: tuple[int, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """Of each channel, float32 [G, C], from the `sums` of an array of this shape.
+def mean_and_variance(sums: Sums, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of each channel, float32 [G, C], from the `sums` of an array of `shape`.
 
-    The variance is a difference, as flax.linen has it: a second pass would cost more kernels.
+    The variance is a difference, as in flax.linen: a second pass would cost more launches.
     """
     mean, square = (s * (1 / _count(shape, sums)) for s in sums)
     return mean, jnp.maximum(square - jnp.square(mean), 0)
@@ -135,13 +122,13 @@ _sums_of.defvjp(lambda groups, x: (_sums_of(groups, x), x), _sums_of_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _normalize(epsilon, rectified, y, sums, scale, bias, shortcut):
-    # Written in this order, XLA makes one kernel of it.
+    # Written in this order, XLA makes one program of it.
     mean, inverse = _mean_and_inverse(_again(sums), y.shape, epsilon)
     value = (_grouped(y, len(mean)) - mean) * inverse * scale[None, None] + bias[None, None]
     if shortcut is not None:
         value = value + _grouped(shortcut, len(mean))
     value = jnp.maximum(value, 0) if rectified else value
-    # What uses it later reads it, and does not compute it again from what came before.
+    # Later uses read it instead of computing it again.
     return _again(value.reshape(y.shape).astype(y.dtype))
 
 
@@ -166,7 +153,7 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
-    """Gradients of `Normalized.sums`, `scale` and `bias`.
+    """Gradients with respect to `Normalized.sums`, `scale` and `bias`.
 
     Args:
       sums: float32 [G, C] each, of an array of `shape` and of its squares.
@@ -175,7 +162,7 @@ def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
         the array.
       shape: (B, H, W, C).
       epsilon: added to the variance.
-      again: see above; inside a kernel there is nothing to keep apart.
+      again: a barrier between two uses of its argument; the identity inside one GPU program.
     """
     (sums_1, totals_1), (totals_2, sums_2) = again((sums, totals)), again((totals, sums))
     mean, inverse = (v[:, 0] for v in _mean_and_inverse(sums_1, shape, epsilon))
@@ -207,5 +194,5 @@ def add_up(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def _count(shape, sums):
-    """Pixels that a channel of an array of `shape` has in a group."""
+    """Pixels per group and channel of an array of `shape`."""
     return np.float32(math.prod(shape[:-1]) // len(sums[0]))

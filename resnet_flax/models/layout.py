@@ -1,6 +1,6 @@
-"""One canonical layout of variables, whether a net runs unrolled or scanned.
+"""One canonical layout of variables, whether a net is unrolled or scanned.
 
-Canonical: every block has its own entry, `stage<s>_block<b>`. Scanned: blocks 2 to n of a stage lie
+Canonical: every block has its own entry, `stage<s>_block<b>`. Scanned: blocks 2 to n of a stage are
 stacked along a new first axis under `stage<s>_rest`. Checkpoints and weight files are canonical.
 """
 
@@ -11,30 +11,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_BLOCK = re.compile(r"stage(\d+)_block(\d+)")
-_REST = re.compile(r"stage(\d+)_rest")
-
-
-def _is_dict(node: Any) -> bool:
-    return isinstance(node, dict)
-
 
 def to_canonical(tree: Any) -> Any:
-    """Unstacks every scanned stage found in any dict of `tree` (parameters, optimizer state, …)."""
+    """Unstacks every scanned stage in any dict of `tree` (parameters, optimizer state, …)."""
 
     def unstack(node):
         if not _is_dict(node):
             return node
         out = {}
         for name, child in node.items():
-            match = _REST.fullmatch(name)
-            if not match:
-                out[name] = child if not _is_dict(child) else unstack(child)
+            if not (match := re.fullmatch(r"(stage\d+)_rest", name)):
+                out[name] = unstack(child)
                 continue
             for i in range(jax.tree.leaves(child)[0].shape[0]):
-                out[f"stage{match[1]}_block{i + 2}"] = jax.tree.map(
-                    lambda x, i=i: _row(x, i), child
-                )
+                out[f"{match[1]}_block{i + 2}"] = jax.tree.map(lambda x, i=i: _row(x, i), child)
         return out
 
     return jax.tree.map(unstack, tree, is_leaf=_is_dict)
@@ -48,26 +38,28 @@ def to_scanned(tree: Any) -> Any:
             return node
         out, rest = {}, {}
         for name, child in node.items():
-            match = _BLOCK.fullmatch(name)
+            match = re.fullmatch(r"(stage\d+)_block(\d+)", name)
             if match and int(match[2]) > 1:
-                rest.setdefault(match[1], {})[int(match[2])] = child
+                rest.setdefault(f"{match[1]}_rest", {})[int(match[2])] = child
             else:
-                out[name] = child if not _is_dict(child) else stack(child)
-        for stage, blocks in rest.items():
-            ordered = [blocks[b] for b in sorted(blocks)]
-            out[f"stage{stage}_rest"] = jax.tree.map(_stack, *ordered)
+                out[name] = stack(child)
+        for name, blocks in rest.items():
+            out[name] = jax.tree.map(_stack, *(blocks[b] for b in sorted(blocks)))
         return out
 
     return jax.tree.map(stack, tree, is_leaf=_is_dict)
 
 
+def _is_dict(node):
+    return isinstance(node, dict)
+
+
 def _row(x, i):
+    is_abstract = isinstance(x, jax.ShapeDtypeStruct)
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_abstract else x[i]
+
+
+def _stack(x, *others):
     if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    return x[i]
-
-
-def _stack(*xs):
-    if isinstance(xs[0], jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((len(xs), *xs[0].shape), xs[0].dtype)
-    return np.stack(xs) if isinstance(xs[0], np.ndarray) else jnp.stack(xs)
+        return jax.ShapeDtypeStruct((1 + len(others), *x.shape), x.dtype)
+    return (np if isinstance(x, np.ndarray) else jnp).stack([x, *others])

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks, layout
-from resnet_flax.models.norm import BatchNorm
+from resnet_flax.models.layers import BatchNorm
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.training import augment, steps
 from resnet_flax.training.trained import Trained

@@ -67,7 +67,7 @@ def make_model(config: ConfigDict, platform: str) -> ResNet:
         remat=m.remat,
         cpu_convolutions=chosen.get(m.cpu_convolutions, on_cpu),
         defer=platform == "gpu" or m.kernels == "always",
-        kernels=m.kernels == "always",
+        fused=m.kernels == "always",
     )
 
 
@@ -320,7 +320,7 @@ def build(
     cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
     workers = cpu.choose_workers(config.data.workers, cores)
     model = make_model(config, sharding.platform(mesh))
-    if model.uses_kernels and (mesh.size > 1 or sharding.platform(mesh) == "tpu"):
+    if model.uses_fused and (mesh.size > 1 or sharding.platform(mesh) == "tpu"):
         there = f"{mesh.size} {sharding.platform(mesh)} device(s)"
         raise UserError(f"config.model.kernels=always is for one GPU, not {there}: leave it out")
     return Setup(config, dataset, mesh, model, mean, std, warn, workers, put)

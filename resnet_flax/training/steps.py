@@ -113,9 +113,9 @@ def make_train_chunk(
             draws["rngs"] = {"drop": jax.random.fold_in(key, _DROP_KEY)}
         return draws
 
-    if model.uses_kernels:
-        # XLA would copy each part of a vector that a kernel of ours reads.
-        from resnet_flax.models.kernels import split
+    if model.uses_fused:
+        # XLA would copy each part of a vector that a program of ours reads.
+        from resnet_flax.models.fused import split
     else:
         split = packing.slices
 

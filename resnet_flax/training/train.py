@@ -287,7 +287,7 @@ def _describe(nets: list[Net], hardware: str) -> str:
     built = nets[0].setup
     several = f"{len(nets)} seeds of " if len(nets) > 1 else ""
     how = "; convolutions in the way of a CPU" if built.model.cpu_convolutions else ""
-    how += "; narrow convolutions by models/kernels/" if built.model.uses_kernels else ""
+    how += "; narrow convolutions by models/fused/" if built.model.uses_fused else ""
     images, batch = len(built.dataset.train), built.config.data.batch_size
     if batch > images:
         how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"

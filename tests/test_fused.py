@@ -1,4 +1,4 @@
-"""The kernels for a GPU, interpreted: values and gradients by their definition, and nets."""
+"""The GPU programs, interpreted: values and gradients by their definition, and nets."""
 
 import functools
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from resnet_flax import create_model
-from resnet_flax.models import blocks, deferred, kernels
-from tests.test_deferred import distance, draw, results
-from tests.test_models import ONCE
+from resnet_flax.models import deferred, fused, layers
+from tests.test_deferred import draw
+from tests.test_models import distance, jit, run_once
 from tests.test_packing import make_chunk
 from tests.test_steps import SHAPE, Setup, batches
 
@@ -48,7 +48,7 @@ def definition(groups, strides, y, scale, bias, kernel, shortcut=None):
 def ours(groups, strides, y, scale, bias, kernel, shortcut=None):
     x = deferred.Normalized(y, deferred.sums(y, groups), scale, bias, EPSILON)
     x = (x if shortcut is None else x + shortcut).relu()
-    out = kernels.convolve(x, kernel, strides)
+    out = fused.convolve(x, kernel, strides)
     assert deferred.array(x) is x.computed
     return x.computed, out.y, *out.sums
 
@@ -65,52 +65,55 @@ def arguments_of(shape, outputs, has_shortcut):
     return [y, scale, bias, kernel, *[shortcut] * has_shortcut]
 
 
-def gradients(function, used, arguments):
-    """What the function computes, and the gradients of a weighted sum of the `used` parts."""
+def make_gradients(function, used, count):
+    """A function to what `function` computes and the gradients of a weighted sum of some parts."""
+    exact = jnp.float64 if function.func is definition else jnp.float32
 
     def loss(*arguments):
         parts = function(*arguments)
-        total = jnp.zeros((), jnp.float64)
+        total = jnp.zeros((), exact)
         random = np.random.default_rng(1)
-        for i, part in enumerate(parts):
-            weight = random.standard_normal(part.shape)
-            # Sums are over many numbers.
-            weight *= [0.3, 1, 0.1, 0.03][i]
+        # Sums are over many numbers.
+        for i, (part, size) in enumerate(zip(parts, (0.3, 1, 0.1, 0.03), strict=True)):
+            weight = jnp.asarray(size * random.standard_normal(part.shape), exact)
             if i in used:
-                total += jnp.sum(part.astype(jnp.float64) * weight)
+                total += jnp.sum(part.astype(exact) * weight)
         return total, parts
 
-    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
-        value = jax.grad(loss, tuple(range(len(arguments))), has_aux=True)
-        return jax.jit(value, compiler_options=ONCE)(*arguments)
+    return jit(jax.grad(loss, tuple(range(count)), has_aux=True))
 
 
 ALL = (0, 1, 2, 3)
+SLOW = [
+    ((2, 20, 14, 16), 16, 1, 2, False, (1, 2, 3)),
+    ((4, 8, 8, 16), 32, 2, 2, True, (1,)),
+    ((1, 7, 9, 16), 32, 2, 1, False, ALL),
+    ((5, 5, 3, 32), 32, 1, 5, True, (0, 1)),
+    ((3, 4, 4, 64), 16, 1, 3, False, (0,)),
+]
 
 
 @pytest.mark.parametrize(
     ("shape", "outputs", "strides", "groups", "has_shortcut", "used"),
     [
-        ((3, 7, 9, 16), 16, 1, 1, True, ALL),
-        ((2, 20, 14, 16), 16, 1, 2, False, (1, 2, 3)),
-        ((4, 8, 8, 16), 32, 2, 2, True, (1,)),
-        ((1, 7, 9, 16), 32, 2, 1, False, ALL),
-        ((5, 5, 3, 32), 32, 1, 5, True, (0, 1)),
-        ((3, 6, 5, 32), 64, 2, 1, False, (1, 2)),
-        ((2, 9, 9, 64), 64, 1, 1, True, ALL),
-        ((3, 4, 4, 64), 16, 1, 3, False, (0,)),
+        ((3, 7, 9, 16), 16, 1, 3, True, ALL),
+        ((2, 5, 6, 32), 64, 2, 1, False, (1, 2, 3)),
+        # More pixels than a tile has.
+        ((2, 9, 9, 64), 64, 1, 2, True, (1,)),
+        *(pytest.param(*layer, marks=pytest.mark.slow) for layer in SLOW),
     ],
 )
 def test_values_and_gradients_by_definition(shape, outputs, strides, groups, has_shortcut, used):
     arguments = arguments_of(shape, outputs, has_shortcut)
-    assert kernels.fits(
-        deferred.Normalized(arguments[0], (), None, None, EPSILON, rectified=True),
-        arguments[3].shape,
-    )
-    want, found = (
-        gradients(functools.partial(f, groups, strides), used, arguments)
-        for f in (definition, ours)
-    )
+    x = deferred.Normalized(arguments[0], (), None, None, EPSILON, rectified=True)
+    assert fused.fits(x, arguments[3].shape)
+    with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):
+        function = functools.partial(definition, groups, strides)
+        want = make_gradients(function, used, len(arguments))(*arguments)
+    function = functools.partial(ours, groups, strides)
+    function = make_gradients(function, used, len(arguments))
+    found, again = (function(*arguments) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, found, again)
     assert [x.dtype for x in found[0]] == [x.dtype for x in arguments]
     assert [str(x.dtype) for x in found[1]] == ["bfloat16"] * 2 + ["float32"] * 2
     for a, b in zip(*map(jax.tree.leaves, (want, found)), strict=True):
@@ -119,23 +122,17 @@ def test_values_and_gradients_by_definition(shape, outputs, strides, groups, has
         assert np.linalg.norm(a - b) <= 0.006 * np.linalg.norm(a)
 
 
-def test_it_is_the_same_to_the_bit_each_time():
-    arguments = arguments_of((3, 9, 7, 16), 32, True)
-    function = functools.partial(ours, 1, 2)
-    first, second = (gradients(function, ALL, arguments) for _ in range(2))
-    jax.tree.map(np.testing.assert_array_equal, first, second)
-
-
 def test_only_what_is_made_for_a_gpu_calls_its_compiler():
     arguments = arguments_of((2, 5, 6, 16), 16, True)
     traced = jax.jit(functools.partial(ours, 1, 1)).trace(*arguments)
     for platform, calls in (("cpu", False), ("cuda", True)):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         assert ("triton" in text) == calls
-        # Interpreted, a kernel is a loop over its programs.
+        # Interpreted, it is a loop over the images.
         assert ("stablehlo.while" in text) != calls
 
 
+@pytest.mark.slow
 def test_several_at_once_equal_one_by_one():
     arguments = arguments_of((2, 5, 6, 16), 16, True)
     both = [jnp.stack([x, 2 * x]) for x in arguments]
@@ -147,22 +144,22 @@ def test_several_at_once_equal_one_by_one():
 
         return jax.value_and_grad(loss, tuple(range(5)))(*arguments)
 
-    together = jax.jit(jax.vmap(value), compiler_options=ONCE)(*both)
+    together = jit(jax.vmap(value))(*both)
     for i in range(2):
-        alone = jax.jit(value, compiler_options=ONCE)(*(x[i] for x in both))
+        alone = jit(value)(*(x[i] for x in both))
         mine = jax.tree.map(lambda x, i=i: x[i], together)
         assert distance(alone, mine) < 0.01
 
 
-def test_what_the_kernels_can_compute():
+def test_what_fits():
     y = jnp.zeros((2, 4, 4, 16), jnp.bfloat16)
     x = deferred.Normalized(y, (), jnp.ones(16), jnp.ones(16), EPSILON, rectified=True)
     replace = functools.partial(deferred.dataclasses.replace, x)
     for outputs in (16, 32, 64):
-        assert kernels.fits(x, (3, 3, 16, outputs))
-    assert kernels.fits(replace(shortcut=y), (3, 3, 16, 16))
+        assert fused.fits(x, (3, 3, 16, outputs))
+    assert fused.fits(replace(shortcut=y), (3, 3, 16, 16))
     for shape in ((1, 1, 16, 16), (7, 7, 16, 16), (3, 3, 16, 128), (3, 3, 3, 16), (3, 3, 16, 8)):
-        assert not kernels.fits(x, shape)
+        assert not fused.fits(x, shape)
     for other in (
         y,
         deferred.Convolved(y, ()),
@@ -170,27 +167,27 @@ def test_what_the_kernels_can_compute():
         replace(rectified=False),
         replace(computed=y),
     ):
-        assert not kernels.fits(other, (3, 3, 16, 16))
+        assert not fused.fits(other, (3, 3, 16, 16))
 
 
 def test_padding_on_one_side_is_left_to_others():
     y = jnp.ones((2, 4, 4, 16), jnp.bfloat16)
     x = deferred.Normalized(y, deferred.sums(y, 1), jnp.ones(16), jnp.ones(16), EPSILON).relu()
     variables = {"params": {"kernel": jnp.ones((3, 3, 16, 16))}}
-    plain = blocks.Conv(16, strides=2, same=True, dtype=jnp.bfloat16)
-    found = plain.clone(kernels=True).apply(variables, x)
+    plain = layers.Conv(16, strides=2, same=True, dtype=jnp.bfloat16)
+    found = plain.clone(fused=True).apply(variables, x)
     np.testing.assert_array_equal(found, plain.apply(variables, x.compute()))
 
 
 def test_a_vector_is_split_to_the_bit():
     vector = jax.random.normal(jax.random.key(0), (100,))
-    parts = jax.jit(lambda x: kernels.split(x, [1, 16, 33, 50]))(vector)
+    parts = jit(lambda x: fused.split(x, [1, 16, 33, 50]))(vector)
     assert [p.shape for p in parts] == [(1,), (16,), (33,), (50,)]
     np.testing.assert_array_equal(jnp.concatenate(parts), vector)
 
 
 def small(name, stages, **options):
-    """With widths for which there are kernels."""
+    """With widths that fit."""
     model = create_model(name, dtype="bfloat16", defer=True, **options)
     return model.clone(stage_sizes=(1,) * stages, widths=(16, 32)[:stages])
 
@@ -198,28 +195,30 @@ def small(name, stages, **options):
 @pytest.mark.parametrize(
     ("name", "stages", "options", "count"),
     [
-        ("resnet8", 2, {"bn_group_size": 2}, 4),
-        ("resnet20_preact", 2, {}, 4),
-        ("resnet20_bottleneck", 1, {}, 1),
-        ("plain20", 1, {}, 2),
+        ("resnet8", 1, {"bn_group_size": 2}, 2),
+        pytest.param("resnet8", 2, {}, 4, marks=pytest.mark.slow),
+        pytest.param("resnet20_preact", 2, {}, 4, marks=pytest.mark.slow),
+        pytest.param("resnet20_bottleneck", 1, {}, 1, marks=pytest.mark.slow),
+        pytest.param("plain20", 1, {}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_net_trains_as_without(name, stages, options, count):
     plain = small(name, stages, **options)
-    net = plain.clone(kernels=True)
+    net = plain.clone(fused=True)
     variables, images = draw(plain, (4, *SHAPE))
     program = jax.make_jaxpr(lambda x: net.apply(variables, x, True, mutable=["batch_stats"]))
     # One for a CPU and one for other devices.
     assert str(program(images)).count("name=normalize_convolve") == 2 * count
     exact, rough, found = (
-        results(m, variables, images) for m in (plain.clone(dtype=jnp.float32), plain, net)
+        run_once(m, variables, images) for m in (plain.clone(dtype=jnp.float32), plain, net)
     )
     # As near to float32 as without them.
     assert distance(exact, found) < 1.5 * distance(exact, rough) + 0.01
 
 
+@pytest.mark.slow
 def test_a_packed_chunk_of_steps():
-    model = small("resnet8", 1, kernels=True)
+    model = small("resnet8", 1, fused=True)
     setup = Setup(model=model, batch=4)
     setup.chunk = make_chunk(setup, True)
     index = batches(2, 4)
