@@ -22,7 +22,7 @@ LEVELS = [
         "randomness",
     },
     {"data", "state", "metrics", "validation", "devices"},
-    {"steps", "checkpoint", "weights", "feed", "reporting"},
+    {"steps", "checkpoint", "weights", "feed"},
     {"evaluate", "identity", "inputs", "outputs"},
     {"experiment", "pretrained", "grid"},
     {"record", "seeds"},

@@ -17,9 +17,9 @@ from resnet_flax.grid import plan
 from resnet_flax.grid.experiments import runs_of
 from resnet_flax.grid.groups import together
 from resnet_flax.grid.runner import Runner
-from resnet_flax.reporting import records
 from resnet_flax.runs import checkpoint, files, metrics, progress, weights
 from resnet_flax.tools import reproduce
+from resnet_flax.tools.report import runs as report_runs
 from resnet_flax.training import account, experiment, handover, inputs, scoring, seeds, train
 from tests import conftest
 from tests.test_train import Crash, assert_same_end
@@ -165,11 +165,10 @@ def test_each_leaves_the_files_of_an_ordinary_run(finished, tmp_path):
     for step in kept:
         _, history = checkpoint.read(own / "checkpoints" / str(step))
         assert history["run"]["config"]["seed"] == 4
-    found = records.find([directory])
-    assert found == [directory / "seed3", directory / "seed4"]
-    keys = {records.load(path).key for path in (*found, single)}
-    assert len(keys) == 1
-    files = [weights.load(d / "weights.safetensors") for d in found]
+    found, _ = report_runs.read([directory, single])
+    assert [run.directory for run in found] == [directory / "seed3", directory / "seed4", single]
+    assert len({run.key for run in found}) == 1
+    files = [weights.load(run.directory / "weights.safetensors") for run in found[:2]]
     assert [f.training["seed"] for f in files] == [3, 4]
 
 
