@@ -100,10 +100,10 @@ def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
     top = 0.0
     for e in experiments:
         color = _color(e)
-        steps, errors = curve(e, "train")
+        steps, errors = _curve(e, "train")
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, errors, "--", linewidth=0.9, alpha=0.9, color=color, marker=marker)
-        steps, errors = curve(e, "test")
+        steps, errors = _curve(e, "test")
         marker = "o" if len(steps) == 1 else None
         label = f"{e.model} ({e.run_count})"
         axes.plot(steps, errors, linewidth=2.2, color=color, marker=marker, label=label)
@@ -120,7 +120,7 @@ def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
     return top
 
 
-def curve(e: Experiment, split: str) -> tuple[list[int], list[float]]:
+def _curve(e: Experiment, split: str) -> tuple[list[int], list[float]]:
     """Steps and mean errors, %, where every finished run has one."""
     points = [point for run in e.finished for point in of_split(run.log, split)]
     by_step = sorted(grouped(points, lambda point: point["step"]).items())
@@ -201,6 +201,7 @@ def _kind(e: Experiment) -> str:
 def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
     """Test error of each class and confusion, a picture each for every set of classes."""
     for number, (names, own) in enumerate(by_classes(experiments).items(), 1):
+        names = [name.replace("$", r"\$") for name in names]  # not a formula
         figure = Figure(figsize=(10, max(4.2, 0.22 * len(own))))
         axes = figure.subplots()
         for e in own:
@@ -216,7 +217,7 @@ def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
         down = math.ceil(len(own) / across)
         figure = Figure(figsize=(4.6 * across, 5.4 * down))
         for i, e in enumerate(own, 1):
-            _draw_confusion(figure.add_subplot(down, across, i), e)
+            _draw_confusion(figure.add_subplot(down, across, i), e, names)
         caption = (
             "Share of each class's test images (rows) that are taken for each class (columns), %; "
             "all runs of a net together, at the last step."
@@ -224,8 +225,8 @@ def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
         yield Picture(_numbered("confusion", number), "Confusion of the classes", caption, figure)
 
 
-def _draw_confusion(axes: Axes, e: Experiment) -> None:
-    count = len(e.classes)
+def _draw_confusion(axes: Axes, e: Experiment, names: list[str]) -> None:
+    count = len(names)
     images = sum(run.confusion for run in e.finished)[:count, :count]
     shares = 100 * images / np.maximum(1, images.sum(axis=1, keepdims=True))
     # The diagonal would leave no colour for the mistakes.
@@ -240,6 +241,6 @@ def _draw_confusion(axes: Axes, e: Experiment) -> None:
             weight = "bold" if i == j else "normal"
             style = {"ha": "center", "va": "center", "fontsize": 6, "fontweight": weight}
             axes.text(j, i, text, color=color, **style)
-    axes.set_xticks(range(count), e.classes, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(count), e.classes, fontsize=7)
+    axes.set_xticks(range(count), names, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(count), names, fontsize=7)
     axes.set_title(e.label, fontsize=9)
