@@ -18,7 +18,9 @@ def find() -> dict[str, str]:
     for path in sorted(_FOLDER.rglob("*.py")):
         if _is_command(source := path.read_text()):
             name = ".".join(path.relative_to(_FOLDER.parent).with_suffix("").parts)
-            found[name] = ast.get_docstring(ast.parse(source)).partition("\n")[0]
+            found[name.removesuffix(".__main__")] = ast.get_docstring(ast.parse(source)).partition(
+                "\n"
+            )[0]
     return found
 
 

@@ -1,0 +1,1 @@
+"""A report on runs: tables and figures beside the published numbers."""
