@@ -175,8 +175,9 @@ def parse(key: str, text: str) -> Any:
     """The value of a key ("data.batch_size") given as text; 1e3 is a whole number, too.
 
     Raises:
-      UserError: it is not of the key's type.
+      UserError: there is no such key, or the value is not of its type.
     """
+    check_key(key)
     kind = type(flatten(base_config())[key])
     if kind is str:
         return text
@@ -209,6 +210,21 @@ def nearest_key(key: str) -> str | None:
     near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return near[0] if near else None
+
+
+def check_key(key: str) -> None:
+    """Refuses what is no key.
+
+    Raises:
+      UserError: names the nearest one.
+    """
+    known = flatten(base_config())
+    if key not in known:
+        near = nearest_key(key)
+        hint = f" (did you mean --config.{near}?)" if near else ""
+        sections = {known_key.split(".")[0] for known_key in known}
+        what = "a section of the config, not a key" if key in sections else "no config key"
+        raise UserError(f"--config.{key} is {what}{hint}")
 
 
 def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:

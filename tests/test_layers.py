@@ -24,7 +24,7 @@ LEVELS = [
     {"data", "state", "metrics", "validation", "devices"},
     {"steps", "checkpoint", "weights", "feed", "reporting"},
     {"evaluate", "identity", "inputs", "outputs"},
-    {"experiment", "pretrained", "grid"},
+    {"experiment", "pretrained"},
     {"record", "seeds"},
     {"account", "scoring"},
     {"loop", "handover"},

@@ -1,25 +1,17 @@
 """Several seeds in one program: each is the run that it would be alone, and leaves its files."""
 
-import dataclasses
 import json
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from resnet_flax.config import flatten
 from resnet_flax.data.dataset import Part
 from resnet_flax.devices import distributed, sharding
 from resnet_flax.errors import UserError
-from resnet_flax.grid import plan
-from resnet_flax.grid.experiments import runs_of
-from resnet_flax.grid.groups import together
-from resnet_flax.grid.runner import Runner
 from resnet_flax.reporting import records
-from resnet_flax.runs import checkpoint, files, metrics, progress, weights
-from resnet_flax.tools import reproduce
+from resnet_flax.runs import checkpoint, metrics, progress, weights
 from resnet_flax.training import account, experiment, handover, inputs, scoring, seeds, train
 from tests import conftest
 from tests.test_train import Crash, assert_same_end
@@ -328,125 +320,3 @@ def test_they_begin_from_weights_with_a_last_layer_each(finished, tmp_path):
         )
     heads = [one.variables["params"]["head"]["kernel"] for one in tuned]
     assert np.abs(heads[0] - heads[1]).max() > 1e-3
-
-
-def make_jobs(directory, count=5):
-    runs = runs_of("bottleneck")[:1]
-    jobs = plan.make_jobs(runs, directory, seeds=count, overrides=("data.split=45k/5k",))
-    assert [job.name for job in jobs] == [f"resnet47_bottleneck/seed{k}" for k in range(count)]
-    return jobs
-
-
-def begin(job, **record):
-    job.directory.mkdir(parents=True)
-    files.write_json(job.directory / "config.json", flatten(job.config))
-    files.write_json(job.directory / "run.json", record)
-
-
-def finish(job):
-    (job.directory / "weights.safetensors").touch()
-    result = {"steps": job.steps, "test_error_last": 0.25, "seconds": 10.0, "seeds_in_program": 2}
-    files.write_json(job.directory / "result.json", result)
-
-
-def names(jobs):
-    return [job.name.partition("/")[2] for job in jobs]
-
-
-def test_which_seeds_are_made_by_one_process(tmp_path):
-    jobs = make_jobs(tmp_path)
-    assert together(jobs, 1) == jobs
-    pairs = together(jobs, 2)
-    assert names(pairs) == ["seeds0-1", "seeds2-3", "seed4"]
-    assert [job.name for job in pairs[0].runs] == [job.name for job in jobs[:2]]
-    line = tmp_path / "resnet47_bottleneck"
-    assert pairs[1].flags == (
-        jobs[0].flags[0],
-        f"--workdir={line}",
-        "--config.data.split=45k/5k",
-        "--config.seed=2",
-        "--config.train.num_seeds=2",
-    )
-    assert pairs[1].work == 2 * jobs[0].work
-    assert (pairs[1].log, jobs[0].log) == (line / "seeds2-3.log", line / "seed0" / "log.txt")
-    # Done or begun alone it stays alone, and no hole is jumped over.
-    begin(jobs[1])
-    finish(jobs[1])
-    assert names(together(jobs, 5)) == ["seed0", "seed1", "seeds2-4"]
-    # What has begun together goes on together, whatever is asked for now, ...
-    for job in jobs[2:4]:
-        begin(job, group="seeds2-3")
-    for number in (1, 2, 5):
-        assert names(together(jobs, number)) == ["seed0", "seed1", "seeds2-3", "seed4"]
-    # ... even with seeds that are not ...
-    group = together(jobs[:3], 1)[-1]
-    assert names([group]) == ["seeds2-3"]
-    assert group.members[1] == jobs[3]
-    # ... until it has been handed its own checkpoints.
-    for job in jobs[2:4]:
-        (job.directory / "checkpoints" / "64000").mkdir(parents=True)
-    assert names(together(jobs, 2)) == names(jobs)
-    (line / "seeds2-3" / "checkpoints").mkdir(parents=True)
-    assert names(together(jobs, 2)) == ["seed0", "seed1", "seeds2-3", "seed4"]
-    with pytest.raises(UserError, match="--seeds_per_run=0 must be at least 1"):
-        together(jobs, 0)
-
-
-# What stands for a program of several seeds: it leaves the results of all.
-FAKE = """
-import json, pathlib, sys
-for path in map(pathlib.Path, sys.argv[1:]):
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "weights.safetensors").touch()
-    result = {"steps": 64000, "test_error_last": 0.25, "seconds": 10.0, "seeds_in_program": 2}
-    (path / "result.json").write_text(json.dumps(result))
-"""
-
-
-class FakeJob(plan.Job):
-    @property
-    def command(self):
-        paths = [str(run.directory) for run in self.runs]
-        return [sys.executable, "-c", FAKE, *paths]
-
-
-def test_their_runs_are_counted_one_by_one(tmp_path):
-    jobs = make_jobs(tmp_path, 4)
-    fakes = [
-        FakeJob(**{f.name: getattr(job, f.name) for f in dataclasses.fields(job)})
-        for job in together(jobs, 2)
-    ]
-    finish_first = fakes[0].members
-    for job in finish_first:
-        begin(job)
-        finish(job)
-    text = reproduce.plan(fakes, 1)
-    # Ten seconds for two together are five for each.
-    assert "seeds2-3: 64000 steps to do, about 00:10" in text
-    assert text.endswith("4 runs, 2 done, 2 to do: about 00:10 with --jobs=1")
-    said = []
-    runner = Runner(fakes, tmp_path, parallel=1, say=said.append)
-    assert runner.share(fakes[1]) == 0
-    with files.claim(jobs[3].directory):
-        assert runner._is_held(fakes[1])
-    runner.run()
-    assert sorted(runner.done) == [job.name for job in jobs]
-    assert not runner.failed
-    assert said == [
-        "resnet47_bottleneck/seeds2-3: begins",
-        "resnet47_bottleneck/seeds2-3: done, test error 25.00 %, 25.00 %",
-    ]
-    assert fakes[1].log.read_text().startswith("$ python -c ")
-    assert runner.share(fakes[1]) == 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--config.train.num_seeds=2"], "--config.train.num_seeds is the experiment's own"),
-        (["--part=1/2", "--seeds_per_run=2"], "exclude each other"),
-    ],
-)
-def test_what_reproduce_refuses(tmp_path, flags, message):
-    with pytest.raises(UserError, match=message):
-        reproduce.main(["plain", f"--workdir={tmp_path}", "--dry_run", *flags])
