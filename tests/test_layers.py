@@ -21,7 +21,7 @@ LEVELS = [
         "commands",
         "randomness",
     },
-    {"data", "state", "metrics", "validation", "devices"},
+    {"data", "state", "metrics", "devices"},
     {"steps", "checkpoint", "weights", "feed", "reporting"},
     {"evaluate", "identity", "inputs", "outputs"},
     {"experiment", "pretrained"},

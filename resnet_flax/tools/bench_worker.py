@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, imagenet_config, override
+from resnet_flax.config import base_config, imagenet_config, override, validate
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.devices import cpu, hardware, sharding
 from resnet_flax.errors import UserError
@@ -29,7 +29,6 @@ from resnet_flax.runs import record
 from resnet_flax.tools import bench_limits, entry
 from resnet_flax.training import experiment, feed, seeds
 from resnet_flax.training.experiment import Experiment
-from resnet_flax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)

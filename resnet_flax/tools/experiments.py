@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 import resnet_flax
 from resnet_flax import models
-from resnet_flax.config import flatten, override
+from resnet_flax.config import flatten, override, validate
 from resnet_flax.errors import UserError
 from resnet_flax.runs import identity, metrics, record
-from resnet_flax.validation import validate
 
 _DEPTHS = 20, 32, 44, 56, 110
 _SHORTCUTS = "constant_scaling exclusive_gating shortcut_gating-bias0 shortcut_gating " + (
@@ -139,8 +138,12 @@ def _config_of(row: str) -> tuple[pathlib.Path, list[str], dict[str, str]]:
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: install the project from a clone (pip install -e)")
     net, _, option = row.removeprefix("modern-").partition("-")
-    file = net if (folder / f"{net}.py").exists() else "identity_mappings"
-    file = "modern" if row.startswith("modern-") else file
+    if row.startswith("modern-"):
+        file = "modern"
+    elif net.startswith(("resnet110_", "resnet164_")):
+        file = "identity_mappings"
+    else:
+        file = net if (folder / f"{net}.py").exists() else "paper"
     changes = dict(_OPTIONS[option]) if option else {}
     return folder / f"{file}.py", [net] if file != net else [], changes
 

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from resnet_flax import config as config_lib
 from resnet_flax import models
-from resnet_flax.config import base_config, flatten
+from resnet_flax.config import base_config, flatten, validate
 from resnet_flax.devices import distributed, hardware, randomness, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
@@ -19,7 +19,6 @@ from resnet_flax.runs import checkpoint, files, identity, record, weights
 from resnet_flax.training import experiment, inputs
 from resnet_flax.training.evaluate import Score
 from resnet_flax.training.experiment import Experiment
-from resnet_flax.validation import validate
 
 
 @randomness.default_switches()

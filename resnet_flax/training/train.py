@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import models, pretrained
+from resnet_flax.config import validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
@@ -21,7 +22,6 @@ from resnet_flax.training import experiment, handover, inputs, loop, seeds
 from resnet_flax.training.account import Account, History
 from resnet_flax.training.experiment import Experiment
 from resnet_flax.training.state import TrainState
-from resnet_flax.validation import validate
 
 
 @randomness.default_switches()

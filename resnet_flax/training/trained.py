@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models, pretrained
+from resnet_flax.config import validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.runs import identity, record, weights
 from resnet_flax.training import experiment, feed, inputs, scoring
 from resnet_flax.training.experiment import Experiment
-from resnet_flax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
