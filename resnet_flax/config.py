@@ -1,11 +1,11 @@
 """Every setting of a run: its default, its unit, and the values that make sense.
 
-A file in `configs/` is `base_config()` with a few lines changed. Only `train` and the entry points
-hold a whole configuration; everything below them takes explicit arguments.
+A file in `configs/` is `base_config()` with a few lines changed.
 """
 
 import ast
 import difflib
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -60,8 +60,7 @@ _KEYS: dict[str, tuple[Any, str | tuple]] = {
     # Of images that are streamed ("folder", "imagenet2012"), sides in pixels:
     "data.image_size": (0, "[0, 4096]"),  # side of an example; 0: what the net is made for
     # range of the shorter side before a square is cut out; (): in proportion to 256 to 480 for 224
-    # pixels [R §3.4]; for nets of CIFAR the image size itself
-    "data.short_sides": ((), ""),
+    "data.short_sides": ((), ""),  # [R §3.4]; for nets of CIFAR the image size itself
     "data.eval_short_side": (0, "[0, 4096]"),  # in evaluation; 0: 256 for 224, or the image size
     "data.color": (False, ""),  # shift each training image's colours [R §3.4]
     "data.workers": (-1, "[-1, 1024]"),  # that decode; 0: threads; -1: one per core, at most 16
@@ -148,26 +147,29 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
     return flat
 
 
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    return flatten(base_config())
+
+
 def nearest_key(key: str) -> str | None:
     """The declared key most like `key` ("optim.lerning_rate"), or None."""
-    known = list(flatten(base_config()))
     # First a right name in a wrong section, or in none.
-    near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    near = near or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = [k for k in _defaults() if k.split(".")[-1] == key.split(".")[-1]]
+    near = near or difflib.get_close_matches(key, _defaults(), n=1)
     return near[0] if near else None
 
 
 def check_key(key: str) -> None:
     """Raises a UserError, with the nearest key, for what is not a key."""
-    known = flatten(base_config())
-    if key not in known:
-        near = nearest_key(key)
-        hint = f" (did you mean --config.{near}?)" if near else ""
-        is_section = any(k.startswith(f"{key}.") for k in known)
+    if key not in _defaults():
+        hint = f" (did you mean --config.{near}?)" if (near := nearest_key(key)) else ""
+        is_section = any(k.startswith(f"{key}.") for k in _defaults())
         what = "a section of the config, not a key" if is_section else "no config key"
         raise UserError(f"--config.{key} is {what}{hint}")
 
 
+_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -183,12 +185,12 @@ def parse(key: str, text: str) -> Any:
       UserError: there is no such key, or the value is not of its type.
     """
     check_key(key)
-    kind = type(flatten(base_config())[key])
+    kind = type(_defaults()[key])
     if kind is str:
         return text
     try:
         if kind is bool:
-            return ("false", "f", "0", "true", "t", "1").index(text.lower()) > 2
+            return _TRUTH[text.lower()]
         if kind is tuple:
             value = ast.literal_eval(text)
             value = value if isinstance(value, tuple) else (value,)
@@ -196,7 +198,7 @@ def parse(key: str, text: str) -> Any:
             return value
         if (value := kind(number := float(text))) == number:
             return value
-    except (ValueError, TypeError, SyntaxError, OverflowError):
+    except (ValueError, TypeError, SyntaxError, KeyError, OverflowError):
         pass
     raise UserError(f"--config.{key}={text} must be {_KINDS[kind]}")
 
@@ -209,17 +211,13 @@ def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
 
 
 def validate(config: ConfigDict) -> None:
-    """Checks everything that can be checked before data or devices are touched.
-
-    Raises:
-      UserError: names the key, its value, and what would be right.
-    """
-    declared, flat = flatten(base_config()), flatten(config)
+    """Raises a UserError for what can be seen to be wrong before data or devices are touched."""
+    flat = flatten(config)
     for key, value in flat.items():
         check_key(key)
-        _check_type(key, value, declared[key])
-        _check_value(key, value, declared[key])
-    if missing := [key for key in declared if key not in flat]:
+        _check_type(key, value, _defaults()[key])
+        _check_value(key, value, _defaults()[key])
+    if missing := [key for key in _defaults() if key not in flat]:
         raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
     for message in _contradictions(config):
         raise UserError(message)
@@ -246,8 +244,7 @@ def _check_value(key: str, value: Any, default: Any) -> None:
             raise UserError(f"config.{key}={value} must be in rising order")
     allowed = _KEYS[key][1] if key in _KEYS else ""
     if isinstance(allowed, tuple) and value not in allowed:
-        known = ", ".join(map(str, allowed))
-        raise UserError(f"config.{key}={value!r} must be one of {known}")
+        raise UserError(f"config.{key}={value!r} must be one of {', '.join(map(str, allowed))}")
     if allowed and isinstance(allowed, str):
         low, high = map(float, allowed[1:-1].split(","))
         at_end = (value == low and allowed[0] == "[") or (value == high and allowed[-1] == "]")

@@ -13,7 +13,7 @@ from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.data import streamed
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.models import ARCHITECTURES, get_architecture
+from resnet_flax.models import get_architecture
 from resnet_flax.training import experiment, inputs
 from tests.conftest import ROOT
 
@@ -147,11 +147,6 @@ def test_every_config_traces(name):
         lambda x: (x.shape, x.dtype), state
     )
     assert {k: v.shape for k, v in sums.items()} == {"loss": (3,), "error": (3,), "rate": (3,)}
-
-
-def test_a_net_s_own_shortcut_can_be_recorded():
-    for architecture in ARCHITECTURES.values():
-        validate(changed(model__shortcut=architecture.shortcut))
 
 
 def test_zero_init_last_reaches_the_net():
