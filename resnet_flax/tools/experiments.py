@@ -88,6 +88,38 @@ class Run:
         """For example "resnet20-B/seed0"."""
         return f"{self.row}/{self.directory.name}"
 
+    def command(self, seeds: int = 1) -> list[str]:
+        """Trains it, or so many seeds of its row from its own on."""
+        place = self.directory if seeds == 1 else self.directory.parent
+        several = [f"--config.train.num_seeds={seeds}"] if seeds > 1 else []
+        file, *settings = self.flags
+        return ["python", "-m", "resnet_flax.main", file, f"--workdir={place}", *settings, *several]
+
+    def result(self) -> dict | None:
+        """What result.json holds if the run is finished.
+
+        Raises:
+          UserError: the directory belongs to another run.
+        """
+        identity.check_same_config(self.directory, self.config)
+        return record.finished(self.directory, self.config.train.total_steps)
+
+    def last_step(self) -> int:
+        """Step of the last record, 0 where there is none."""
+        records = metrics.read_records(self.directory / "metrics.jsonl")
+        return records[-1]["step"] if records else 0
+
+    def is_running(self) -> bool:
+        """Whether a process holds its directory."""
+        with contextlib.suppress(OSError), open(self.directory / ".lock", "r+") as file:
+            return not lock(file)
+        return False
+
+    def cost(self) -> int:
+        """Layers computed in a forward pass over all of its examples."""
+        examples = self.config.train.total_steps * self.config.data.batch_size
+        return models.get_architecture(self.config.model.name).weighted_layers * examples
+
 
 def make_runs(
     rows: Iterable[str],
@@ -179,36 +211,6 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
     return changes
 
 
-def command(run: Run, seeds: int = 1) -> list[str]:
-    """Of the process that trains a run, or so many seeds of it."""
-    place = run.directory if seeds == 1 else run.directory.parent
-    several = [f"--config.train.num_seeds={seeds}"] if seeds > 1 else []
-    file, *settings = run.flags
-    return ["python", "-m", "resnet_flax.main", file, f"--workdir={place}", *settings, *several]
-
-
-def read_result(run: Run) -> dict | None:
-    """What result.json holds if the run is finished.
-
-    Raises:
-      UserError: the directory belongs to another run.
-    """
-    identity.check_same_config(run.directory, run.config)
-    return record.finished(run.directory, run.config.train.total_steps)
-
-
-def last_step(run: Run) -> int:
-    """Step of the last record, 0 where there is none."""
-    records = metrics.read_records(run.directory / "metrics.jsonl")
-    return records[-1]["step"] if records else 0
-
-
-def _cost(run: Run) -> int:
-    """Layers computed in a forward pass over all examples of a run."""
-    examples = run.config.train.total_steps * run.config.data.batch_size
-    return models.get_architecture(run.config.model.name).weighted_layers * examples
-
-
 def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str, str], str]:
     """How far each run is and the time that is left, by name; the sum of all.
 
@@ -228,10 +230,12 @@ def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str
             status[run.name] = "done"
             continue
         alike = [other for other in finished if other.row == run.row] or finished
-        rate = sum(seconds[o.name] for o in alike) / (sum(map(_cost, alike)) or math.nan)
-        step, total = last_step(run), run.config.train.total_steps
-        times.append((1 - min(step, total) / total) * _cost(run) * rate)
-        running = "running, " if is_locked(run.directory / ".lock") else ""
+        rate = sum(seconds[other.name] for other in alike) / (
+            sum(other.cost() for other in alike) or math.nan
+        )
+        step, total = run.last_step(), run.config.train.total_steps
+        times.append((1 - min(step, total) / total) * run.cost() * rate)
+        running = "running, " if run.is_running() else ""
         far = f"at step {step} of {total}" if step else f"{total} steps to do"
         status[run.name] = f"{running}{far}, {_about(times[-1])}"
     hint = "" if results else " until a run here is done"
@@ -243,13 +247,6 @@ def _about(seconds: float) -> str:
     if math.isnan(seconds):
         return "time unknown"
     return f"about {tqdm.format_interval(seconds)}"
-
-
-def is_locked(path: pathlib.Path) -> bool:
-    """Whether a process holds a file, which need not exist."""
-    with contextlib.suppress(OSError), open(path, "r+") as file:
-        return not lock(file)
-    return False
 
 
 def lock(file: IO) -> bool:

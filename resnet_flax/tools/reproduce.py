@@ -33,17 +33,7 @@ from resnet_flax.errors import UserError, first_line
 from resnet_flax.runs import record
 from resnet_flax.signals import answered_by
 from resnet_flax.tools import entry
-from resnet_flax.tools.experiments import (
-    Run,
-    command,
-    is_locked,
-    last_step,
-    lock,
-    make_runs,
-    plan,
-    read_result,
-    rows_of,
-)
+from resnet_flax.tools.experiments import Run, lock, make_runs, plan, rows_of
 from resnet_flax.training import inputs
 
 # Seconds between looks at our own processes, at all runs, and between lines that sum them up.
@@ -116,7 +106,7 @@ class Runner:
     def _look_at_the_rest(self) -> None:
         for run in list(self._left.values()):
             try:
-                if result := read_result(run):
+                if result := run.result():
                     self._note_done(run, result)
             except UserError as error:
                 self._note_failed(run, str(error))
@@ -137,17 +127,17 @@ class Runner:
                     break
                 run.directory.mkdir(parents=True, exist_ok=True)
                 log = stack.enter_context(open(run.directory / "log.txt", "ab"))
-                if not lock(log) or is_locked(run.directory / ".lock"):
+                if not lock(log) or run.is_running():
                     self._say_once(f"{run.name}: another process is at it")
                     break
                 logs[run] = log
             if not logs:
                 return
-            arguments, output = command(first, len(logs)), logs[first]
+            arguments, output = first.command(len(logs)), logs[first]
             for run, log in logs.items():
                 log.write(f"$ {shlex.join(arguments)}  # output in {output.name}\n".encode())
                 log.flush()
-                step = last_step(run)
+                step = run.last_step()
                 _say(f"{run.name}: {f'goes on; it had come to step {step}' if step else 'begins'}")
             # Else the first of several processes takes three quarters of a GPU's memory.
             shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if self._jobs > 1 else {}
@@ -174,13 +164,13 @@ class Runner:
         lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
         process.logs.close()
         for run in process.runs:
-            if result := read_result(run):
+            if result := run.result():
                 self._note_done(run, result)
                 _say(f"{run.name}: done, test error {100 * result['test_error_last']:.2f} %")
-            elif is_locked(run.directory / ".lock"):
+            elif run.is_running():
                 self._left[run.name] = run  # Another process was faster.
             elif self.stop_signal:
-                _say(f"{run.name}: stopped after step {last_step(run)}")
+                _say(f"{run.name}: stopped after step {run.last_step()}")
             else:
                 self._note_failed(run, "\n".join([how, *lines[-12:]]))
 
@@ -271,10 +261,10 @@ def main(argv: list[str]) -> None:
     runs = _part(runs, args.part)
     jobs = _choose_jobs(args.jobs)
     if args.dry_run:
-        results = {run.name: result for run in runs if (result := read_result(run))}
+        results = {run.name: result for run in runs if (result := run.result())}
         status, total = plan(runs, results, jobs)
         for run in runs:
-            print(f"{run.name}: {status[run.name]}\n    {shlex.join(command(run))}")
+            print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
         print(total)
         return
     if not all(record.finished(r.directory, r.config.train.total_steps) for r in runs):
