@@ -14,7 +14,7 @@ from resnet_flax.data import streamed
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import get_architecture
-from resnet_flax.training import experiment, inputs
+from resnet_flax.training import experiment, inputs, optim
 from tests.conftest import ROOT
 
 # Every file with its usual net, and the paper's nets that are an argument.
@@ -93,7 +93,7 @@ def test_stochastic_depth_has_its_papers_schedule(depth):
 def test_the_keras_recipe_is_the_example_s():
     c = load("keras:resnet56_keras_v2")
     assert (c.model.name, c.train.total_steps) == ("resnet56_keras_v2", 200 * 1562.5)
-    rate = experiment.optim.make_schedule(
+    rate = optim.make_schedule(
         "piecewise",
         learning_rate=c.optim.learning_rate,
         total_steps=c.train.total_steps,

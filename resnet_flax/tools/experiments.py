@@ -230,9 +230,8 @@ def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str
             status[run.name] = "done"
             continue
         alike = [other for other in finished if other.row == run.row] or finished
-        rate = sum(seconds[other.name] for other in alike) / (
-            sum(other.cost() for other in alike) or math.nan
-        )
+        cost = sum(other.cost() for other in alike)
+        rate = sum(seconds[other.name] for other in alike) / cost if cost else math.nan
         step, total = run.last_step(), run.config.train.total_steps
         times.append((1 - min(step, total) / total) * run.cost() * rate)
         running = "running, " if run.is_running() else ""
