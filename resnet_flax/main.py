@@ -179,20 +179,10 @@ def _train(config: ConfigDict | None) -> None:
         print(progress.summary(result, path))
 
 
-def _weights() -> str | None:
-    """The path given as --weights, or that of the published weights of this name."""
-    from resnet_flax import pretrained
-
-    given = _path(_WEIGHTS.value)
-    if given and not os.path.exists(given) and given in pretrained.read_index():
-        return str(pretrained.locate(given)[0])
-    return given
-
-
 def _evaluate(config: ConfigDict | None) -> None:
     from resnet_flax.training import scoring
 
-    directory, source = _path(_WORKDIR.value), _weights()
+    directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
     text = scoring.score(config, directory, source, overrides=_OVERRIDES)

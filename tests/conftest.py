@@ -100,8 +100,8 @@ def stop_at_step(config, directory, step, **options):
 
     original = loop.Loop._train
 
-    def stopping(self):
-        original(self)
+    def stopping(self, turn):
+        original(self, turn)
         if self.step >= step:
             self.stop_signal = signal.SIGTERM
 

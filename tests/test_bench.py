@@ -1,240 +1,331 @@
-"""`tools.bench`: the arithmetic of its report, its complaints, and one small real run."""
+"""`tools.bench`: small real runs, what it refuses, and how it reads XLA's texts."""
 
+import importlib.util
 import json
 import subprocess
-import time
 
-import jax
 import numpy as np
 import pytest
 
-from resnet_flax.data.dataset import Split
-from resnet_flax.devices import sharding
+from resnet_flax.devices import hardware
 from resnet_flax.errors import UserError
-from resnet_flax.tools import bench, bench_limits, bench_report, bench_worker
-from resnet_flax.training import feed
+from resnet_flax.tools import bench, bench_case, bench_compile, bench_program
 
-# 100 multiply-adds an image, 10 images: 6,000 operations a step. Half of the ceiling for 0.2 s.
-MEASURED = {
-    "multiply_adds": 100,
-    "devices": 2,
-    "chunk_steps": 5,
-    "scanned": False,
-    "program": {
-        "operations": 2900.0,
-        "bytes_accessed": 1500.0,
-        "library_bytes": 0,
-        "resident_bytes_counted": 500,
-    },
-    "step_seconds": [0.1, 0.4, 0.2],
-    "eval_seconds": [2.0, 1.0],
-    "eval_examples": 50,
-    "ceilings": {"operations": 60_000.0, "bytes": 40_000.0},
-}
+SMALL = "--dtypes=float32 --repeats=2 --seconds=0.01 --eval_examples=5".split()
 
 
-def summarize(measured=None, **program):
-    measured = MEASURED | (measured or {})
-    return bench_report.summarize(measured | {"program": measured["program"] | program}, 10)
-
-
-def test_the_arithmetic_of_a_row():
-    found = summarize()
-    assert found["step_seconds"] == {"median": 0.2, "min": 0.1, "max": 0.4}
-    assert found["train_images_per_second"] == pytest.approx({"median": 50, "min": 25, "max": 100})
-    assert found["eval_images_per_second"] == pytest.approx({"median": 37.5, "min": 25, "max": 50})
-    assert found["step_operations"] == 6000
-    assert found["step_operations_xla"] == 5800
-    assert found["step_bytes"] == 2000
-    # 0.1 s at the first ceiling and 0.05 s at the second, of 0.2 s.
-    assert found["matmul_share"] == pytest.approx(0.5)
-    assert found["bandwidth_share"] == pytest.approx(0.25)
-    assert found["limit_seconds"] == pytest.approx(0.1)
-    assert found["above_limit"] == pytest.approx(2)
-
-
-def test_what_xla_does_not_know():
-    # Each of the 5 turns of the loop counted.
-    turns = summarize(operations=5 * 2900.0, bytes_accessed=5 * 1500.0)
-    assert (turns["step_operations_xla"], turns["step_bytes"]) == (5800, 2000)
-    # Convolutions that it does not know: with the bytes of cuDNN's calls; without any, unknown.
-    assert summarize(operations=-3.0, library_bytes=4000)["step_bytes"] == 2 * (1000 + 4000)
-    for found in (
-        summarize(operations=-3.0),
-        summarize(operations=None, bytes_accessed=None),
-        summarize({"scanned": True}),
-    ):
-        assert found["step_bytes"] is None
-        assert found["bandwidth_share"] is None
-        assert found["limit_seconds"] == pytest.approx(0.1)
-
-
-def test_bytes_in_a_programs_text():
-    text = """
-%region (p: (u8[10,4,4,3], bf16[8,16])) -> bf16[8,16] {
-  %images = u8[10,4,4,3]{3,2,1,0} get-tuple-element(%p), index=0
-  %index = s32[2]{0} get-tuple-element(%p), index=1
-  %x = bf16[2,16]{1,0} fusion(%images, %index), kind=kLoop, calls=%fused_gather
-  %w = bf16[3,3,16,16]{3,2,1,0} parameter(1)
-  %conv = (bf16[2,16]{1,0}, u8[99]{0}) custom-call(%x, %w), custom_call_target="__cudnn$convForward"
-  %other = f32[5]{0} custom-call(%x), custom_call_target="SomethingElse"
-  ROOT %y = bf16[2,16]{1,0} fusion(%x), kind=kLoop, calls=%fused_add
-}
-"""
-    library, fusions = bench_limits.traffic(text, resident_bytes=480)
-    assert library == 2 * (2 * 16 + 9 * 16 * 16 + 2 * 16)
-    assert fusions == 1
-    assert bench_limits.traffic("", resident_bytes=0) == (0, 0)
-
-
-def test_a_program_of_known_cost_is_counted_so():
-    def pick(images, index):
-        return images[index].astype("float32") * 2
-
-    images, index = (jax.ShapeDtypeStruct(s, d) for s, d in (((99, 8), "u1"), ((4,), "i4")))
-    small = jax.ShapeDtypeStruct((4, 8), "u1")
-    seen = [
-        bench_limits.program(jax.jit(pick).lower(x, index).compile(), x.size)
-        for x in (images, small)
-    ]
-    moved = [s["bytes_accessed"] - s["resident_bytes_counted"] for s in seen]
-    assert seen[0]["resident_bytes_counted"] in (0, 99 * 8)
-    assert moved[0] - moved[1] <= 4 * 8
-    assert seen[0]["argument_bytes"] == 99 * 8 + 4 * 4
-    assert seen[0]["output_bytes"] == 4 * 8 * 4
-
-
-def test_tables_have_dashes_where_nothing_was_measured():
-    measured = MEASURED | {
-        "dtype": "float32",
-        "program": {},
-        "train_memory": {"bytes": 3e6, "of": "device"},
-    }
-    row = {"case": {"model": "resnet8", "batch_size": 10}, "measured": measured, "summary": {}}
-    lines = bench_report.table([row], bench_report.COST).splitlines()
-    assert len(lines) == 2
-    assert lines[1].split() == ["resnet8", "10", "float32", "2", "5", *"-------", "3", "device"]
-    assert {len(line) for line in lines} == {len(lines[0])}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--models=resnet21"], "unknown model 'resnet21'"),
-        (["--batch_sizes=128,x"], "--batch_sizes=128,x must be whole numbers"),
-        (["--batch_sizes=0"], "0 is less than 1"),
-        (["--dtypes=float16"], "'float16' must be one of auto, float32, bfloat16"),
-        (["--parts=training"], "'training' must be one of train, eval"),
-        (["--batch_sizes=16,20", "--devices=1,8"], "8 devices do not divide a batch of 20"),
-        (["--repeats=0"], "--repeats=0 is less than 1"),
-        (["--seconds=0"], "--seconds=0 and"),
-        (["--examples=100"], "--examples=100 is less than a batch of 128"),
-        (["--set=model.remat"], "must be KEY=VALUE"),
-        (["--set=model.rematt=True"], "'model.remat'?"),
-        (["--out=/nowhere/at/all/x.json"], "there is no directory /nowhere/at/all"),
-        (["--model=resnet20"], "unrecognized arguments"),
-    ],
-)
-def test_wrong_arguments(flags, message):
-    with pytest.raises(UserError) as error:
-        bench.main(flags)
-    assert message in str(error.value)
-    assert len(str(error.value).splitlines()) <= 2
-
-
-def test_configurations_are_those_of_runs():
-    config = bench_worker.make_config(bench_worker.Case("resnet50", 64, devices=2))
-    assert (config.data.color, config.data.pad, config.model.dtype) == (True, 0, "auto")
-    case = bench_worker.Case("resnet8", 16, dtype="bfloat16", overrides={"model.remat": "True"})
-    config = bench_worker.make_config(case)
-    assert (config.data.pad, config.data.flip, config.model.remat) == (4, True, True)
-    with pytest.raises(UserError, match="learning_rate"):
-        bench_worker.make_config(
-            bench_worker.Case("resnet8", 16, overrides={"optim.learning_rate": "-1"})
-        )
-    with pytest.raises(UserError, match="jax already runs with 8 devices"):
-        bench_worker.make_experiment(bench_worker.Case("resnet8", 18, devices=9, examples=18))
-
-
-def test_images_from_the_hosts_memory():
-    mesh = sharding.make_mesh(jax.devices()[:2], 4)
-    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
-    examples = bench_worker.HostFeed(Split(images, np.arange(5, dtype=np.int32)), {}, mesh, 4)
-    batch = examples.chunk(1, 1)
-    assert batch["labels"].tolist() == [[4, 0, 1, 2]]
-    np.testing.assert_array_equal(batch["images"][0, :, 0, 0, 0], [4, 0, 1, 2])
-    assert [b["labels"][0].tolist() for b in examples.batches(4)] == [[0, 1, 2, 3], [4, -1, -1, -1]]
-    with pytest.raises(ValueError, match="2 steps a dispatch"):
-        examples.chunk(0, 2)
-    assert feed.chunk_steps(examples, 0, "gpu") == 1
-    assert feed.chunk_steps(examples, 7, "cpu") == 7
-
-
-@pytest.mark.slow
 def test_a_small_real_run(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    flags = "--models=resnet8 --batch_sizes=16 --dtypes=float32 --devices=2 --repeats=2 --steps=2"
-    flags = [*flags.split(), "--seconds=0.05", "--examples=64", "--eval_examples=40"]
-    flags.append("--parts=train,eval,ceilings")
+    flags = [*SMALL, "--models=resnet8", "--batch_sizes=16", "--devices=2", "--examples=64"]
     bench.main([*flags, f"--out={out}"])
     printed = capsys.readouterr().out
     (row,) = json.loads(out.read_text())["rows"]
-    measured, summary = row["measured"], row["summary"]
-    assert measured["multiply_adds"] == 12_239_488
-    assert (measured["devices"], measured["chunk_steps"], measured["steps"]) == (2, 1, 2)
-    assert len(measured["step_seconds"]) == len(measured["eval_seconds"]) == 2
-    assert np.isfinite(measured["loss"])
-    assert measured["eval_examples"] == 40
-    # All but the gradient towards the images, and some that are no convolution's.
-    assert summary["step_operations_xla"] == pytest.approx(summary["step_operations"], rel=0.15)
-    shares = summary["matmul_share"], summary["bandwidth_share"]
-    assert min(shares) > 0
-    assert max(shares) * summary["above_limit"] == pytest.approx(1)
-    assert measured["train_memory"]["bytes"] > measured["program"]["temp_bytes"] > 0
-    assert "resnet8" in printed
-    assert "TFLOP/s" in printed
-    # What is there is not measured again, what is asked for besides is; failures are told.
-    before = out.read_text()
+    found = row["measured"]
+    assert (found["devices"], found["chunk_steps"], found["dtype"]) == (2, 1, "float32")
+    # XLA counts all but the gradient towards the images, for a device, and some besides.
+    assert found["step_operations"] == 6 * 12_239_488 * 16
+    assert 2 * found["xla"]["flops"] == pytest.approx(found["step_operations"], rel=0.15)
+    for key in ("step_seconds", "train_images_per_second", "eval_images_per_second"):
+        assert len(found[key]) == 2
+        assert min(found[key]) > 0
+    needed = found["step_operations"] / found["matmul_operations_per_second"]
+    assert found["matmul_share"] * np.median(found["step_seconds"]) == pytest.approx(needed)
+    assert np.isfinite(found["loss"])
+    assert found["peak_bytes"] > found["temporary_bytes"] > 0
+    head, cells, about = printed.splitlines()
+    assert head.split() == bench._MEASURED
+    assert cells.split()[:4] == ["resnet8", "16", "float32", "2"]
+    assert about.startswith(found["environment"]["hardware"])
+    # What is there is not measured again.
     bench.main([*flags, f"--out={out}"])
-    assert json.loads(out.read_text())["rows"] == json.loads(before)["rows"]
-    with pytest.raises(UserError, match="1 of 1 combinations"):
-        bench.main([*flags, "--set=optim.learning_rate=-1", "--json"])
-    (failed,) = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert "optim.learning_rate=-1" in failed["error"]
+    assert json.loads(out.read_text())["rows"] == [row]
 
 
-def test_a_worker_finds_no_programs_in_the_users_cache(monkeypatch):
-    environments = []
+def test_images_of_imagenets_size_are_streamed():
+    case = bench_case.Case("resnet18", 4, "float32", 2, examples=3, eval_examples=5)
+    (run,) = bench_case.make_setups(case)
+    batch = run.train_feed.chunk(0, 1)
+    assert (batch["images"].shape, batch["images"].dtype) == ((1, 4, 224, 224, 3), np.uint8)
+    for image, label in zip(batch["images"][0], batch["labels"][0], strict=True):
+        (i,) = np.flatnonzero(run.dataset.train.source.labels == label)
+        np.testing.assert_array_equal(image, run.dataset.train.source.images[i])
+    rows = [b["labels"][0].tolist() for b in run.eval_feeds["test"].batches(4)]
+    assert rows[1][1:] == [-1] * 3
+    run.close()
+    assert run.config.data.color
+    assert run.config.data.pad == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--models=resnet21", "unknown model 'resnet21'"),
+        ("--batch_sizes=128,x", "--batch_sizes=128,x must be whole numbers"),
+        ("--batch_sizes=0", "config.data.batch_size=0"),
+        ("--dtypes=float16", "'float16' must be one of auto, float32, bfloat16"),
+        ("--parts=training", "'training' must be one of train, eval"),
+        ("--repeats=0", "--repeats=0 and --seconds=2 must be above 0"),
+        ("--set=model.remat", "config.model.remat= must be true or false"),
+        ("--set=model.rematt=True", "no such config key (did you mean 'model.remat'?)"),
+        ("--set=optim.learning_rate=-1", "config.optim.learning_rate=-1"),
+        ("--out=/nowhere/at/all/x.json", "there is no directory /nowhere/at/all"),
+        ("--model=resnet20", "unrecognized arguments"),
+        ("--compile_for=h200", "invalid choice: 'h200'"),
+        ("--compile_for=h100", "XLA's compiler for GPUs: pip install '.[offline_gpu]'"),
+        ("--compile_for=v6e", "XLA's compiler for TPUs: pip install '.[offline_tpu]'"),
+    ],
+)
+def test_wrong_arguments(flag, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        bench.main([flag])
+    assert message in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_devices_that_are_not_there():
+    with pytest.raises(UserError, match="jax already runs with 8 devices"):
+        bench_case.make_setups(bench_case.Case("resnet8", 18, devices=9, examples=18))
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    """Commands and environments of worker processes, which fail for resnet50."""
+    calls = []
 
     def run(command, *, env, **options):
-        environments.append(env)
-        return subprocess.CompletedProcess(command, 0, stdout='{"train_seconds": [1.0]}', stderr="")
+        calls.append((command, env))
+        if "resnet50" in command[3]:
+            return subprocess.CompletedProcess(command, 1, "", "warning\nerror: out of memory\n")
+        return subprocess.CompletedProcess(command, 0, 'a line\n{"launches": 1234}\n', "")
 
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(subprocess, "run", run)
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("RESNET_FLAX_CACHE", "/somewhere")
-    bench.run_worker({})
-    bench.run_worker({}, cache="/elsewhere")
-    assert [env["RESNET_FLAX_CACHE"] for env in environments] == ["", ""]
-    assert "JAX_COMPILATION_CACHE_DIR" not in environments[0]
-    assert environments[1]["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_one=1")
+    return calls
 
 
-def test_first_step_is_measured_with_an_empty_cache_and_a_full_one(monkeypatch):
-    caches = []
+def test_what_fails_is_told_and_the_rest_is_printed(workers, capsys):
+    flags = ["--compile_for=h100", "--models=resnet8,resnet50"]
+    with pytest.raises(UserError, match="1 of 2 combinations"):
+        bench.main([*flags, "--json"])
+    content = json.loads(capsys.readouterr().out)
+    assert set(content) == {"command", "rows"}
+    good, failed = content["rows"]
+    assert list(good) == bench.COMPILED
+    assert list(failed) == [*bench.COMPILED, "error"]
+    assert (failed["model"], failed["devices"], failed["error"]) == ("resnet50", 1, "out of memory")
+    # The batch sizes of the recipes.
+    assert [json.loads(command[3])["batch_size"] for command, _ in workers] == [128, 256]
+    with pytest.raises(UserError, match="1 of 2 combinations"):
+        bench.main(flags)
+    head, first, second, last = capsys.readouterr().out.splitlines()
+    assert head.split() == bench.COMPILED
+    assert first.split() == "resnet8 h100 1 1,234 - - - - - - -".split()
+    assert second.split() == "resnet50 h100 1 - - - - - - - -".split()
+    assert last == "resnet50: out of memory"
+    with pytest.raises(UserError, match="--out is for measurements"):
+        bench.main([*flags, "--out=x.json"])
 
-    def run_worker(case, *, timeout, cache):
-        caches.append((cache, case["parts"]))
-        return {"first_chunk": 1.0}
 
-    monkeypatch.setattr(bench, "run_worker", run_worker)
-    row = bench.run_case({"model": "resnet8", "parts": ["first_step"]})
-    assert row["first_step"] == {"cold": {"first_chunk": 1.0}, "cached": {"first_chunk": 1.0}}
-    assert caches[0] == caches[1]
-    assert caches[0][1] == ["first_step"]
-    case = bench_worker.Case(
-        "resnet8", 16, "float32", 2, examples=64, eval_examples=1, started=time.time()
-    )
-    moments = bench_worker.first_step(case)
-    assert 0 < moments["imported"] < moments["data"] < moments["compiled"] < moments["first_chunk"]
-    assert moments["trace"] + moments["compile"] <= moments["compiled"] - moments["data"]
+def test_a_worker_finds_no_compiled_programs(workers):
+    for target in (None, "h100", "v5e"):
+        bench.run_case({"model": "resnet8", "devices": 1}, target)
+    measured, gpu, tpu = [environment for _, environment in workers]
+    assert {env["RESNET_FLAX_CACHE"] for _, env in workers} == {""}
+    assert gpu["JAX_ENABLE_COMPILATION_CACHE"] == tpu["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+    assert measured["XLA_FLAGS"] == tpu["XLA_FLAGS"] == "--xla_one=1"
+    assert gpu["XLA_FLAGS"].startswith("--xla_one=1 --xla_dump_to=/")
+
+
+def test_compiler_options_are_the_platforms_own(monkeypatch):
+    assert list(hardware.compiler_options("gpu")) == ["xla_gpu_enable_command_buffer"]
+    assert list(hardware.compiler_options("cpu")) == ["xla_cpu_experimental_ynn_fusion_type"]
+    assert hardware.compiler_options("tpu") is None
+    # An option that this XLA does not know.
+    monkeypatch.setitem(hardware._COMPILER_OPTIONS, "gpu", {"xla_gpu_of_another_version": "1"})
+    assert hardware.compiler_options("gpu") is None
+
+
+def compiled(target, capsys, *flags):
+    """The row of a real compilation."""
+    platform = bench_compile.TARGETS[target]
+    if not any(map(importlib.util.find_spec, bench._COMPILERS[platform])):
+        pytest.skip(f"no compiler for {target}: pip install '.[offline_{platform}]'")
+    bench.main([f"--compile_for={target}", "--json", *flags])
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert list(row) == bench.COMPILED
+    # The images are among the arguments.
+    assert row["argument_bytes"] > 50_000 * 32 * 32 * 3
+    assert row["temporary_bytes"] > 0
+    return row
+
+
+def test_a_gpus_step_is_one_graph(capsys):
+    row = compiled("h100", capsys)
+    # Of 19 convolutions: forwards, backwards towards weights and all activations but the images.
+    assert 19 + 19 + 18 < row["launches"] <= 240
+    assert (row["host_submissions"], row["all_reduces"]) == (1, 0)
+    assert row["cycles_per_step"] is row["cycles_per_chunk"] is None
+    own = compiled("h100", capsys, "--set=model.kernels=always")
+    assert own["launches"] <= 150
+    assert own["host_submissions"] == 1
+
+
+def test_several_gpus_and_nets_whose_blocks_are_a_loop(capsys):
+    row = compiled("h100", capsys, "--devices=2", "--set=model.scan=always")
+    # A mean and a variance for each of 19 layers, and the gradients.
+    assert row["all_reduces"] > 2 * 19
+    assert row["launches"] > row["host_submissions"] >= row["all_reduces"]
+
+
+def test_a_tpus_cycles(capsys):
+    row = compiled("v5e", capsys, "--models=resnet8")
+    step, chunk = row["cycles_per_step"], row["cycles_per_chunk"]
+    assert 0 <= chunk - 100 * step < 5 * step
+    assert step > 10_000
+    assert row["launches"] is row["host_submissions"] is None
+    with pytest.raises(UserError, match="1 of 1"):
+        bench.main(["--compile_for=v5e", "--devices=2"])
+    assert "--devices=2: of v5e there can be 1, 4, 8," in capsys.readouterr().out
+
+
+# Two steps; in each a loop of three turns that says so, and one of five by its condition.
+HLO = """
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+%fused_all-reduce (p: f32[8]) -> f32[8] {
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%p), channel_id=1, to_apply=%add
+}
+%inner (p.1: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0} fusion(%p.1), calls=%other, backend_config={"estimated_cycles":"10","x":"1"}
+  ROOT %b = f32[8]{0} fusion(%a), kind=kLoop, calls=%fused_all-reduce
+}
+%counts.1 (p.2: (s32[], f32[8])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(99)
+  %constant.5 = s32[]{:T(128)} constant(5)
+  %i = s32[]{:T(128)} get-tuple-element(%p.2), index=0
+  ROOT %less = pred[]{:T(512)} compare(s32[]{:T(128)} %i, s32[]{:T(128)} %constant.5), direction=LT
+}
+%asks (p.3: (s32[], f32[8])) -> pred[] {
+  ROOT %flag = pred[] get-tuple-element(%p.3), index=2
+}
+%step (p.4: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = f32[8]{0} convolution(%p.4), backend_config={"estimated_cycles":"100"}
+  %d = s32[] while(%c), condition=%asks, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %e = f32[8]{0} all-reduce-start(%d), to_apply=%add, metadata={op_name="a/while/body"}
+  ROOT %f = (s32[], f32[8]) while(%e), condition=%counts.1, body=%inner
+}
+%counts (p.5: (s32[], f32[8])) -> pred[] {
+  %constant.2 = s32[] constant(2)
+  ROOT %less.1 = pred[] compare(%i.1, %constant.2), direction=LT
+}
+ENTRY %main (p.6: s32[]) -> (s32[], f32[8]) {
+  %g = s32[] fusion(%p.6), backend_config={"estimated_cycles":"7"}
+  %h = (s32[], f32[8]) while(%g), condition=%counts, body=%small
+  ROOT %j = (s32[], f32[8]) while(%h), condition=%counts, body=%step
+}
+%small (p.7: (s32[], f32[8])) -> (s32[], f32[8]) {
+  ROOT %k = f32[8]{0} copy(%p.7), backend_config={"estimated_cycles":"1"}
+}
+"""
+
+THUNKS = """\
+000: kCommandBuffer [source       | next=034 (1)]
+    001: kCustomKernel [source | sink] loop_add_fusion_15 grid: [1, 1, 1] threads: [100, 1, 1]
+002: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    003: kCustomKernel [source | sink] loop_compare_fusion_6 grid: [1, 1, 1]
+  body:
+    004: kCopy [source | sink] kCopy
+005: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+    006: kCustomKernel [source | sink] loop_compare_fusion_6 grid: [1, 1, 1]
+  body:
+    000: kCommandBuffer [source       | next=090 (1)]
+        007: kCustomKernel [source        | next=038 (2)] loop_convert_fusion_26
+        008: kConvolution  [prev=037 (1)  | next=039 (1)] kConvolution
+        009: kAsyncStart   [source        | next=137 (26)] stream=computation_stream[1]
+            010: kDynamicSliceFusion [source | sink] params=1, results=1
+                011: kCopy [source | sink] kCopy
+        012: kAsyncDone    [source        | sink         ] async_id=113
+    013: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+        014: kCustomKernel [source | sink] loop_compare_fusion
+      body:
+        000: kCommandBuffer [source | sink]
+            015: kCustomKernel [source        | next=093 (1) ] loop_convert_fusion
+            016: kMemset32BitValue [source | sink]
+        017: kAllReduce [source | sink] kAllReduce
+    018: kWhile         [prev=000 (1) | next=000 (1)]
+condition:
+        019: kCustomKernel [source | sink] loop_compare_fusion
+      body:
+        020: kAsyncStart    [prev=000 (1) | next=038 (2)] stream=computation_stream[0]
+            021: kCollectiveKernel [source | sink] kCollectiveKernel
+        022: kAsyncDone     [source       | sink        ] async_id=35
+    023: kGemm [source | sink]
+024: kCopy [source | sink] kCopy
+"""
+
+
+def test_loops_inside_a_step_count_as_often_as_they_turn():
+    step = 100 + (3 + 5) * 10
+    assert bench_program.count(HLO, "", "tpu", 2) == {
+        "all_reduces": 1 + 3 + 5,
+        "cycles_per_step": step,
+        "cycles_per_chunk": 7 + 2 * 1 + 2 * step,
+    }
+    assert bench_program.count(HLO, THUNKS, "gpu", 2) == {
+        "all_reduces": 1 + 3 + 5,
+        "launches": 3 + 3 * 3 + 5 * 1 + 1,
+        "host_submissions": 1 + 3 * 2 + 5 * 1 + 1,
+    }
+    # A chunk of one step has no loop around it.
+    program = HLO.replace("ENTRY ", "").replace("%step (", "ENTRY %step (")
+    thunks = "\n".join(line.removeprefix("    ") for line in THUNKS.splitlines()[11:-1])
+    found = bench_program.count(program, thunks, "gpu", 1)
+    assert (found["launches"], found["host_submissions"]) == (18, 13)
+    found = bench_program.count(program, "", "tpu", 1)
+    assert found["cycles_per_step"] == found["cycles_per_chunk"] == 180
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"known_trip_count":{"n":"3"}', "", "how often a loop of the program turns"),
+        ("constant(2)", "constant(3)", "no loop of 2 turns"),
+        (" while(", " call(", "no loop of 2 turns"),
+        # A conditional that the compiler gives no cycles.
+        (
+            'convolution(%p.4), backend_config={"estimated_cycles":"100"}',
+            "conditional(%p.4)",
+            "branch",
+        ),
+    ],
+)
+def test_what_cannot_be_told_of_a_program_has_a_reason(old, new, reason):
+    assert old in HLO
+    for platform in ("tpu", "gpu"):
+        found = bench_program.count(HLO.replace(old, new), THUNKS, platform, 2)
+        assert list(found) == ["error"]
+        assert reason in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (THUNKS, "", "no list of launches"),
+        ("kGemm", "kConditional", "kConditional executes"),
+        ("kAsyncStart", "kNew", "kNew executes"),
+        ("002: kWhile", "002: kCopy", "different loops"),
+        ("    018: kWhile", "    018: kSequential", "different loops"),
+    ],
+)
+def test_thunks_that_cannot_be_counted(old, new, reason):
+    assert old in THUNKS
+    found = bench_program.count(HLO, THUNKS.replace(old, new), "gpu", 2)
+    assert reason in found["error"]
+    assert found["all_reduces"] == 9

@@ -29,6 +29,10 @@ def at_step(some, step):
     return some.replace(step=jax.numpy.asarray(step, jax.numpy.int32))
 
 
+def tree_at(some, step):
+    return checkpoint.to_tree(at_step(some, step))
+
+
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -40,8 +44,8 @@ def saved(tmp_path_factory):
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
     current = make_state(create_model("resnet8"))
     writer = checkpoint.Writer(directory, keep=2)
-    writer.save(at_step(current, 5), {"seconds": 0.1, "window": [1, 2.5, 0.25]})
-    writer.save(at_step(current, 10), {"seconds": 0.2})
+    writer.save(5, tree_at(current, 5), {"seconds": 0.1, "window": [1, 2.5, 0.25]})
+    writer.save(10, tree_at(current, 10), {"seconds": 0.2})
     writer.close()
     return directory, current
 
@@ -68,8 +72,8 @@ def test_newest_and_best_are_kept(tmp_path):
     current = make_state(create_model("resnet8"), ema=False)
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
     for step in range(1, 6):
-        writer.best_steps = {min(step, 2)}
-        writer.save(at_step(current, step), {})
+        writer.best_step = min(step, 2)
+        writer.save(step, tree_at(current, step), {})
     writer.close()
     assert checkpoint.steps_in(tmp_path / "c") == [2, 4, 5]
 
@@ -110,7 +114,7 @@ def test_damage_to_any_file_of_the_newest_is_noticed_and_passed_over(saved, tmp_
             assert f"{copy}/10 is damaged" in warnings[0]
             assert (copy.parent / "damaged_checkpoints" / "10.0").is_dir()
             writer = checkpoint.Writer(copy, keep=2)
-            writer.save(at_step(current, 10), {})
+            writer.save(10, tree_at(current, 10), {})
             writer.close()
             assert checkpoint.steps_in(copy) == [5, 10]
 
@@ -151,7 +155,7 @@ def test_an_interrupted_save_is_ignored_and_cleared_away(saved, tmp_path):
     (copy / "notes.txt").write_text("mine")
     assert checkpoint.read_newest(copy, print, set_aside=True)[0] == 10
     writer = checkpoint.Writer(copy, keep=3)
-    writer.save(at_step(current, 15), {})
+    writer.save(15, tree_at(current, 15), {})
     writer.close()
     assert sorted(p.name for p in copy.iterdir()) == ["10", "15", "5", "notes.txt"]
 
@@ -166,7 +170,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     broken["head"]["bias"] = broken["head"]["bias"].at[3].set(np.nan)
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
     with pytest.raises(checkpoint.NotFiniteError, match="params/head/bias is not finite at step 0"):
-        writer.save(current.replace(params=broken), {})
+        writer.save(0, checkpoint.to_tree(current.replace(params=broken)), {})
     writer.close()
     assert checkpoint.steps_in(tmp_path / "c") == []
 

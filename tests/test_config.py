@@ -14,7 +14,7 @@ from resnet_flax.data import streamed
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import get_architecture
-from resnet_flax.training import experiment, inputs, optim
+from resnet_flax.training import inputs, optim, setup
 from tests.conftest import ROOT
 
 # Every file with its usual net, and the paper's nets that are an argument.
@@ -123,8 +123,8 @@ def test_every_config_traces(name):
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
     # Equal blocks as one: in another form a thousand layers take as long as all other nets.
-    model = experiment.make_model(config, "cpu").clone(scan=True)
-    run = experiment.Experiment(config, None, mesh, model, None, None)
+    model = setup.make_model(config, "cpu").clone(scan=True)
+    run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
     chunk = 3, config.data.batch_size
@@ -151,12 +151,12 @@ def test_every_config_traces(name):
 
 def test_zero_init_last_reaches_the_net():
     config = changed(model__num_classes=10)
-    assert not experiment.make_model(config, "cpu").zero_init_last
+    assert not setup.make_model(config, "cpu").zero_init_last
     config.model.zero_init_last = True
-    assert experiment.make_model(config, "cpu").zero_init_last
+    assert setup.make_model(config, "cpu").zero_init_last
     config.model.name = "plain20"
     with pytest.raises(UserError, match="'plain20' has no branches that end in batch norm"):
-        experiment.make_model(config, "cpu")
+        setup.make_model(config, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -164,16 +164,16 @@ def test_zero_init_last_reaches_the_net():
 )
 def test_what_is_fast_goes_by_the_platform(platform, dtype):
     config = changed(model__num_classes=10)
-    model = experiment.make_model(config, platform)
+    model = setup.make_model(config, platform)
     assert model.dtype == jnp.dtype(dtype)
     assert model.cpu_convolutions == (platform == "cpu")
     assert model.defer == model.defers == (platform == "gpu")
     config.model.dtype = "float32"
-    assert experiment.make_model(config, platform).dtype == jnp.float32
+    assert setup.make_model(config, platform).dtype == jnp.float32
     # Kernels of our own are used nowhere until they were measured, or everywhere.
     for choice, used in (("auto", False), ("always", True), ("never", False)):
         config.model.kernels = choice
-        model = experiment.make_model(config, platform)
+        model = setup.make_model(config, platform)
         assert model.kernels == model.uses_kernels == used
         assert model.defers == (used or platform == "gpu")
 

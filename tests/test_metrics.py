@@ -7,6 +7,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files, metrics
+from resnet_flax.runs.directory import Directory
 
 
 def write(path, steps, split="train", tail=""):
@@ -159,19 +160,19 @@ def test_json_is_replaced_whole_and_reads_back(tmp_path):
 
 
 def claim_and(directory, action=lambda: None):
-    with files.claim(directory):
+    with Directory.open(directory):
         action()
 
 
 def test_a_directory_is_held_by_one(tmp_path):
-    with files.claim(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+    with Directory.open(tmp_path / "run"), pytest.raises(UserError, match="another process"):
         claim_and(tmp_path / "run")
     claim_and(tmp_path / "run")
 
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path):
     for name in (".run.json.abc.part", "mine.part", "run.json"):
-        (tmp_path / name).write_text("{")
+        (tmp_path / name).write_text("{}")
     claim_and(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.part", "run.json"]
 

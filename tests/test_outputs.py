@@ -13,9 +13,9 @@ import tqdm
 from resnet_flax import data, models
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.runs import record, weights
+from resnet_flax.runs import environment, weights
 from resnet_flax.tools import ensemble, responses
-from resnet_flax.training import experiment, outputs, scoring
+from resnet_flax.training import outputs, scoring, setup
 from resnet_flax.training.trained import Loader
 from tests.conftest import make_small_config
 
@@ -29,7 +29,7 @@ def make_run(directory, seed, name="resnet8", **changes):
     for key, value in changes.items():
         config.data[key] = value
     dataset = data.load("digits", split="all", seed=seed)
-    run = experiment.build(config, dataset, sharding.make_mesh(jax.devices()[:1], 16))
+    run = setup.build(config, dataset, sharding.make_mesh(jax.devices()[:1], 16))
     directory.mkdir(parents=True)
     state = run.create_state()
     variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -40,7 +40,7 @@ def make_run(directory, seed, name="resnet8", **changes):
     scores, stats = jax.jit(apply)(variables, images)
     params = jax.device_get(state.params)
     params["head"]["bias"] = -np.mean(scores, axis=0)
-    environment = record.environment(run.mesh)
+    environment = environment.describe(run.mesh)
     record.write_start(
         directory, config, run, step=0, environment=environment, init_weights=None,
         checkpoint_dir=str(directory / "checkpoints"),

@@ -14,7 +14,7 @@ def test_time_left_does_not_count_what_came_before_the_first_steps(monkeypatch, 
     shown.update(200, 1.0, 0.5, 0.1, 10)
     first, second = capsys.readouterr().err.splitlines()
     assert first == "step 100/300  batch loss 1.000  batch error 50.0 %  rate 0.1  10 images/s"
-    assert second.endswith("10 images/s  0:10 left")
+    assert second.endswith("10 images/s  00:10 left")
 
 
 def test_several_seeds_say_where_the_curves_of_each_are(tmp_path):
@@ -24,5 +24,5 @@ def test_several_seeds_say_where_the_curves_of_each_are(tmp_path):
     }  # fmt: skip
     text = progress.summary({progress.SEEDS: [result | {"seed": k} for k in (3, 4)]}, tmp_path)
     for seed in (3, 4):
-        assert f"seed {seed}: resnet20 on cifar10: 10.00 % test error" in text
+        assert f"seed{seed}: resnet20 on cifar10: 10.00 % test error" in text
         assert f"{tmp_path}/seed{seed}/curves.png" in text

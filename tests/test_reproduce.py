@@ -20,6 +20,7 @@ from resnet_flax import models
 from resnet_flax.config import flatten, override
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files
+from resnet_flax.runs.directory import Directory
 from resnet_flax.tools import reproduce
 from resnet_flax.tools.experiments import Run, make_runs, plan, rows_of, scaled
 from resnet_flax.tools.reproduce import Runner
@@ -242,7 +243,7 @@ def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, fake, capsys):
     with contextlib.ExitStack() as main:
         # Somebody's own main is at two of them, and finishes one.
         for run in runs[:2]:
-            main.enter_context(files.claim(run.directory))
+            main.enter_context(Directory.open(run.directory))
         with in_thread(runner.run):
             wait_until((runs[2].directory / "ready").exists)
             finish_by_hand(runs[0])
@@ -329,7 +330,7 @@ def test_the_time_left_goes_by_what_is_done(tmp_path):
     runs = make(tmp_path, 2, seeds=2)
     results = {runs[0].name: {"seconds": 7200.0, "seeds_in_program": 2}}
     record = {"step": 480, "split": "train", "error": 0, "examples": 1}
-    with files.claim(runs[2].directory):
+    with Directory.open(runs[2].directory):
         # A log that is being written.
         log = json.dumps(record) + '\n{"step": 481, "sp'
         (runs[2].directory / "metrics.jsonl").write_text(log)

@@ -8,18 +8,14 @@ import pytest
 from resnet_flax.models import count, create_model
 from tests.benchmarks import scaling
 
-IMAGE, BATCH, DEVICES = (32, 32, 3), 128, 8
+EACH = 16
 NORMS = 7  # The stem's and two in each of the three blocks of resnet8.
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    assert len(jax.devices()) == DEVICES
-
-    def step(group):
-        return scaling.compile_step("resnet8", IMAGE, 10, BATCH, group)
-
-    return {group: step(group) for group in (0, 16)}
+    assert jax.device_count() == 8
+    return {group: scaling.compile_step("resnet8", EACH, group) for group in (0, EACH)}
 
 
 def test_groups_that_fit_on_a_device_need_no_collectives_for_statistics(compiled):
@@ -27,11 +23,8 @@ def test_groups_that_fit_on_a_device_need_no_collectives_for_statistics(compiled
     # Mean, variance, and one on the way back; XLA joins the first layer's last one to the
     # gradients.
     assert 3 * NORMS - 2 <= len(counts[0]["statistics"]) <= 3 * NORMS
-    assert counts[16]["statistics"] == []
-    parameters = jax.eval_shape(
-        create_model("resnet8").init, jax.random.key(0), jax.ShapeDtypeStruct((1, *IMAGE), "f4")
-    )["params"]
-    least = 4 * sum(x.size for x in jax.tree.leaves(parameters))
+    assert counts[EACH]["statistics"] == []
+    least = 4 * sum(layer.parameters for layer in count.layers(create_model("resnet8"), 32))
     for found in counts.values():
         assert least <= sum(found["gradients"]) + sum(found["statistics"]) <= 1.03 * least
         assert set(found) == {"statistics", "gradients"}
@@ -40,8 +33,7 @@ def test_groups_that_fit_on_a_device_need_no_collectives_for_statistics(compiled
 def test_operations_are_those_of_one_device(compiled):
     # Two to a multiply-add, forwards and, towards weights and input, backwards.
     forwards = sum(layer.multiply_adds for layer in count.layers(create_model("resnet8"), 32))
-    whole = 6 * forwards * BATCH / DEVICES
-    assert compiled[16].cost_analysis()["flops"] == pytest.approx(whole, rel=0.1)
+    assert compiled[EACH].cost_analysis()["flops"] == pytest.approx(6 * forwards * EACH, rel=0.1)
 
 
 def test_the_model_by_hand():

@@ -5,7 +5,6 @@ import json
 import pathlib
 import shutil
 import signal
-import time
 
 import jax
 import numpy as np
@@ -88,43 +87,28 @@ def test_the_best_checkpoint_is_chosen_by_validation(finished):
 
 
 @pytest.mark.parametrize("stop_at", [1, 4, 7])
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_end(
-    finished, tmp_path, stop_at, monkeypatch
-):
+def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path, stop_at):
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
-    original = loop.Loop._train
-
-    def train_then_signal(self):
-        original(self)
-        if self.step == stop_at:
-            signal.raise_signal(signal.SIGTERM)
-            while not self.stop_signal:  # Another thread answers.
-                time.sleep(0.01)
-
-    monkeypatch.setattr(loop.Loop, "_train", train_then_signal)
-    stopped = train.train(config, directory)
+    stopped = conftest.stop_at_step(config, directory, stop_at)
     assert stopped == {"stopped": stop_at, "signal": "SIGTERM"}
     assert not (directory / "result.json").exists()
     assert stop_at in checkpoint.steps_in(directory / "checkpoints")
-    monkeypatch.undo()
     train.train(config, directory)
     assert_same_end(directory, uninterrupted)
-    starts = json.loads((directory / "run.json").read_text())["starts"]
-    assert [s["step"] for s in starts] == [0, stop_at]
 
 
 def test_a_signal_during_the_last_evaluation_ends_it(finished, tmp_path, monkeypatch):
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
-    original = loop.Loop._score
+    original = loop.Loop._evaluate_if_due
 
-    def signal_then_score(self, member):
-        if self.step == config.train.total_steps:
+    def signal_then_score(self, net):
+        if net.step == config.train.total_steps:
             self.stop_signal = signal.SIGTERM
-        return original(self, member)
+        return original(self, net)
 
-    monkeypatch.setattr(loop.Loop, "_score", signal_then_score)
+    monkeypatch.setattr(loop.Loop, "_evaluate_if_due", signal_then_score)
     stopped = train.train(config, directory)
     assert stopped == {"stopped": config.train.total_steps, "signal": "SIGTERM"}
     assert not (directory / "result.json").exists()
@@ -142,15 +126,16 @@ def test_a_crash_between_checkpoint_and_evaluation_loses_nothing(finished, tmp_p
     config, uninterrupted, _ = finished
     directory = tmp_path / "run"
 
-    def crash(self):
-        self._save()
-        self.writer.close()
+    original = loop.Loop._evaluate_if_due
+
+    def crash(self, net):
+        if net.step != 8:
+            return original(self, net)
+        self._save(net)
+        net.writer.close()
         raise Crash
 
-    original = loop.Loop._evaluate_if_due
-    monkeypatch.setattr(
-        loop.Loop, "_evaluate_if_due", lambda s: crash(s) if s.step == 8 else original(s)
-    )
+    monkeypatch.setattr(loop.Loop, "_evaluate_if_due", crash)
     with pytest.raises(Crash):
         train.train(config, directory)
     monkeypatch.undo()
@@ -193,27 +178,39 @@ def test_a_workdir_of_another_config_is_refused_naming_the_keys(finished, small_
         train.train(small_config, directory)
 
 
-@pytest.mark.parametrize("name", ["config.json", "run.json"])
-def test_a_run_without_what_it_is_is_refused(finished, tmp_path, name):
-    config, uninterrupted, _ = finished
-    directory = tmp_path / "run"
-    shutil.copytree(uninterrupted, directory)
-    (directory / name).unlink()
-    with pytest.raises(UserError, match=f"holds a run without its {name}"):
-        train.train(config, directory)
-    with pytest.raises(UserError, match=f"without its {name}|holds no config"):
-        scoring.score(None, str(directory), None)
+def without(name):
+    return lambda directory: (directory / name).unlink()
 
 
-def test_changed_data_are_refused(finished, tmp_path):
-    config, uninterrupted, _ = finished
-    directory = tmp_path / "run"
-    shutil.copytree(uninterrupted, directory)
+def change_data(directory):
     run = json.loads((directory / "run.json").read_text())
     run["data"]["fingerprint"] = "0" * 64
     (directory / "run.json").write_text(json.dumps(run))
-    with pytest.raises(UserError, match="digits is not the one that the run .* began with"):
-        train.train(config, directory)
+
+
+def flip_preprocessing(directory):
+    content = bytearray((directory / "preprocess.safetensors").read_bytes())
+    content[-3] ^= 1
+    (directory / "preprocess.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (without("config.json"), "holds a run without its config.json"),
+        (without("run.json"), "holds a run without its run.json"),
+        (change_data, "the data set digits is not the one that the run .* began with"),
+        (flip_preprocessing, r"preprocess\.safetensors is missing or damaged"),
+    ],
+)
+def test_a_run_whose_files_do_not_agree_is_refused(finished, tmp_path, alter, message):
+    config, uninterrupted, _ = finished
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    alter(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        train.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        scoring.score(None, str(tmp_path / "run"), None)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
@@ -319,12 +316,6 @@ def test_a_run_from_weights_keeps_their_preprocessing_and_may_have_other_classes
     train.train(small_config, tmp_path / "run")
     again = weights.load(tmp_path / "run" / "weights.safetensors")
     np.testing.assert_array_equal(again.mean, changed.mean)
-    file = tmp_path / "run" / "preprocess.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=r"preprocess\.safetensors is missing or damaged"):
-        train.train(small_config, tmp_path / "run")
 
 
 def test_a_run_begun_from_weights_is_not_continued_without(finished, small_config, tmp_path):
@@ -345,24 +336,21 @@ def test_an_evaluation_with_another_config_than_the_run_s_is_refused(finished, s
         scoring.score(small_config, str(directory), None)
 
 
-def test_a_config_of_an_older_version_is_still_the_same(finished, tmp_path):
-    """Keys that did not exist when the run began stand at their defaults."""
+def test_keys_that_did_not_exist_when_a_run_began_stand_at_their_defaults(finished, tmp_path):
     config, uninterrupted, _ = finished
-    directory = tmp_path / "run"
-    shutil.copytree(uninterrupted, directory)
-    stored = json.loads((directory / "config.json").read_text())
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
     del stored["model.remat"]
-    (directory / "config.json").write_text(json.dumps(stored))
-    train.train(config, directory)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(stored))
+    train.train(config, tmp_path / "run")
 
 
 def test_a_kill_between_the_first_two_files_does_no_harm(finished, tmp_path):
     config, uninterrupted, _ = finished
-    directory = tmp_path / "run"
-    directory.mkdir()
-    shutil.copy(uninterrupted / "config.json", directory)
-    train.train(config, directory)
-    assert_same_end(directory, uninterrupted)
+    (tmp_path / "run").mkdir()
+    shutil.copy(uninterrupted / "config.json", tmp_path / "run")
+    train.train(config, tmp_path / "run")
+    assert_same_end(tmp_path / "run", uninterrupted)
 
 
 def test_stopped_twice_before_the_first_step(small_config, tmp_path, monkeypatch):
@@ -387,7 +375,7 @@ def test_many_steps_a_dispatch_change_nothing_but_rounding(small_config, tmp_pat
         try:
             return original(self)
         finally:
-            compiled.append(sorted(self.compiled))
+            compiled.append(sorted(key[-1] for key in self.programs))
 
     monkeypatch.setattr(loop.Loop, "run", run_and_note)
     small_config.log.every_steps = 5
@@ -434,12 +422,12 @@ def test_every_option_of_the_modern_recipe_trains(small_config, tmp_path):
 
 def test_a_run_begins_from_a_file_a_run_or_a_published_name(finished, tmp_path):
     _, directory, _ = finished
-    by_file = train._load_initial(str(directory / "weights.safetensors"))
-    by_run = train._load_initial(str(directory))
-    assert by_run[1] == by_file[1]
-    assert train._load_initial("resnet20")[0].model["name"] == "resnet20"
+    by_file = train._Initial(str(directory / "weights.safetensors"))
+    by_run = train._Initial(str(directory))
+    assert by_run.sha256 == by_file.sha256
+    assert train._Initial("resnet20").weights.model["name"] == "resnet20"
     with pytest.raises(UserError, match="holds no weights.safetensors: finish the run first"):
-        train._load_initial(str(tmp_path))
+        train._Initial(str(tmp_path))
 
 
 def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):
@@ -497,3 +485,24 @@ def test_a_bucket_that_cannot_be_reached_is_named(small_config, tmp_path):
     with pytest.raises(UserError, match="cannot reach gs://bucket/run: "):
         train.train(small_config, tmp_path / "run", checkpoint_dir="gs://bucket/run")
     assert not (tmp_path / "run").exists()
+
+
+def test_adam_and_stochastic_depth_are_as_safe_to_stop(small_config, tmp_path):
+    c = small_config
+    c.model.survival = 0.4
+    c.optim.name = "adam"
+    c.optim.learning_rate = 1e-3
+    c.optim.decay_factors = (0.5, 0.25)
+    c.optim.decay_norm_and_bias = False
+    c.data.fill = "edge"
+    c.data.normalize = "pixel_mean_255"
+    result = train.train(c, tmp_path / "whole")
+    assert conftest.stop_at_step(c, tmp_path / "run", 5)["stopped"] == 5
+    train.train(c, tmp_path / "run")
+    assert_same_end(tmp_path / "run", tmp_path / "whole")
+    file = tmp_path / "run" / "weights.safetensors"
+    loaded = weights.load(file)
+    assert loaded.model["survival"] == 0.4
+    np.testing.assert_array_equal(loaded.std, [255])
+    for source in (file, tmp_path / "run"):
+        assert f"({result['test_wrong_last']} of" in scoring.score(None, None, str(source))

@@ -1,6 +1,7 @@
 """Which devices a run uses: those of all its processes."""
 
 import contextlib
+import functools
 import json
 import os
 from typing import Any
@@ -33,20 +34,33 @@ _COMPILER_OPTIONS = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, str] | None:
-    """Options of `jax.jit` for a training step on "cpu", "gpu" or "tpu"; None where there are none.
+# Branches of one program side by side, not one after the other.
+_CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
 
-    Where this version of XLA does not know them, None too.
+
+def compiler_options(platform: str, *, concurrent: bool = False) -> dict[str, str] | None:
+    """Options of `jax.jit` for a training step on "cpu", "gpu" or "tpu", None for none.
+
+    Options that this version of XLA lacks are left out.
+
+    Args:
+      platform: of the devices.
+      concurrent: whether the program trains several nets as independent branches.
     """
-    options = _COMPILER_OPTIONS.get(platform)
-    if options is None:
-        return None
+    options = dict(_COMPILER_OPTIONS.get(platform, {}))
+    if concurrent and platform == "gpu":
+        options |= _CONCURRENT
+    return {k: v for k, v in options.items() if _is_known(k, v)} or None
+
+
+@functools.cache
+def _is_known(option: str, value: str) -> bool:
     try:
-        # Every backend reads the options of all, so that the platform's own need not be here.
-        jax.jit(lambda x: x, compiler_options=options).lower(0.0).compile()
+        # Every backend parses the options of all, so that the platform's own need not be here.
+        jax.jit(lambda x: x, compiler_options={option: value}).lower(0.0).compile()
     except Exception:
-        return None
-    return options
+        return False
+    return True
 
 
 def choose_mesh(config: ConfigDict) -> Mesh:

@@ -1,7 +1,7 @@
 """Saving and restoring a run's state, with a content hash and a way round damage.
 
-Each checkpoint is one orbax directory, `<directory>/<step>`, that holds the state in the canonical
-layout (see `models.layout`) and, as orbax's custom metadata, a small JSON record of the run and the
+Each checkpoint is one orbax directory, `<directory>/<step>`. It holds the state in the canonical
+layout (see `models.layout`) and, as orbax's custom metadata, a JSON record of the run and the
 SHA-256 of both: orbax itself loads a flipped bit without a word. `files.json`, written once a save
 is complete, holds the SHA-256 of each of its files.
 """
@@ -24,34 +24,34 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import v1 as ocp_v1
 
-from resnet_flax.errors import UserError
+from resnet_flax.errors import UserError, first_line
 from resnet_flax.models import layout
-from resnet_flax.runs import file_list
-from resnet_flax.training.state import TrainState
+
+_FILES = "files.json"
 
 
 class NotFiniteError(Exception):
     """The state to be saved holds an infinity or a NaN."""
 
 
-def to_tree(state: TrainState) -> dict[str, Any]:
-    """Nested dicts of host arrays in the canonical layout, without empty branches."""
+def to_tree(state: Any) -> dict[str, Any]:
+    """Nested dicts of host arrays of a state, in the canonical layout, without empty branches."""
     canonical = layout.to_canonical(jax.device_get(state))
     flat = flax.traverse_util.flatten_dict(flax.serialization.to_state_dict(canonical))
     flat = {path: np.asarray(value) for path, value in flat.items() if value is not None}
     return flax.traverse_util.unflatten_dict(flat)
 
 
-def from_tree(tree: dict[str, Any], template: TrainState, scanned: bool) -> TrainState:
-    """The inverse of `to_tree`: host arrays in the model's layout.
+def from_tree(tree: dict[str, Any], template: Any, scanned: bool) -> Any:
+    """The inverse of `to_tree`: a state of host arrays in the model's layout.
 
     Args:
-      tree: as from `to_tree`.
+      tree: from `to_tree`.
       template: the state's structure, shapes and dtypes, in the model's layout.
       scanned: whether that layout is the scanned one.
 
     Raises:
-      UserError: the first array that is missing, foreign, or of another shape or dtype.
+      UserError: names the first array that is missing, foreign, or of another shape or dtype.
     """
     canonical = layout.to_canonical(template)
     nested = flax.serialization.to_state_dict(canonical)
@@ -92,47 +92,73 @@ def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
       UserError: it is damaged; the message says how.
     """
     path = epath.Path(path).resolve()
-    reason = file_list.find_damage(path) or "its content does not match its SHA-256"
-    if not reason.startswith("file"):
+    reason = _find_damage(path)
+    if reason is None:
+        reason = "its content does not match its SHA-256"
+        context = ocp_v1.Context()
+        here = ocp_v1.multihost.process_index()
+        context.multiprocessing.primary_host = here
+        context.multiprocessing.active_processes = {here}
         try:
-            with _reading():
+            with context:
                 metadata = ocp_v1.checkpointables_metadata(path).custom_metadata
                 record, expected = metadata["record"], metadata["sha256"]
                 tree = ocp_v1.load_checkpointables(path, {"state": None})["state"]
             if content_hash(tree, record) == expected:
                 return tree, record
-        except Exception as error:
-            # Whatever orbax, tensorstore or a JSON reader raises for a damaged file.
+        except Exception as error:  # Whatever orbax, tensorstore or a JSON reader raises.
             cause = error.__cause__ or error
-            first = str(cause).strip().partition("\n")[0][:160]
-            reason = f"{type(cause).__name__}: {first}"
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
     raise UserError(f"checkpoint {path} is damaged: {reason}")
 
 
-def _reading() -> ocp_v1.Context:
-    context = ocp_v1.Context()
-    here = ocp_v1.multihost.process_index()
-    context.multiprocessing.primary_host = here
-    context.multiprocessing.active_processes = {here}
-    return context
+def _hash_files(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by its relative path."""
+    found = {}
+    for child in sorted(path.iterdir()):
+        if child.is_dir():
+            found |= {f"{child.name}/{k}": v for k, v in _hash_files(child).items()}
+        elif child.name != _FILES:
+            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
+    return found
+
+
+def _find_damage(path: epath.Path) -> str | None:
+    """What is wrong with a checkpoint's files by its list of them; None also without a list.
+
+    Orbax would find most of it too, but in pages of tracebacks from threads of its own.
+    """
+    try:
+        expected = json.loads((path / _FILES).read_text())
+        actual = _hash_files(path)
+        for name, digest in expected.items():
+            if name not in actual:
+                return f"file {name} is missing"
+            if actual[name] != digest:
+                return f"file {name} has changed"
+    except FileNotFoundError:
+        return None  # Killed between saving and listing: the hash of the content decides.
+    except (ValueError, AttributeError, OSError) as error:
+        return f"file {_FILES} cannot be read: {error}"
+    return None
 
 
 def locate(place: str) -> epath.Path:
-    """A directory of checkpoints, local or in a bucket, once it is known that it can be reached.
+    """A directory of checkpoints, local or in a bucket, after a check that it can be reached.
 
     Raises:
-      UserError: it cannot: no such bucket, no access, a library that is not installed.
+      UserError: no such bucket, no access, a library that is not installed.
     """
     path = epath.Path(place)
     try:
         path.exists()
     except Exception as error:  # Whatever the library for that kind of place raises.
-        raise UserError(f"cannot reach {place}: {str(error).partition(chr(10))[0]}") from error
+        raise UserError(f"cannot reach {place}: {first_line(error)}") from error
     return path
 
 
 def steps_in(directory: epath.PathLike) -> list[int]:
-    """Steps of the finished checkpoints in a directory, rising; [] where there is none."""
+    """Steps of the finished checkpoints in a directory, rising; [] without a directory."""
     directory = epath.Path(directory)
     if not directory.exists():
         return []
@@ -142,11 +168,11 @@ def steps_in(directory: epath.PathLike) -> list[int]:
 def read_newest(
     directory: epath.PathLike, warn: Callable[[str], None], *, set_aside: bool
 ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:
-    """The newest undamaged checkpoint as (step, tree, record), or None where there are none at all.
+    """The newest undamaged checkpoint as (step, tree, record), or None if there are none at all.
 
     Args:
       directory: holds the checkpoints.
-      warn: told of each damaged one that is passed over.
+      warn: called with a line about each damaged one that is passed over.
       set_aside: move damaged ones to `<directory>/../damaged_checkpoints`, so that their step can
         be saved again; nothing is deleted.
 
@@ -173,11 +199,9 @@ def read_newest(
 
 
 def _set_aside(directory: epath.Path, steps: list[int]) -> None:
-    if not steps:
-        return
     aside = directory.parent / "damaged_checkpoints"
-    aside.mkdir(exist_ok=True)
     for step in steps:
+        aside.mkdir(exist_ok=True)
         number = 0
         while (target := aside / f"{step}.{number}").exists():
             number += 1
@@ -185,9 +209,11 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
 
 
 class NoWriter:
-    """Saves nothing: what a process has that is not the first."""
+    """Saves nothing: the writer of every process but the first."""
 
-    def save(self, state: TrainState, record: dict[str, Any]) -> None:
+    best_step: int | None = None
+
+    def save(self, step: int, tree: dict[str, Any], record: dict[str, Any]) -> None:
         """Leaves it to the first process."""
 
     def wait(self) -> None:
@@ -199,18 +225,18 @@ class NoWriter:
 class Writer:
     """Saves checkpoints in the background and deletes old ones.
 
-    Kept are the newest `keep` and the steps last named as best.
+    It keeps the newest `keep` and `best_step`.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int):
-        """Opens (or makes) `directory`; what an interrupted save or deletion left is removed."""
+        """Opens (or makes) `directory`; removes what an interrupted save or deletion left."""
         self.directory = epath.Path(directory).resolve()  # Orbax takes no relative path.
-        self.best_steps: set[int | None] = set()
+        self.best_step: int | None = None
         self._keep = keep
         self._pending: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        # Of several processes only one calls this: orbax must not wait for the others. In its newer
-        # interface, version 1, a save does, whatever it is told.
+        # Only one process calls this: orbax must not wait for the others. In its version 1
+        # interface a save does, whatever it is told.
         here = ocp.multihost.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
         handler = ocp.CompositeCheckpointHandler(
@@ -223,51 +249,50 @@ class Writer:
             if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(".deleting"):
                 path.rmtree()
 
-    def save(self, state: TrainState | dict[str, Any], record: dict[str, Any]) -> epath.Path:
-        """Begins to save; returns the checkpoint's path. An earlier save is waited for first.
+    def save(self, step: int, tree: dict[str, Any], record: dict[str, Any]) -> None:
+        """Begins to save; an earlier save is waited for first.
 
         Args:
-          state: on the devices; or a tree of one, or of several at the same step, on the host.
+          step: names the checkpoint.
+          tree: from `to_tree`.
           record: JSON-serialisable, returned by `read`.
 
         Raises:
-          NotFiniteError: a value is not finite: nothing is saved.
+          NotFiniteError: a value is not finite; nothing is saved.
           UserError: this save or an earlier one failed (disk full, say).
         """
-        tree = state if isinstance(state, dict) else to_tree(state)
-        flat = flax.traverse_util.flatten_dict(tree)
-        step = int(next(value for path, value in flat.items() if path[-1] == "step"))
-        for path, value in flat.items():
+        flat = flax.traverse_util.flatten_dict(tree, sep="/")
+        for name, value in flat.items():
             if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-                raise NotFiniteError(f"{'/'.join(path)} is not finite at step {step}")
-        # What JSON makes of the record (floats, say) is what will be hashed on reading.
+                raise NotFiniteError(f"{name} is not finite at step {step}")
+        # JSON may change the record (floats, tuples): hash what will be read.
         record = json.loads(json.dumps(record))
         metadata = {"record": record, "sha256": content_hash(tree, record)}
         self.wait()
-        self._check_room(tree)
+        self._check_room(sum(value.nbytes for value in flat.values()))
         path = self.directory / str(step)
         try:
             content = ocp.args.Composite(state=ocp.args.PyTreeSave(tree))
             self._orbax.save(path, args=content, custom_metadata=metadata)
         except Exception as error:
             raise self._failure(error) from error
-        self._pending = self._thread.submit(self._finish, path, self.best_steps)
-        return path
+        self._pending = self._thread.submit(self._finish, path, self.best_step)
 
-    def _check_room(self, tree: dict[str, Any]) -> None:
+    def _check_room(self, need: int) -> None:
         """Orbax would find out too, but in pages of tracebacks from threads of its own."""
-        need = sum(value.nbytes for value in flax.traverse_util.flatten_dict(tree).values())
         with contextlib.suppress(OSError):  # A file system that does not tell.
             if (free := shutil.disk_usage(self.directory).free) < need:
                 full = os.strerror(errno.ENOSPC)
                 raise self._failure(OSError(f"{full}: {need:,} bytes needed, {free:,} free"))
 
-    def _finish(self, path: epath.Path, best_steps: set[int | None]) -> None:
+    def _finish(self, path: epath.Path, best_step: int | None) -> None:
         self._orbax.wait_until_finished()
-        file_list.write(path)
+        temporary = path / f"{_FILES}.tmp"
+        temporary.write_text(json.dumps(_hash_files(path)))
+        temporary.replace(path / _FILES)
         for step in steps_in(self.directory)[: -self._keep]:
-            if step not in best_steps:
-                # Renamed first: half of a checkpoint must not pass for one.
+            if step != best_step:
+                # Renamed first: half a checkpoint must not pass for a whole one.
                 doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleting")
                 doomed.rmtree()
 
@@ -285,10 +310,9 @@ class Writer:
                 raise self._failure(error) from error
 
     def _failure(self, error: Exception) -> UserError:
-        cause = error.__cause__ or error
         # Tensorstore names files first, then the reason, then pages of specification.
-        text = str(cause).partition(" [tensorstore_spec")[0].strip() or type(cause).__name__
-        text = text.splitlines()[0]
+        text = str(error.__cause__ or error).partition(" [tensorstore_spec")[0].strip()
+        text = text.splitlines()[0] if text else type(error).__name__
         text = text if len(text) <= 200 else f"… {text[-200:]}"
         return UserError(f"could not save a checkpoint in {self.directory}: {text}")
 

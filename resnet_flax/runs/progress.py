@@ -48,21 +48,20 @@ def outlive_readers() -> None:
 
 
 class Progress:
-    """One bar on a terminal, plain lines now and then elsewhere.
+    """A bar on a terminal, a line every half minute elsewhere.
 
     Shows step, loss, error, learning rate, images/s and the time left.
     """
 
     def __init__(self, process: int = 0, seconds_between_lines: float = 30.0):
-        """Says nothing yet; of several processes only the first shows steps."""
+        """Of several processes only the first shows steps."""
         self._pause, self._process = seconds_between_lines, process
         self._terminal = sys.stderr.isatty()
         self._bar = None
 
     def start(self, total_steps: int, step: int) -> None:
         """Shows a run of `total_steps` of which `step` are done."""
-        self._total = total_steps
-        self._step = step
+        self._total, self._step = total_steps, step
         self._start = self._first = None
         self._last_line = time.monotonic()
         self._bar = tqdm(
@@ -77,17 +76,17 @@ class Progress:
     def update(
         self, step: int, loss: float, error: float, rate: float, images_per_second: float
     ) -> None:
-        """Tells of the steps up to `step`."""
+        """Shows the results of the steps up to `step`."""
+        done, self._step = step - self._step, step
+        if self._process:
+            return
         text = (
             f"batch loss {loss:.3f}  batch error {100 * error:.1f} %  rate {rate:.3g}  "
             f"{images_per_second:,.0f} images/s"
         )
-        done, self._step = step - self._step, step
-        if self._process:
-            return
         now = time.monotonic()
         if self._start is None:
-            # Compilation is behind it: what is left goes by the steps that follow.
+            # Compilation is over: the steps that follow tell the time left.
             self._start, self._first = now, step
             self._bar.unpause()
         if self._terminal:
@@ -97,17 +96,16 @@ class Progress:
             self._last_line = now
             if step > self._first:
                 left = (now - self._start) / (step - self._first) * (self._total - step)
-                text += f"  {_clock(left)} left"
+                text += f"  {tqdm.format_interval(left)} left"
             self.say(f"step {step}/{self._total}  {text}")
 
     def say(self, line: str) -> None:
         """Prints a line without disturbing the bar; of several processes only the first does."""
         if not self._process:
-            tqdm.write(line, file=sys.stderr)
-            sys.stderr.flush()
+            self.warn(line)
 
     def warn(self, line: str) -> None:
-        """Prints a line about what this process has met, whichever it is."""
+        """Prints a line about this process."""
         tqdm.write(f"process {self._process}: {line}" if self._process else line, file=sys.stderr)
         sys.stderr.flush()
 
@@ -117,24 +115,34 @@ class Progress:
             self._bar.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
+    """The last words of a finished run: what was learned, where it lies, what to run next.
 
+    Args:
+      result: see `train.train`.
+      directory: of the run, or the parent of the runs of several seeds.
 
-def _summary_of_seeds(results: list[dict[str, Any]], directory: pathlib.Path) -> str:
-    lines = [_first_lines(r, directory / f"seed{r['seed']}") for r in results]
-    return "\n".join(
-        [f"seed {r['seed']}: {line}" for r, line in zip(results, lines, strict=True)]
-        + [
-            "Each is a run of its own. Together:\n"
-            f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
-        ]
+    Raises:
+      UserError: the result is not one of a finished run.
+    """
+    if SEEDS in result:
+        each = []
+        for one in result[SEEDS]:
+            name = f"seed{one['seed']}"
+            each.append(f"{name}: {_summary(one, directory / name)}")
+        together = f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
+        return "\n".join([*each, "Each is an ordinary run. Together:", together])
+    text = _summary(result, directory)
+    if result["data"] != "digits":
+        return text
+    learned = result["test_error_last"] < 0.1
+    return (
+        f"{text}\n{'It has learned to read handwritten digits. ' if learned else ''}Next, CIFAR-10 "
+        "in ten epochs:\n  python -m resnet_flax.main --config=configs/cifar10_short.py"
     )
 
 
-def _first_lines(result: dict[str, Any], directory: pathlib.Path) -> str:
+def _summary(result: dict[str, Any], directory: pathlib.Path) -> str:
     try:
         return (
             f"{result['model']} on {result['data']}: {100 * result['test_error_last']:.2f} % test "
@@ -145,26 +153,3 @@ def _first_lines(result: dict[str, Any], directory: pathlib.Path) -> str:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory / 'result.json'} lacks {error}; delete it to redo") from error
-
-
-def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
-    """What a finished run says last: what was learned, where it lies, what to run next.
-
-    Args:
-      result: see `train.train`.
-      directory: likewise.
-
-    Raises:
-      UserError: the result is not one of a finished run.
-    """
-    if SEEDS in result:
-        return _summary_of_seeds(result[SEEDS], directory)
-    lines = [_first_lines(result, directory)]
-    if result["data"] == "digits":
-        learned = result["test_error_last"] < 0.1
-        lines.append(
-            ("It has learned to read handwritten digits. " if learned else "")
-            + "Next, CIFAR-10 in ten epochs:\n"
-            "  python -m resnet_flax.main --config=configs/cifar10_short.py"
-        )
-    return "\n".join(lines)

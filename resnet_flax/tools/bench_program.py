@@ -1,200 +1,150 @@
-"""What a compiled program executes in a training step, read from XLA's own texts.
+"""Counts what a compiled program executes in a training step, from XLA's own texts."""
 
-Loops inside a step count as often as they turn. Where a program does not say how often that is, its
-loops are jax's and XLA's own: they count from 0 by ones to a constant.
-"""
-
-import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from resnet_flax.errors import UserError
 
-# The lines of each computation by its name, of the first by "ENTRY".
-Program = Mapping[str, Sequence[str]]
-
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body)=%?([\w.\-]+)")
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
+_LOOP = re.compile(r" while\(.*\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BOUND = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ALL_REDUCE = re.compile(r" all-reduce(?:-start)?\(")
+_THUNK = re.compile(r"\s*\d+: (k\w+)")
+
+# Thunks that only hold others (a copied slice is a kDynamicSliceFusion around a copy), and thunks
+# that launch nothing.
+_HOLDERS = {"kAsyncStart", "kDynamicSlice", "kDynamicSliceFusion", "kSequential"}
+_SILENT = {"kAsyncDone", "kWaitForStreams"}
+_DIFFERENT = "the program and the list of its launches have different loops"
+
+# What XLA's runtime for GPUs executes: its kind, and the parts of a loop or a CUDA graph.
+_Thunk = tuple[str, list["_Thunk"]]
 
 
-def read_program(text: str) -> Program:
-    """The computations of `compiled.as_text()`."""
-    program: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if match := _HEAD.match(line):
-            lines = program["ENTRY" if match[1] else match[2]] = []
-        else:
-            lines.append(line)
-    return program
+class _Program:
+    def __init__(self, text: str):
+        # The lines of each computation by its name, of the first by "ENTRY".
+        self.lines: dict[str, list[str]] = {}
+        lines: list[str] = []
+        for line in text.splitlines():
+            if match := _HEAD.match(line):
+                lines = self.lines["ENTRY" if match[1] else match[2]] = []
+            else:
+                lines.append(line)
 
-
-def turns(program: Program, loop: str) -> int:
-    """How often the loop of this line of the program turns.
-
-    Raises:
-      UserError: that cannot be told.
-    """
-    if match := _KNOWN_TURNS.search(loop):
-        return int(match[1])
-    condition = _CONDITION.search(loop)
-    lines = program.get(condition[1], ()) if condition else ()
-    for bound in filter(None, map(_BOUND.search, lines)):
-        constant = re.compile(rf"%{re.escape(bound[1])} = .* constant\((\d+)\)")
-        for match in filter(None, map(constant.search, lines)):
+    def turns(self, loop: str) -> int:
+        if match := _KNOWN_TURNS.search(loop):
             return int(match[1])
-    raise UserError("how often a loop of the program turns cannot be told")
+        # The loop is jax's or XLA's own: it counts from 0 by ones to a constant.
+        lines = self.lines.get(_LOOP.search(loop)[1], ())
+        for bound in filter(None, map(_BOUND.search, lines)):
+            constant = re.compile(rf"%{re.escape(bound[1])} = .* constant\((\d+)\)")
+            for match in filter(None, map(constant.search, lines)):
+                return int(match[1])
+        raise UserError("how often a loop of the program turns cannot be told")
+
+    def loops(self, name: str) -> list[tuple[int, str]]:
+        matches = [match for line in self.lines[name] if (match := _LOOP.search(line))]
+        return [(self.turns(match.string), match[2]) for match in matches]
+
+    def total(self, name: str, own: Callable[[str], int]) -> int:
+        # Where a line has a number of its own, what it calls is part of that number.
+        found = 0
+        for line in self.lines.get(name, ()):
+            if number := own(line):
+                found += number
+            elif " conditional(" in line:
+                raise UserError("which branch of the program is taken cannot be told")
+            elif inner := sum(self.total(called, own) for called in _CALLED.findall(line)):
+                found += inner * (self.turns(line) if _LOOP.search(line) else 1)
+        return found
 
 
-def _loops(program: Program, name: str) -> list[str]:
-    return [line for line in program[name] if " while(" in line]
+def _read_thunks(text: str) -> list[_Thunk]:
+    top: list[_Thunk] = []
+    above, in_condition = [(-1, top)], False
+    for line in text.splitlines():
+        if line.strip() in ("condition:", "body:"):
+            # Conditions are not indented. With a known number of turns none is executed.
+            in_condition = line.strip() == "condition:"
+        elif not in_condition and (match := _THUNK.match(line)):
+            indent, parts = len(line) - len(line.lstrip()), []
+            while above[-1][0] >= indent:
+                above.pop()
+            above[-1][1].append((match[1], parts))
+            above.append((indent, parts))
+    return top
 
 
-def _body(loop: str) -> str:
-    return next(m[1] for m in _CALLED.finditer(loop) if m[0].startswith("body"))
+def _launches(thunks: Sequence[_Thunk], program: _Program, name: str) -> tuple[int, int]:
+    # The loops of the computation and of its thunks are in the same order.
+    loops = iter(program.loops(name))
 
+    def count(thunks):
+        launches = submissions = 0
+        for kind, parts in thunks:
+            if kind == "kWhile":
+                turns, body = next(loops, (0, None))
+                if body is None:
+                    raise UserError(_DIFFERENT)
+                inside, issued = (turns * n for n in _launches(parts, program, body))
+            elif kind == "kCommandBuffer":
+                inside, issued = count(parts)[0], 1
+            elif kind in _HOLDERS:
+                inside, issued = count(parts)
+            elif parts or kind == "kConditional":
+                raise UserError(f"what a thunk of the kind {kind} executes cannot be told")
+            else:
+                inside = issued = int(kind not in _SILENT)
+            launches, submissions = launches + inside, submissions + issued
+        return launches, submissions
 
-def total(program: Program, name: str, own: Callable[[str], int]) -> int:
-    """The sum of `own(line)` over the computation of that name and all that it executes.
-
-    Where a line has a number of its own, what it calls is part of that.
-
-    Raises:
-      UserError: how often something is executed cannot be told.
-    """
-    found = 0
-    for line in program.get(name, ()):
-        if number := own(line):
-            found += number
-        elif " conditional(" in line:
-            raise UserError("which branch of the program is taken cannot be told")
-        elif inner := sum(total(program, called, own) for called in _CALLED.findall(line)):
-            found += inner * (turns(program, line) if " while(" in line else 1)
+    found = count(thunks)
+    if next(loops, None):
+        raise UserError(_DIFFERENT)
     return found
 
 
-def cycles(line: str) -> int:
-    """Of an instruction, as the TPU's compiler estimates them."""
-    return sum(map(int, _CYCLES.findall(line)))
-
-
-def all_reduces(line: str) -> int:
-    """1 for an all-reduce, else 0."""
-    return len(_ALL_REDUCE.findall(line))
-
-
-def _step_index(program: Program, steps: int) -> int:
-    """Which of the first computation's loops is the one over the steps of a chunk."""
-    loops = _loops(program, "ENTRY")
-    found = [i for i, loop in enumerate(loops) if turns(program, loop) == steps]
-    if not found:
-        raise UserError(f"the program has no loop of {steps} turns")
-    return max(found, key=lambda i: len(program[_body(loops[i])]))
-
-
-def step_name(program: Program, steps: int) -> str:
-    """The name of the computation that is one step of a chunk of so many.
-
-    Raises:
-      UserError: there is no loop that turns so often.
-    """
-    if steps == 1:
-        return "ENTRY"
-    return _body(_loops(program, "ENTRY")[_step_index(program, steps)])
-
-
-@dataclasses.dataclass
-class Thunk:
-    """What XLA's runtime for GPUs executes: its kind, and the parts of a loop or a CUDA graph."""
-
-    kind: str
-    parts: list["Thunk"] = dataclasses.field(default_factory=list)
-
-
-_THUNK = re.compile(r"\s*\d+: (k\w+)")
-
-# Those that only hold others (a slice that is copied is a kDynamicSliceFusion around a copy), and
-# those that launch nothing.
-_HOLDERS = {"kAsyncStart", "kDynamicSlice", "kDynamicSliceFusion", "kSequential"}
-_SILENT = {"kAsyncDone", "kWaitForStreams"}
-
-_DIFFERENT = "the program and the list of its launches have different loops"
-
-
-def read_thunks(text: str) -> list[Thunk]:
-    """XLA's list of a program's thunks, each indented under the one that holds it."""
-    whole = Thunk("kSequential")
-    above, in_condition = [(-1, whole)], False
-    for line in text.splitlines():
-        if line.strip() in ("condition:", "body:"):
-            # Conditions are not indented; with a known number of turns none is executed.
-            in_condition = line.strip() == "condition:"
-        elif not in_condition and (match := _THUNK.match(line)):
-            indent = len(line) - len(line.lstrip())
-            while above[-1][0] >= indent:
-                above.pop()
-            thunk = Thunk(match[1])
-            above[-1][1].parts.append(thunk)
-            above.append((indent, thunk))
-    return whole.parts
-
-
-def _whiles(thunks: Sequence[Thunk]) -> int:
-    """How many loops there are, without those inside others."""
-    return sum(1 if thunk.kind == "kWhile" else _whiles(thunk.parts) for thunk in thunks)
-
-
-def _count(thunks: Sequence[Thunk], program: Program, name: str) -> tuple[int, int]:
-    """Launches, and submissions from the host, of the thunks of the computation of that name."""
-    loops = iter(_loops(program, name))
-    if _whiles(thunks) != len(_loops(program, name)):
-        raise UserError(_DIFFERENT)
-
-    def count(thunks):
-        pairs = [count_one(thunk) for thunk in thunks]
-        return sum(inside for inside, _ in pairs), sum(issued for _, issued in pairs)
-
-    def count_one(thunk):
-        if thunk.kind == "kWhile":
-            loop = next(loops)
-            inside, issued = _count(thunk.parts, program, _body(loop))
-            return turns(program, loop) * inside, turns(program, loop) * issued
-        if thunk.kind == "kCommandBuffer":
-            return count(thunk.parts)[0], 1
-        if thunk.kind in _HOLDERS:
-            return count(thunk.parts)
-        if thunk.parts or thunk.kind == "kConditional":
-            raise UserError(f"what a thunk of the kind {thunk.kind} executes cannot be told")
-        return (0, 0) if thunk.kind in _SILENT else (1, 1)
-
-    return count(thunks)
-
-
-def launches(thunks: Sequence[Thunk], program: Program, steps: int) -> tuple[int, int]:
-    """What a GPU executes in a step, and how much of it the host issues one by one.
+def count(text: str, thunk_text: str, platform: str, steps: int) -> dict[str, Any]:
+    """What a training step executes; loops inside it count as often as they turn.
 
     Args:
-      thunks: from `read_thunks`.
-      program: the same.
+      text: `compiled.as_text()` of a chunk of training steps.
+      thunk_text: of a GPU, XLA's list of what the chunk launches.
+      platform: "gpu" or "tpu".
       steps: of the chunk.
 
     Returns:
-      The number of kernels, calls of libraries, copies and fillings of memory, those in CUDA graphs
-      too; the number of submissions, of which a CUDA graph is one.
-
-    Raises:
-      UserError: they cannot be told.
+      `all_reduces`; for a GPU `launches` (kernels, library calls, copies and memory fills, inside
+      CUDA graphs too) and `host_submissions` (a CUDA graph is one); for a TPU `cycles_per_step` and
+      `cycles_per_chunk`, as its compiler estimates them. `error`: why the rest is missing.
     """
-    if not thunks:
-        raise UserError("XLA has written no list of launches")
-    if steps > 1:
-        whiles = [thunk for thunk in thunks if thunk.kind == "kWhile"]
-        if len(whiles) != len(_loops(program, "ENTRY")):
+    program, found, step, thunks = _Program(text), {}, "ENTRY", _read_thunks(thunk_text)
+    try:
+        if steps > 1:
+            # The largest loop; others fill or convert arrays.
+            loops = program.loops("ENTRY")
+            sizes = [len(program.lines[body]) for _, body in loops] or [0]
+            index = sizes.index(max(sizes))
+            if not loops or loops[index][0] != steps:
+                raise UserError(f"the program has no loop of {steps} turns")
+            step = loops[index][1]
+            whiles = [parts for kind, parts in thunks if kind == "kWhile"]
+        found["all_reduces"] = program.total(step, lambda line: len(_ALL_REDUCE.findall(line)))
+        if platform == "tpu":
+            for key, name in (("cycles_per_step", step), ("cycles_per_chunk", "ENTRY")):
+                found[key] = program.total(name, lambda line: sum(map(int, _CYCLES.findall(line))))
+        elif not thunks:
+            raise UserError("XLA has written no list of launches")
+        elif steps > 1 and len(whiles) != len(loops):
             raise UserError(_DIFFERENT)
-        thunks = whiles[_step_index(program, steps)].parts
-    return _count(thunks, program, step_name(program, steps))
+        else:
+            parts = whiles[index] if steps > 1 else thunks
+            found["launches"], found["host_submissions"] = _launches(parts, program, step)
+    except UserError as error:
+        found["error"] = str(error)
+    return found

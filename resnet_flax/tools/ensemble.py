@@ -15,7 +15,7 @@ import numpy as np
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs import files, record
+from resnet_flax.runs import environment, files
 from resnet_flax.tools import entry
 from resnet_flax.training import outputs
 from resnet_flax.training.trained import Loader, Trained
@@ -66,7 +66,7 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
         **_scored(total, labels),
         "mean_error": sum(m["error"] for m in members) / len(members),
         "members": members,
-        **record.environment(nets[0].run.mesh),
+        **environment.describe(nets[0].run.mesh),
     }
 
 

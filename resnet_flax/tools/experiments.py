@@ -18,7 +18,8 @@ import resnet_flax
 from resnet_flax import models
 from resnet_flax.config import flatten, override, validate
 from resnet_flax.errors import UserError
-from resnet_flax.runs import identity, metrics, record
+from resnet_flax.runs import metrics
+from resnet_flax.runs.directory import Directory
 
 _DEPTHS = 20, 32, 44, 56, 110
 _SHORTCUTS = "constant_scaling exclusive_gating shortcut_gating-bias0 shortcut_gating " + (
@@ -101,8 +102,9 @@ class Run:
         Raises:
           UserError: the directory belongs to another run.
         """
-        identity.check_same_config(self.directory, self.config)
-        return record.finished(self.directory, self.config.train.total_steps)
+        directory = Directory(self.directory)
+        directory.check_config(flatten(self.config))
+        return directory.finished(self.config.train.total_steps)
 
     def last_step(self) -> int:
         """Step of the last record, 0 where there is none."""

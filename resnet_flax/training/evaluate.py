@@ -11,19 +11,22 @@ import numpy as np
 from resnet_flax.errors import UserError
 from resnet_flax.training.feed import Feed
 
+# From here on the top-5 error says more than a table of every class.
+MANY_CLASSES = 100
+
 # Batches that may be on their way to the devices while the sums of one are read.
 _SENT_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
       loss: mean cross-entropy, nats.
       confusion: int64 [K, K], examples by (label, prediction).
       top5_wrong: examples whose label is none of the five likeliest classes.
-      unreadable: examples that could not be scored because their images cannot be read.
+      unreadable: examples whose images cannot be read, counted in nothing else.
     """
 
     loss: float
@@ -43,20 +46,40 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Share of examples misclassified, 0 to 1."""
+        """Fraction of the examples that is misclassified."""
         return self.wrong / self.examples
 
     @property
     def top5_error(self) -> float:
-        """Share of examples whose label is none of the five likeliest classes, 0 to 1."""
+        """Fraction of the examples whose label is none of the five likeliest classes."""
         return self.top5_wrong / self.examples
 
     def class_errors(self) -> np.ndarray:
-        """Share misclassified of each class, float64 [K]; nan for a class without examples."""
+        """Fraction misclassified of each class, float64 [K]; nan for a class without examples."""
         total = self.confusion.sum(axis=1)
         return 1 - np.divide(
             np.diag(self.confusion), total, out=np.full(len(total), np.nan), where=total > 0
         )
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for a log: loss, error, counts, and the error of each class.
+
+        For many classes the top-5 error stands in place of the classes' errors.
+        """
+        record = {
+            "loss": self.loss,
+            "error": self.error,
+            "wrong": self.wrong,
+            "examples": self.examples,
+        }
+        if self.unreadable:
+            record["unreadable"] = self.unreadable
+        if len(self.confusion) < MANY_CLASSES:
+            errors = self.class_errors()
+            record["class_errors"] = [None if np.isnan(e) else round(float(e), 6) for e in errors]
+        else:
+            record["top5_error"] = self.top5_error
+        return record
 
 
 def evaluate(

@@ -61,7 +61,7 @@ def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
     placed: dict[tuple, tuple[np.ndarray, jax.Array]] = {}
 
     def put(value: np.ndarray, where: NamedSharding) -> jax.Array:
-        key = value.ctypes.data, value.shape
+        key = value.ctypes.data, value.shape, where
         if key not in placed:
             # Kept with its value: else another could come to have its address.
             placed[key] = value, sharding.put(value, where)

@@ -44,8 +44,7 @@ def examples(resident, batch, sharding):
     images = jnp.take(resident["images"], batch, axis=0, mode="clip")
     images = images.reshape(-1, *resident["mean"].shape)
     labels = jnp.take(resident["labels"], batch, axis=0, mode="clip")
-    if sharding is not None:
-        images = jax.lax.with_sharding_constraint(images, sharding)
+    images = jax.lax.with_sharding_constraint(images, sharding)
     return images, jnp.where(batch < 0, -1, labels)
 
 
@@ -69,7 +68,7 @@ def make_train_chunk(
     model: ResNet,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
-    sharding: NamedSharding | None,
+    sharding: NamedSharding,
     pad: int,
     flip: bool,
     label_smoothing: float,
@@ -78,33 +77,31 @@ def make_train_chunk(
     color: bool = False,
     pack: bool = False,
     compiler_options: dict[str, str] | None = None,
-    together: Callable[[Callable], Callable] = lambda train_step: train_step,
-    out_shardings: Any = None,
-) -> Callable[[TrainState, dict, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes `train_chunk(state, resident, batches)`: a training step for each of `batches`.
+    several: bool = False,
+) -> Callable:
+    """Makes `train_chunk(state, resident, batches)`: one training step for each of `batches`.
 
     Args:
       model: the net.
       optimizer: as from `optim.sgd`.
-      sharding: of a batch's first axis; None: a device has the whole of it.
+      sharding: of a batch's first axis.
       pad: pixels, see `augment.draw_crops`.
-      flip: likewise.
+      flip: see `augment.draw_crops`.
+      label_smoothing: see `cross_entropy`.
+      ema_decay: fraction of the averaged weights kept at each step, 0: no average.
       fill: see `augment.crop_and_mirror`.
       color: whether to shift each image's colours, see `augment.color_shift`.
-      label_smoothing: see `cross_entropy`.
-      ema_decay: share of the averaged weights kept at each step, 0: no average.
       pack: keep parameters as `packing.pack` does inside a loop of steps, faster on a GPU.
       compiler_options: of `jax.jit`.
-      together: makes of the step of one net, a function of (carry, inputs, resident), that of
-        several, whose arguments and results have a first axis of nets, see `seeds.Group`.
-      out_shardings: of the state and of the dict; None: replicated.
+      several: whether it trains several nets, as independent branches of one program. Then each
+        argument and each result is a list with one entry a net.
 
     Returns:
       A jitted function from (state, resident, batches of k steps) to the next state and a dict of
-      float32 [k], of several nets [k, nets]: `loss` (mean over the batch; NaN where the gradient or
-      a batch statistic is not finite), `error` (0 to 1), `rate` (learning rate). It donates the
-      state. k = 1 runs without a loop: for a loop XLA's CPU backend does less. (There
-      convolutions are slow, unless they are those of `models.cpu_convolution`.)
+      float32 [k]: `loss` (mean over the batch; NaN if the gradient or a batch statistic is not
+      finite), `error` (0 to 1), `rate` (learning rate). It donates the state. A fourth argument,
+      `wishes`, adds its maximum as `wish`. k = 1 runs without a loop: XLA's CPU backend optimises
+      less inside a loop.
     """
 
     def draw(key, step, size):
@@ -126,7 +123,7 @@ def make_train_chunk(
         """The convolutions' kernels as the net computes with them; None for all else."""
         return jax.tree.map(lambda x: x.astype(model.dtype) if x.ndim == 4 else None, params)
 
-    def train_step(carry, inputs, resident, like=None):
+    def train_step(carry, inputs, resident, like):
         (state, kernels), (batch, draws) = carry, inputs
         params, batch_stats = state.params, state.batch_stats
         if like is not None:
@@ -170,41 +167,41 @@ def make_train_chunk(
             kernels = cast_kernels(packing.unpack(params, like.params))
         return (state, kernels), jnp.stack([loss, error, optim.last_rate(opt_state)])
 
-    def train_chunk(state, resident, batches, wishes=None):
-        several = state.step.ndim  # 1 where there are several nets, else 0.
-        length, *_, size = jax.tree.leaves(batches)[0].shape[: several + 2]
-
-        def of_each(function, *arguments):
-            return (jax.vmap(function) if several else function)(*arguments)
-
-        def draw_step(i):
-            return of_each(functools.partial(draw, size=size), resident["key"], state.step + i)
-
+    def train_nets(states, residents, batches):
+        length, size = jax.tree.leaves(batches[0])[0].shape[:2]
+        offsets = jnp.arange(length, dtype=jnp.int32)
         # Before the loop: inside, XLA would draw a crop's offsets again for each of its pixels.
-        draws = jax.vmap(draw_step)(jnp.arange(length, dtype=jnp.int32))
-        carry, like = (state, None), None
+        draws = [
+            jax.vmap(functools.partial(draw, size=size), (None, 0))(r["key"], s.step + offsets)
+            for s, r in zip(states, residents, strict=True)
+        ]
+        like, carries = None, [(state, None) for state in states]
         if pack and length > 1:
-            like = jax.eval_shape(lambda: jax.tree.map(lambda x: x[0] if several else x, state))
-            carry = of_each(packing.pack, state), of_each(cast_kernels, state.params)
-        mapped = together(functools.partial(train_step, like=like))
+            like = jax.eval_shape(lambda: states[0])
+            carries = [(packing.pack(state), cast_kernels(state.params)) for state in states]
 
-        def step(carry, inputs):
-            return mapped(carry, inputs, resident)
+        def step(carries, inputs):
+            each = zip(carries, *inputs, residents, strict=True)
+            done = [train_step(c, (b, d), resident, like) for c, b, d, resident in each]
+            return [carry for carry, _ in done], [sums for _, sums in done]
 
         if length == 1:
-            (state, _), sums = step(carry, jax.tree.map(lambda x: x[0], (batches, draws)))
-            sums = sums[None]
+            carries, sums = step(carries, jax.tree.map(lambda x: x[0], (batches, draws)))
+            sums = [x[None] for x in sums]
         else:
-            (state, _), sums = jax.lax.scan(step, carry, (batches, draws))
-        if like is not None:
-            state = of_each(lambda packed: packing.unpack(packed, like), state)
-        sums = {name: sums[..., i] for i, name in enumerate(("loss", "error", "rate"))}
+            carries, sums = jax.lax.scan(step, carries, (batches, draws))
+        states = [state if like is None else packing.unpack(state, like) for state, _ in carries]
+        names = "loss", "error", "rate"
+        return states, [{n: x[:, i] for i, n in enumerate(names)} for x in sums]
+
+    def train_chunk(state, resident, batches, wishes=None):
+        (state,), (sums,) = train_nets([state], [resident], [batches])
         return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
 
     return jax.jit(
-        train_chunk,
+        train_nets if several else train_chunk,
         donate_argnums=0,
-        out_shardings=out_shardings or NamedSharding(sharding.mesh, PartitionSpec()),
+        out_shardings=NamedSharding(sharding.mesh, PartitionSpec()),
         compiler_options=compiler_options,
     )
 
@@ -230,6 +227,7 @@ def make_predict(model: ResNet, ten_crops: int = 0) -> Callable[[Any, jax.Array,
     return predict
 
 
+@functools.lru_cache(maxsize=8)
 def make_eval_chunk(
     model: ResNet, *, sharding: NamedSharding, ten_crops: int = 0
 ) -> Callable[[Any, dict, Any], dict[str, jax.Array]]:
@@ -277,6 +275,7 @@ def make_eval_chunk(
     return jax.jit(eval_chunk, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
 
 
+@functools.lru_cache(maxsize=8)
 def make_batch_statistics(
     model: ResNet, *, sharding: NamedSharding, pad: int, flip: bool, fill: str = "zero"
 ) -> Callable[[Any, dict, Any, jax.Array], Any]:

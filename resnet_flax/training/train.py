@@ -1,27 +1,30 @@
-"""A run: where it begins, and what it says at its end. The loop itself is in `loop`."""
+"""A run from top to bottom. The loop itself is in `loop`."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models, pretrained
-from resnet_flax.config import validate
+from resnet_flax.config import flatten, resolve_steps, validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs import checkpoint, files, identity, record, weights
+from resnet_flax.runs import checkpoint, environment, weights
+from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.progress import SEEDS, Progress
-from resnet_flax.training import experiment, handover, inputs, loop, seeds
-from resnet_flax.training.account import Account, History
-from resnet_flax.training.experiment import Experiment
-from resnet_flax.training.state import TrainState
+from resnet_flax.training import feed, inputs, seeds, setup
+from resnet_flax.training.loop import Loop, Net
+from resnet_flax.training.setup import Setup
 
 
 @randomness.default_switches()
@@ -31,232 +34,263 @@ def train(
     init_weights: str | None = None,
     checkpoint_dir: str | None = None,
 ) -> dict:
-    """Trains, or goes on training, as configured; leaves everything in `directory`.
+    """Trains a run, or resumes it, and leaves everything in `directory`.
 
-    With `config.train.num_seeds` above 1: so many runs at once, in `directory/seed<k>`, see
-    `handover`.
+    With `config.train.num_seeds` above 1: that many runs at once, in `directory/seed<k>`.
 
-    Where it begins: at the newest undamaged checkpoint of the directory; else from `init_weights`;
-    else from the seed. Of several processes only the first reads and writes the directory and the
-    weights file; each reads the data set.
+    A run starts from the newest undamaged checkpoint; without one from `init_weights`; else from
+    the seed. Of several processes only the first reads and writes the directory and the weights
+    file; each reads the data set.
 
     Args:
       config: see `config.base_config`.
-      directory: the run's own, or that of the runs of several seeds.
+      directory: of the run, or the parent of the runs of several seeds.
       init_weights: what to initialise a new run from: a weights file, the directory of a finished
         run, or the name of published weights.
-      checkpoint_dir: where the checkpoints are to lie, a path or a URL that orbax can write to, of
-        this run alone; None: in `directory`. A run whose directory was lost goes on from there.
+      checkpoint_dir: where the checkpoints lie, a path or a URL that orbax can write to, of this
+        run alone; None: in `directory`. A run whose directory was lost resumes from there.
 
     Returns:
-      What `result.json` holds, or `{"stopped": step}` when SIGTERM or SIGINT ended the run early.
+      The content of `result.json`, or `{"stopped": step}` if SIGTERM or SIGINT ended the run early.
       Of several processes only the first has a result. Of several seeds `{"seeds": [result, …]}`.
 
     Raises:
       UserError: anything the user can mend.
     """
     validate(config)
-    initial, digest = _load_initial(init_weights) if distributed.is_first() else (None, None)
     config = config.copy_and_resolve_references()
-    directories, group = _directories(config, directory, checkpoint_dir)
-    config.model.update(distributed.share(lambda: _model_of(config, initial, directories[0])))
+    if checkpoint_dir is not None and config.train.num_seeds > 1:
+        raise UserError(
+            "--checkpoint_dir goes with one seed only, not with config.train.num_seeds="
+            f"{config.train.num_seeds}"
+        )
+    initial = _Initial(init_weights) if distributed.is_first() else None
+    config.model.update(distributed.share(lambda: _known_model(config, initial, directory)))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
-    configs = seeds.member_configs(config)
+    runs = [_Run(*pair) for pair in seeds.split(config, directory)]
     mesh = hardware.choose_mesh(config)
-    environment = record.environment(mesh) | ({"seeds_in_program": len(configs)} if group else {})
+    here = environment.describe(mesh) | ({"seeds_in_program": len(runs)} if len(runs) > 1 else {})
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
-        if distributed.is_first():
-            for own, one in zip(directories, configs, strict=True):
-                stack.enter_context(files.claim(own))
-                identity.check_same_config(own, one)
-                if not group:
-                    identity.check_same_group(own, None)
-        datasets = seeds.load_data(configs) if group else [_load_data(config)]
-        preprocessing = [
-            distributed.share(functools.partial(_preprocessing, *pair, initial, init_weights))
-            for pair in zip(directories, datasets, strict=True)
-        ]
-        if group:
-            run = seeds.build(configs, datasets, mesh, preprocessing, progress.warn)
-        else:
-            run = experiment.build(config, datasets[0], mesh, preprocessing[0], progress.warn)
-        identities = [identity.describe(c, d) for c, d in zip(configs, datasets, strict=True)]
-        if group:
-            place = str(handover.place_of(directories))
-            total = run.config.train.total_steps
-            beginnings = handover.begin(directories, identities, digest, total, progress.say)
-        else:
-            place = distributed.share(
-                lambda: identity.checkpoint_directory(directory, checkpoint_dir)
-            )
-            checkpoint.locate(place)
-            begin = functools.partial(
-                _begin, run, directory, place, identities[0], digest, progress.say
-            )
-            beginnings = [distributed.share(begin)]
-        if all(beginning["result"] is not None for beginning in beginnings):
-            for own in directories:
-                progress.say(f"the run in {own} is finished")
-            results = [json.loads(beginning["result"]) for beginning in beginnings]
-            return {SEEDS: results} if group else results[0]
-        state = _first_state(run, [b["tree"] for b in beginnings], initial, init_weights)
-        step = loop.step_of(state)
-        accounts = [
-            Account(member, own, History.from_record(beginning["history"] or {}), about)
-            for member, own, beginning, about in zip(
-                run.members, directories, beginnings, identities, strict=True
-            )
-        ]
-        if distributed.is_first():
-            if note := identity.other_devices(directories[0], mesh):
-                progress.say(note)
-            for own, one, member in zip(directories, configs, run.members, strict=True):
-                record.write_start(
-                    own,
-                    one,
-                    member,
-                    step=step,
-                    environment=environment,
-                    init_weights=digest,
-                    checkpoint_dir=str(own / "checkpoints") if group else place,
-                    group=group,
-                )
-            progress.say(_describe(run, environment))
-        checkpoints = loop.Checkpoints(
-            checkpoint.locate(place),
-            beginnings[0]["tree"] is not None,
-            functools.partial(handover.hand_out, directories) if group else lambda accounts: None,
-        )
-        results = loop.Loop(run, accounts, state, progress, environment, checkpoints).run()
+        for run in runs if distributed.is_first() else ():
+            run.directory = stack.enter_context(Directory.open(run.path))
+            run.directory.check_config(flatten(run.config))
+            run.directory.check_not_in_group()
+        for run, dataset in zip(runs, _load_data([run.config for run in runs]), strict=True):
+            run.dataset = dataset
+        for run in runs:
+            begin = functools.partial(_find_start, run, initial, checkpoint_dir, progress.say)
+            run.start = distributed.share(begin)
+            if run.start["result"] is not None:
+                progress.say(f"the run in {run.path} is finished")
+        setups = _build(runs, mesh, progress.warn)
+        nets = [_make_net(run, built, initial, here, progress.say) for run, built in setups]
+        results: Any = []
+        if nets:
+            progress.say(_describe(nets, here["hardware"]))
+            results = Loop(nets, progress, here).run()
         if isinstance(results, dict):
             return results
-        if group:
-            handover.clear(directories)
-            return {SEEDS: results}
-        return results[0] if results else {}
+        if not distributed.is_first():
+            return {}
+        new = iter(results)
+        done = [json.loads(r.start["result"]) if r.start["result"] else next(new) for r in runs]
+        return {SEEDS: done} if len(runs) > 1 else done[0]
 
 
-def _directories(
-    config: ConfigDict, directory: pathlib.Path, checkpoint_dir: str | None
-) -> tuple[list[pathlib.Path], str | None]:
-    """Those of the runs, and what those of several seeds are called together."""
-    count = config.train.num_seeds
-    if count == 1:
-        return [directory], None
-    if checkpoint_dir is not None:
-        raise UserError(
-            f"--checkpoint_dir goes with one seed only, not with config.train.num_seeds={count}"
-        )
-    directories = [directory / f"seed{config.seed + i}" for i in range(count)]
-    return directories, handover.group_of(directories)
+@dataclasses.dataclass
+class _Run:
+    """A run on its way to a net.
+
+    Attributes:
+      config: as given, of one seed.
+      path: of the directory.
+      directory: only on the first process.
+      dataset: once it is loaded.
+      start: see `_find_start`.
+    """
+
+    config: ConfigDict
+    path: pathlib.Path
+    directory: Directory | None = None
+    dataset: Dataset | None = None
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of the run, in case its directory is lost."""
+        return {"config": flatten(self.config), "fingerprint": self.dataset.fingerprint}
 
 
-def _describe(run: Experiment | seeds.Group, environment: dict[str, Any]) -> str:
-    """What is about to be trained, on what, where."""
-    several = f"{len(run.members)} seeds of " if len(run.members) > 1 else ""
-    how = "; convolutions in the way of a CPU" if run.model.cpu_convolutions else ""
-    how += "; narrow convolutions by models/kernels/" if run.model.uses_kernels else ""
-    images, batch = len(run.dataset.train), run.config.data.batch_size
-    if batch > images:
-        how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"
-    return (
-        f"{several}{run.config.model.name}, {record.count_parameters(run.members[0]):,} "
-        f"parameters, on {images:,} images of {run.dataset.name}; "
-        f"{environment['hardware']}{how}"
-    )
+class _Initial:
+    """The weights to begin with, if any, and the SHA-256 of their file."""
+
+    def __init__(self, source: str | None):
+        self.source, self.weights, self.sha256 = source, None, None
+        if source is not None:
+            file, self.sha256 = pretrained.locate(source)
+            self.weights = weights.load(file)
 
 
-def _load_initial(path: str | None) -> tuple[weights.Weights | None, str | None]:
-    """The weights to begin with, and the SHA-256 of their file."""
-    if path is None:
-        return None, None
-    file, digest = pretrained.locate(path)
-    return weights.load(file), digest
-
-
-def _model_of(config: ConfigDict, initial, directory: pathlib.Path) -> dict[str, Any]:
-    identity.take_model(config, initial, directory)
+def _known_model(config: ConfigDict, initial: _Initial, directory: pathlib.Path) -> dict[str, Any]:
+    begun = Directory(seeds.split(config, directory)[0][1])
+    setup.take_model(config, initial.weights.model if initial.weights else begun.model)
     return config.model.to_dict()
 
 
-def _load_data(config: ConfigDict) -> Dataset:
-    """The data set, the same on all processes; the first one prepares it where that is needed."""
-    loaded = []
-    distributed.share(lambda: loaded.append(inputs.load_data(config)))
-    dataset = loaded[0] if loaded else inputs.load_data(config)
-    for index, other in enumerate(distributed.gather(dataset.fingerprint)):
-        if other != dataset.fingerprint:
+def _load_data(configs) -> list[Dataset]:
+    """The data sets, the same on all processes; the first one prepares them if need be."""
+    loaded: list[list[Dataset]] = []
+    distributed.share(lambda: loaded.append(seeds.load_data(configs)))
+    datasets = loaded[0] if loaded else seeds.load_data(configs)
+    here = datasets[0].fingerprint
+    for index, other in enumerate(distributed.gather(here)):
+        if other != here:
             raise UserError(
-                f"the data set {dataset.name} of process {index} is not that of process "
-                f"{distributed.index()} (fingerprints {other[:12]}, {dataset.fingerprint[:12]}): "
-                "give all machines the same"
+                f"the data set {datasets[0].name} of process {index} is not that of process "
+                f"{distributed.index()} (fingerprints {other[:12]}, {here[:12]}): give all "
+                "machines the same"
             )
-    return dataset
+    return datasets
 
 
-def _preprocessing(
-    directory: pathlib.Path, dataset: Dataset, initial: weights.Weights | None, source: str | None
-) -> list[np.ndarray] | None:
-    """Mean and standard deviation, where they are not the data set's own."""
-    identity.check_same_data(directory, dataset)
-    known = identity.preprocessing(directory)
-    if known is None and initial is not None:
-        # A net knows what its images must look like; another mean would undo its training.
-        known = initial.mean, initial.std
-        weights.check_preprocessing(*known, dataset.train.image_shape, str(source))
-    return known and list(known)
-
-
-def _begin(
-    run: Experiment,
-    directory: pathlib.Path,
-    place: str,
-    own: dict[str, Any],
-    digest: str | None,
-    warn: Callable[[str], None],
+def _find_start(
+    run: _Run, initial: _Initial, checkpoint_dir: str | None, warn: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Where the run goes on: a checkpoint's `tree` and `history`; its `result` if it has ended."""
-    found = checkpoint.read_newest(place, warn, set_aside=True)
-    identity.check_same_beginning(directory, digest, resuming=found is not None)
-    if found is None:
-        return {"tree": None, "history": None, "result": None}
-    step, tree, history = found
-    identity.check_same_run(directory, place, history.get("run", own), own)
-    total = run.config.train.total_steps
-    result = record.finished(directory, total) if step == total else None
-    return {"tree": tree, "history": history, "result": result and json.dumps(result)}
+    """What a run starts from, as the first process finds it.
+
+    Returns:
+      `checkpoints`: where they lie; `preprocessing`: (mean, std), None for the data set's own;
+      `tree` and `history` of the newest checkpoint, None without one; `result`: JSON, None if the
+      run is not finished.
+    """
+    directory, dataset = run.directory, run.dataset
+    directory.check_data(dataset.name, dataset.fingerprint)
+    place = directory.checkpoints(checkpoint_dir)
+    found = checkpoint.read_newest(checkpoint.locate(place), warn, set_aside=True)
+    directory.check_initial_weights(initial.sha256, resuming=found is not None)
+    preprocessing = directory.preprocessing()
+    if preprocessing is None and initial.weights is not None:
+        # The weights were trained on images prepared like this.
+        preprocessing = initial.weights.mean, initial.weights.std
+        weights.check_preprocessing(*preprocessing, dataset.train.image_shape, initial.source)
+    step, tree, history = found or (0, None, None)
+    result = None
+    if found is not None:
+        directory.check_checkpoint(history.get("run", run.identity()), run.identity(), place)
+        total = resolve_steps(run.config, len(dataset.train)).train.total_steps
+        result = directory.finished(total) if step == total else None
+    return {
+        "checkpoints": place,
+        "preprocessing": preprocessing and list(preprocessing),
+        "step": step,
+        "tree": tree,
+        "history": history,
+        "result": result and json.dumps(result),
+    }
 
 
-def _first_state(
-    run: Experiment | seeds.Group,
-    trees: list[dict[str, Any] | None],
-    initial: weights.Weights | None,
-    source: str | None,
-) -> TrainState:
-    first = run.members[0]
-    if trees[0] is not None:
-        template = first.abstract_state()
-        return run.place([checkpoint.from_tree(t, template, run.model.scan) for t in trees])
-    state = run.create_state()
-    if source is None:
-        return state
-    heads = [layout.to_canonical(s.params)["head"] for s in run.host_states(state)]
-    variables = distributed.share(
-        lambda: [_fit_initial(first, initial, source, head) for head in heads]
-    )
-    return run.create_state(variables if len(run.members) > 1 else variables[0])
+def _build(
+    runs: list[_Run], mesh: Mesh, warn: Callable[[str], None]
+) -> Iterator[tuple[_Run, Setup]]:
+    """The setups of the runs that are not finished; several share images and statistics."""
+    put, known = feed.put_once(), {}
+    for run, own_mesh in zip(runs, seeds.meshes(mesh, len(runs)), strict=True):
+        if run.start["result"] is not None:
+            continue
+        preprocessing = run.start["preprocessing"]
+        if preprocessing is None:
+            if id(run.dataset) not in known:
+                kind = run.config.data.normalize
+                known[id(run.dataset)] = inputs.statistics(run.dataset, kind)
+            preprocessing = known[id(run.dataset)]
+        yield run, setup.build(run.config, run.dataset, own_mesh, preprocessing, warn, put)
 
 
-def _fit_initial(
-    run: Experiment, initial: weights.Weights, source: str, head: dict[str, np.ndarray]
-) -> dict[str, Any]:
-    """The weights' variables, with `head` for last layer where the classes are others."""
-    model = record.describe_model(run)
-    variables, template = initial.variables, run.abstract_variables()
-    renamed = initial.class_names and initial.class_names != run.dataset.class_names
-    if renamed or initial.model.get("num_classes") != model["num_classes"]:
+def _make_net(
+    run: _Run,
+    built: Setup,
+    initial: _Initial | None,
+    here: dict[str, Any],
+    say: Callable[[str], None],
+) -> Net:
+    start = run.start
+    if start["tree"] is not None:
+        state = built.restore(start["tree"])
+    else:
+        state = built.create_state()
+        if distributed.share(lambda: initial.weights is not None):
+            head = layout.to_canonical(jax.device_get(state.params))["head"]
+            fit = functools.partial(_fit_initial, built, initial, head)
+            state = built.create_state(distributed.share(fit))
+    if run.directory is not None:
+        _write_start(run, built, initial, here, say)
+    checkpoints = checkpoint.locate(start["checkpoints"])
+    return Net(built, run.path, state, checkpoints, run.identity(), start["history"])
+
+
+def _fit_initial(built: Setup, initial: _Initial, head: Any) -> dict[str, Any]:
+    """The weights' variables, with `head` for the last layer if the classes are others."""
+    model, loaded = built.describe_model(), initial.weights
+    variables = loaded.variables
+    renamed = loaded.class_names and loaded.class_names != built.dataset.class_names
+    if renamed or loaded.model.get("num_classes") != model["num_classes"]:
         del model["num_classes"]
         variables = {**variables, "params": {**variables["params"], "head": head}}
-    weights.check_model(initial, model, source)
-    return weights.fit(variables, template, source)
+    weights.check_model(loaded, model, initial.source)
+    return weights.fit(variables, built.abstract_variables(), initial.source)
+
+
+def _write_start(
+    run: _Run,
+    built: Setup,
+    initial: _Initial,
+    here: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Writes what the run is, and that it starts."""
+    directory, place = run.directory, run.start["checkpoints"]
+    began_on = directory.record.get("devices", built.mesh.size)
+    if began_on != built.mesh.size:
+        say(
+            f"note: the run began on {began_on} device(s) and goes on with {built.mesh.size}: the "
+            "results agree up to rounding, not to the bit"
+        )
+    dataset, draw = built.dataset, built.dataset.validation_draw
+    record = {
+        "model": built.config.model.name,
+        "shortcut": built.describe_model()["shortcut"],
+        "devices": built.mesh.size,
+        "init_weights": initial.sha256,
+        # Not if it is the usual place: directories are moved.
+        "checkpoint_dir": None if place == str(run.path / "checkpoints") else place,
+        "dtype": str(np.dtype(built.model.dtype)),
+        "parameters": built.count_parameters(),
+        "weighted_layers": models.get_architecture(built.config.model.name).weighted_layers,
+        "total_steps": built.config.train.total_steps,
+        "data": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "train_examples": len(dataset.train),
+            "validation_examples": len(dataset.validation or ()),
+            "test_examples": len(dataset.test),
+            "class_names": dataset.class_names,
+            "validation_draw": list(map(int, draw)) if draw is not None else None,
+        },
+    }
+    start = {"step": run.start["step"], **here}
+    directory.write_start(flatten(run.config), record, (built.mean, built.std), start)
+
+
+def _describe(nets: list[Net], hardware: str) -> str:
+    """What is about to be trained, on what data and devices."""
+    built = nets[0].setup
+    several = f"{len(nets)} seeds of " if len(nets) > 1 else ""
+    how = "; convolutions in the way of a CPU" if built.model.cpu_convolutions else ""
+    how += "; narrow convolutions by models/kernels/" if built.model.uses_kernels else ""
+    images, batch = len(built.dataset.train), built.config.data.batch_size
+    if batch > images:
+        how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"
+    return (
+        f"{several}{built.config.model.name}, {built.count_parameters():,} parameters, on "
+        f"{images:,} images of {built.dataset.name}; {hardware}{how}"
+    )

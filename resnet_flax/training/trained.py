@@ -1,49 +1,153 @@
-"""A trained net together with its data: from a finished run or from a weights file."""
+"""From what a user names (run, checkpoint, weights file, published net) to a trained net."""
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models, pretrained
-from resnet_flax.config import validate
+from resnet_flax.config import base_config, flatten, validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import hardware, sharding
-from resnet_flax.runs import identity, record, weights
-from resnet_flax.training import experiment, feed, inputs, scoring
-from resnet_flax.training.experiment import Experiment
+from resnet_flax.errors import UserError
+from resnet_flax.models import layout
+from resnet_flax.runs import checkpoint, weights
+from resnet_flax.runs.directory import Directory
+from resnet_flax.training import feed, inputs, setup
+from resnet_flax.training.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What a user named, read.
+
+    Attributes:
+      path: as named.
+      weights: its content; `training` holds "config", flat, and "steps".
+      directory: of the run, None for a weights file.
+      file: the weights file, None for a checkpoint.
+      sha256: of the file.
+    """
+
+    path: pathlib.Path
+    weights: weights.Weights
+    directory: Directory | None = None
+    file: pathlib.Path | None = None
+    sha256: str | None = None
+
+
+def read_weights(source: str | pathlib.Path) -> Source:
+    """A weights file, the one of a finished run, or published weights.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    file, sha256 = pretrained.locate(source)
+    path = pathlib.Path(source)
+    directory = Directory(path) if path.is_dir() else None
+    return Source(path, weights.load(file), directory, file, sha256)
+
+
+def read_run(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
+    """A checkpoint, or the newest checkpoint of a run's directory.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    is_checkpoint = path.name.isdigit() and path.resolve().parent.name == "checkpoints"
+    directory = Directory(path.resolve().parent.parent if is_checkpoint else path)
+    if not directory.config:
+        raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
+    if is_checkpoint:
+        step, (tree, _) = int(path.name), checkpoint.read(path)
+    else:
+        found = checkpoint.read_newest(directory.checkpoints(), warn, set_aside=False)
+        if found is None:
+            raise UserError(f"{path} holds no checkpoints")
+        step, tree, _ = found
+    # Averaged weights are what was evaluated.
+    variables = tree["ema"] if "ema" in tree else {k: tree[k] for k in ("params", "batch_stats")}
+    mean, std = directory.preprocessing()
+    names = tuple(directory.record.get("data", {}).get("class_names", ()))
+    model = directory.model | {"shortcut": directory.record["shortcut"]}
+    model["num_classes"] = model.get("num_classes") or len(names)
+    training = {"config": directory.config, "steps": step}
+    return Source(path, weights.Weights(model, variables, mean, std, names, training), directory)
+
+
+def own_config(source: Source) -> ConfigDict:
+    """The configuration that a run or a weights file holds; unknown keys are left out."""
+    config = base_config()
+    stored = source.directory.config if source.directory else source.weights.training.get("config")
+    stored = dict(stored) if isinstance(stored, dict) else {}
+    if source.directory is None:
+        # Where the data lay on the machine that made the file does not matter here.
+        for key in ("data.data_dir", "data.archive", "data.mirror"):
+            stored.pop(key, None)
+    if source.file is not None:
+        stored |= {f"model.{key}": value for key, value in source.weights.model.items()}
+    return unflatten(stored, config)
+
+
+def unflatten(flat: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
+    """`config` with the values of a flat one, as JSON gives them; unknown keys are left out."""
+    for key in flatten(config):
+        if key in flat:
+            value = flat[key]
+            section, _, name = key.rpartition(".")
+            target = config[section] if section else config
+            with target.ignore_type():  # `validate` names what is wrong.
+                target[name] = tuple(value) if isinstance(value, list) else value
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained net.
+    """A trained net with its data.
 
     Attributes:
-      source: what was asked for: a run's directory, a weights file, or a published name.
+      source: as named.
       file: the weights file.
-      sha256: of it.
-      weights: its content.
-      run: the experiment.
+      sha256: of the file.
+      weights: its content, the outputs in the order of the data set's classes.
+      run: the setup.
     """
 
     source: pathlib.Path
-    file: pathlib.Path
-    sha256: str
+    file: pathlib.Path | None
+    sha256: str | None
     weights: weights.Weights
-    run: Experiment
+    run: Setup
 
     def test_feed(self) -> feed.Feed:
         """The test examples."""
         return self.run.eval_feeds["test"]
 
-    def variables(self) -> Any:
+    def variables(self, scanned: bool = False) -> Any:
         """`{"params": …, "batch_stats": …}` on all devices, in the canonical layout."""
-        template = self.run.abstract_variables()
-        fitted = weights.fit(self.weights.variables, template, str(self.file))
+        template, name = self.run.abstract_variables(), str(self.file or self.source)
+        fitted = weights.fit(self.weights.variables, template, name)
+        fitted = layout.to_scanned(fitted) if scanned else fitted
         return sharding.put_tree(fitted, sharding.replicated(self.run.mesh))
+
+
+def build(
+    source: Source, config: ConfigDict, dataset: Dataset, mesh: Mesh, warn: Callable[[str], None]
+) -> Trained:
+    """Puts a trained net together with the data set of `config`.
+
+    Raises:
+      UserError: they do not fit together.
+    """
+    name, loaded = str(source.path), source.weights
+    weights.check_preprocessing(loaded.mean, loaded.std, dataset.train.image_shape, name)
+    built = setup.build(config, dataset, mesh, (loaded.mean, loaded.std), warn)
+    weights.check_model(loaded, built.describe_model(), name)
+    loaded = weights.for_classes(loaded, dataset.class_names, name)
+    return Trained(source.path, source.file, source.sha256, loaded, built)
 
 
 class Loader:
@@ -53,8 +157,8 @@ class Loader:
         """Loads nothing yet.
 
         Args:
-          data_dir: where the data are; None: where the run found them, or the default.
-          warn: told of images that cannot be read.
+          data_dir: of the data; None: where the run found them, or the default.
+          warn: called with a line about each image that cannot be read.
         """
         self._data_dir, self._warn = data_dir, warn
         self._mesh: Mesh | None = None
@@ -67,28 +171,19 @@ class Loader:
           source: the directory of a finished run, a weights file, or the name of published weights.
 
         Raises:
-          UserError: it is neither, or damaged, or its data are not there or not the same.
+          UserError: it is none of these, or damaged, or its data are missing or not the same.
         """
-        file, sha256 = pretrained.locate(source)
-        is_run = source.is_dir()
-        loaded = weights.load(file)
-        config = scoring.own_config(source, None if is_run else loaded)
-        stored = {f"model.{key}": value for key, value in loaded.model.items()}
-        scoring.fill(config, stored)
+        found = read_weights(source)
+        config = own_config(found)
         if self._data_dir:
             config.data.data_dir = self._data_dir
         validate(config)
         models.resolve_shortcut(config.model.name, config.model.shortcut)
         self._mesh = self._mesh or hardware.choose_mesh(config)
         dataset = self._load_data(config)
-        if is_run:
-            identity.check_same_data(source, dataset)
-        weights.check_preprocessing(loaded.mean, loaded.std, dataset.train.image_shape, str(source))
-        loaded = weights.for_classes(loaded, dataset.class_names, str(source))
-        preprocessing = loaded.mean, loaded.std
-        run = experiment.build(config, dataset, self._mesh, preprocessing, self._warn)
-        weights.check_model(loaded, record.describe_model(run), str(source))
-        return Trained(source, file, sha256, loaded, run)
+        if found.directory:
+            found.directory.check_data(dataset.name, dataset.fingerprint)
+        return build(found, config, dataset, self._mesh, self._warn)
 
     def _load_data(self, config: ConfigDict) -> Dataset:
         geometry = inputs.make_geometry(config) if config.data.name in data.STREAMED else None

@@ -37,45 +37,43 @@ part() {  # NAME MODULE FLAGS...
 bench() {  # NAME FLAGS...
     local name=$1
     shift
-    part "$name" resnet_flax.tools.bench --seconds=1 --timeout=400 --out="$out/bench.json" "$@"
+    part "$name" resnet_flax.tools.bench --seconds=1 --out="$out/bench.json" "$@"
 }
 
 side() {  # NAME FLAGS...
     [[ -e $out/side_$1.json ]] && return
     local name=$1
     shift
-    part "side $name" tests.benchmarks.side_by_side --platform="${PLATFORM:-gpu}" --seconds=0.5 --timeout=240 \
+    part "side $name" tests.benchmarks.side_by_side --platform="${PLATFORM:-gpu}" --seconds=0.5 \
         --out="$out/side_$name.json" "$@"
 }
 
 growth() {  # NAME FLAGS...
     local name=$1
     shift
-    part "growth $name" tests.benchmarks.growth --parts="$name" --seconds=1 --timeout=400 \
+    part "growth $name" tests.benchmarks.growth --parts="$name" --seconds=1 \
         --out="$out/growth.json" "$@"
 }
 
 { nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.mem --format=csv,noheader
   nproc; git -C "$root" log -1 --format=%H; } >>"$log" 2>&1
-speed=--parts=train,eval,ceilings
 ours='this package bfloat16,this package bfloat16 with kernels,PyTorch bfloat16 whole-step graph'
 # In three minutes: right? how fast, beside PyTorch? several seeds? the first step?
 part "kernels right" tests.benchmarks.kernel_check
 side resnet20_kernels --rounds=5 --variants="$ours"
 side resnet110_kernels --model=resnet110 --rounds=5 --variants="$ours"
 bench seeds --models=resnet20 --dtypes=bfloat16 --parts=train --set=train.num_seeds=5
-bench start --models=resnet20 --dtypes=bfloat16 --parts=first_step
+growth start --repeats=1
 # And then:
-bench resnet20 --models=resnet20 --dtypes=bfloat16 $speed
+bench resnet20 --models=resnet20 --dtypes=bfloat16
 bench kernels --models=resnet20,resnet56,resnet110_preact --dtypes=bfloat16 --parts=train \
     --set=model.kernels=always
 side resnet20_bfloat16 --variants='*bfloat16*'
-bench resnet110 --models=resnet110 --dtypes=bfloat16 $speed
-bench float32 --models=resnet20 --dtypes=float32 $speed
+bench resnet110 --models=resnet110 --dtypes=bfloat16
+bench float32 --models=resnet20 --dtypes=float32
 side resnet20_float32 --variants='*float32*'
-bench batch1024 --models=resnet20,resnet110 --dtypes=bfloat16 --batch_sizes=1024 $speed
-bench imagenet --models=resnet50 --dtypes=bfloat16 --batch_sizes=256 $speed
+bench batch1024 --models=resnet20,resnet110 --dtypes=bfloat16 --batch_sizes=1024
+bench imagenet --models=resnet50 --dtypes=bfloat16
 growth batch
-growth start --repeats=1
 growth depth --depth_batch=128
 exit $((left ? 75 : 0))

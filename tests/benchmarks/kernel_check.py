@@ -3,8 +3,8 @@
 python -m tests.benchmarks.kernel_check
 
 Each layer of a CIFAR net at a batch of 128 (on a CPU 2, interpreted) beside XLA's convolution in
-float32: values and gradients must agree to bfloat16's rounding, and be the same to the bit twice.
-Exit status 1 where they are not.
+float32: values and gradients must agree to bfloat16's rounding, and be the same to the bit when
+computed twice. Else the exit status is 1.
 """
 
 import functools
@@ -48,7 +48,7 @@ def _both_ways(own, strides, groups, arguments, gradients):
 
 
 def check(side, channels, outputs, strides, with_shortcut, batch, groups=2):
-    """The largest error of a layer, relative to the norm, and whether it is the same twice."""
+    """The largest error of a layer, relative to the norm, and whether two results are equal."""
     keys = iter(jax.random.split(jax.random.key(side + channels), 9))
 
     def draw(*shape, dtype=jnp.bfloat16):
@@ -84,9 +84,8 @@ def main():
     for layer in LAYERS:
         error, same = check(*layer, batch=2 if on_cpu else 128)
         failed |= not same or not error < _TOLERANCE
-        print(
-            layer, f"off by {error:.5f}", "the same twice" if same else "NOT THE SAME", flush=True
-        )
+        twice = "the same twice" if same else "NOT THE SAME"
+        print(layer, f"off by {error:.5f}", twice, flush=True)
     sys.exit("WRONG" if failed else None)
 
 

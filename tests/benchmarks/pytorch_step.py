@@ -1,25 +1,18 @@
-"""The step of `variants` in plain PyTorch."""
+"""The step of `side_by_side` in plain PyTorch."""
 
 import contextlib
-from collections.abc import Callable
 
 from tests import pytorch_net
 
 BATCHES, RATE, MOMENTUM, DECAY = 8, 1e-3, 0.9, 1e-4
 
 
-def make(
-    depth: int, batch: int, dtype: str, options: tuple[str, ...], device_name: str
-) -> tuple[Callable[[int], float], int, dict]:
+def make(depth, batch, dtype, options, device_name):
     """The step, with TF32, cuDNN's search for kernels, and a fused optimizer.
 
-    Args:
-      depth: of the net, 6n+2.
-      batch: examples a step.
-      dtype: "float32", or "bfloat16" by autocast.
-      options: "channels-last"; "compiled", "CUDA graphs" (torch.compile's "reduce-overhead") or
-        "whole-step graph": of a compiled net's forwards, backwards and update.
-      device_name: "cpu" or "cuda".
+    dtype "bfloat16" is by autocast. The options are none or one of "channels-last", "compiled", and
+    "whole-step graph": a CUDA graph of the compiled net's forwards, backwards and update. The last
+    two are channels-last as well.
 
     Returns:
       A function from a number of steps to the last loss, which waits for it; the number of trained
@@ -31,7 +24,7 @@ def make(
     device = torch.device(device_name)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    layout = torch.channels_last if "channels-last" in options else torch.contiguous_format
+    layout = torch.channels_last if options else torch.contiguous_format
     torch.manual_seed(0)
     net = pytorch_net.make_net(depth).to(device, memory_format=layout).train()
     parameters = sum(p.numel() for p in net.parameters())
@@ -43,11 +36,7 @@ def make(
     ]
     labels = [torch.randint(0, 10, (batch,)).to(device) for _ in range(BATCHES)]
     is_graph = "whole-step graph" in options
-    forward = net
-    if "CUDA graphs" in options:
-        forward = torch.compile(net, mode="reduce-overhead")
-    elif "compiled" in options or is_graph:
-        forward = torch.compile(net)
+    forward = torch.compile(net) if "compiled" in options or is_graph else net
 
     def cast():
         if dtype == "float32":

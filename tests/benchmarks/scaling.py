@@ -1,16 +1,16 @@
 """Expected scaling on accelerators, computed from compiled programs and published figures.
 
-Nothing is run. The training step is compiled for N simulated CPU devices with abstract arguments;
-its all-reduces are counted from the compiled text and its operations taken from XLA's cost
-analysis. Time is then modelled as
+Nothing is run. The training step is compiled for N simulated CPU devices from shapes alone; its
+all-reduces are counted from the compiled text and its operations taken from XLA's cost analysis.
+Time is then modelled as
 
   compute   = operations / (peak rate x utilisation)
   collective = latency(N), one after the other for batch-norm statistics (each waits for the last),
                plus 2 (N - 1) / N x bytes / bandwidth
   efficiency = compute / (compute + collectives), nothing overlapped
 
-    python tests/benchmarks/scaling.py
-    python tests/benchmarks/scaling.py --only=resnet20 --utilisation 0.2
+    python -m tests.benchmarks.scaling
+    python -m tests.benchmarks.scaling --only=resnet20 --utilisation 0.2
 """
 
 import argparse
@@ -18,41 +18,35 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 
 COUNTS = 8, 64, 256
-# net, image shape, classes, images per device at each of COUNTS (0: not possible)
+# model, images per device at each of COUNTS (0: not possible)
 CASES = [
-    ("resnet20", (32, 32, 3), 10, (16, 2, 0)),  # the paper's batch of 128, split ever finer
-    ("resnet20", (32, 32, 3), 10, (128, 128, 128)),
-    ("resnet110", (32, 32, 3), 10, (16, 2, 0)),
-    ("resnet110", (32, 32, 3), 10, (128, 128, 128)),
-    ("resnet50", (224, 224, 3), 1000, (32, 4, 1)),  # the paper's batch of 256
-    ("resnet50", (224, 224, 3), 1000, (128, 128, 128)),
+    ("resnet20", (16, 2, 0)),  # the paper's batch of 128, split ever finer
+    ("resnet20", (128, 128, 128)),
+    ("resnet110", (16, 2, 0)),
+    ("resnet110", (128, 128, 128)),
+    ("resnet50", (32, 4, 1)),  # the paper's batch of 256
+    ("resnet50", (128, 128, 128)),
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-    """What a chip and its links can do at best, by their makers' figures.
-
-    Attributes:
-      name: of the chip.
-      peak: bfloat16 operations per second, dense.
-      bandwidth: bytes per second that one chip can send in an all-reduce among N.
-      latency: seconds of a small all-reduce among N.
-    """
+    """What a chip and its links can do at best, by their makers' figures."""
 
     name: str
-    peak: float
-    bandwidth: Callable[[int], float]
-    latency: Callable[[int], float]
+    peak: float  # bfloat16 operations per second, dense
+    bandwidth: Callable[[int], float]  # bytes per second that a chip sends in an all-reduce among N
+    latency: Callable[[int], float]  # seconds of a small all-reduce among N
 
 
-def _torus(shapes: dict[int, tuple[int, ...]], wraps_from: int) -> Callable[[int], float]:
+def _torus(shapes, wraps_from):
     """1 us a hop: to the middle of each axis and back; twice as far where it is no ring."""
     hops = {
         n: sum(size if size >= wraps_from else 2 * (size - 1) for size in shape)
@@ -61,7 +55,7 @@ def _torus(shapes: dict[int, tuple[int, ...]], wraps_from: int) -> Callable[[int
     return lambda n: 1e-6 * hops[n]
 
 
-def _nccl_tree(n: int) -> float:
+def _nccl_tree(n):
     """NCCL's own model (src/graph/tuning.cc) of a tree all-reduce, LL protocol, 8 GPUs a node."""
     nodes = max(1, n // 8)
     inside = 0.52e-6 * (1.8 if nodes > 1 else 1)
@@ -92,13 +86,13 @@ _COLLECTIVE = re.compile(
 )
 
 
-def collectives(text: str) -> dict[str, list[int]]:
+def collectives(text):
     """Collective operations of a compiled program's text, as {kind: bytes of each}.
 
     All-reduces of nothing but per-channel sums are "statistics", all others "gradients" (XLA merges
     those of weights, their neighbours and the loss); other kinds keep their names.
     """
-    found: dict[str, list[int]] = {"statistics": [], "gradients": []}
+    found = {"statistics": [], "gradients": []}
     for line in text.splitlines():
         match = _COLLECTIVE.search(line)
         if not match:
@@ -107,97 +101,57 @@ def collectives(text: str) -> dict[str, list[int]]:
             (dtype, [int(d) for d in dims.split(",") if d])
             for dtype, dims in _SHAPE.findall(match["result"])
         ]
-        size = sum(_ITEM[dtype] * math.prod(dims) for dtype, dims in shapes)
         kind = match["kind"]
         if kind == "all-reduce":
             # [groups, C], where a group is larger than a device.
             per_channel = all(len(dims) == 2 and dims[0] < dims[1] for _, dims in shapes)
             in_norm = re.search(r'op_name="[^"]*bn', line)
             kind = "statistics" if per_channel and in_norm else "gradients"
+        size = sum(_ITEM[dtype] * math.prod(dims) for dtype, dims in shapes)
         found.setdefault(kind, []).append(size)
     return found
 
 
-def compile_step(name, image_shape, classes, batch, group, dtype="float32"):
-    """The training step, compiled for all of jax's devices from shapes alone.
+def compile_step(model, each, group):
+    """The training step with `each` examples a device, compiled for all of jax's devices.
 
-    Args:
-      name: of the net.
-      image_shape: (H, W, C).
-      classes: outputs.
-      batch: examples per step over all devices.
-      group: examples per batch-norm group; 0: the global batch.
-      dtype: of activations.
+    `group` is the examples per batch-norm group; 0: the global batch.
     """
     import jax
-    import jax.numpy as jnp
 
-    from resnet_flax.config import base_config
     from resnet_flax.devices import sharding
-    from resnet_flax.training import experiment, state, steps
+    from resnet_flax.tools import bench_case, bench_compile
 
-    config = base_config()
-    config.model.name, config.model.num_classes = name, classes
-    config.model.bn_group_size, config.model.dtype = group, dtype
     # A loop's body would be counted once.
-    config.model.scan = "never"
+    settings = {"model.bn_group_size": str(group), "model.scan": "never"}
+    case = bench_case.Case(
+        model, each, "float32", 1, examples=each, eval_examples=1, overrides=settings
+    )
+    (here,) = bench_case.make_setups(case)
+    batch = each * jax.device_count()
     mesh = sharding.make_mesh(jax.devices(), batch)
     # It is accelerators that this is about.
-    model = experiment.make_model(config, "tpu")
-    optimizer = experiment.make_optimizer(config)
-    everywhere = sharding.replicated(mesh)
-
-    def abstract(shape, dtype, where=everywhere):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
-
-    first = jax.eval_shape(
-        lambda: state.create_state(
-            model, optimizer, seed=0, image_shape=image_shape, ema=False, variables=None
-        )
-    )
-    first = jax.tree.map(lambda x: abstract(x.shape, x.dtype), first)
-    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    examples = 50_000 if image_shape[0] == 32 else 1024
-    resident = {
-        "images": abstract((examples, *image_shape), jnp.uint8),
-        "labels": abstract((examples,), jnp.int32),
-        "mean": abstract(image_shape, jnp.float32),
-        "std": abstract((), jnp.float32),
-        "key": abstract(key.shape, key.dtype),
-    }
-    chunk = steps.make_train_chunk(
-        model,
-        optimizer,
-        sharding=sharding.split(mesh),
-        pad=4,
-        flip=True,
-        label_smoothing=0.0,
-        ema_decay=0.0,
-    )
-    index = abstract((1, batch), jnp.int32, sharding.split(mesh, 1))
-    return chunk.lower(first, resident, index).compile()
+    compiled = bench_compile.lower(here, mesh, "tpu", 1, batch).compile()
+    here.close()
+    return compiled
 
 
-def count(name, image_shape, classes, per_device, devices, grouped) -> dict:
+def count(model, each, devices, grouped):
     """Counts of one step, compiled in a process of its own (jax counts devices once)."""
     code = (
         "import json, sys; from tests.benchmarks import scaling as s;"
-        "a = json.loads(sys.argv[1]); c = s.compile_step(*a);"
+        "c = s.compile_step(*json.loads(sys.argv[1]));"
         "print(json.dumps([s.collectives(c.as_text()), c.cost_analysis()['flops']]))"
     )
-    batch = per_device * devices
-    arguments = [name, image_shape, classes, batch, per_device if grouped else 0]
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    arguments = json.dumps([model, each, each if grouped else 0])
+    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(arguments)],
-        cwd=root,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        },
+        [sys.executable, "-c", code, arguments],
+        cwd=pathlib.Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{arguments} on {devices} devices:\n{done.stderr[-2000:]}")
@@ -205,7 +159,7 @@ def count(name, image_shape, classes, per_device, devices, grouped) -> dict:
     return {"collectives": found, "flops": flops}
 
 
-def efficiency(counts: dict, hardware: Hardware, devices: int, utilisation: float) -> float:
+def efficiency(counts, hardware, devices, utilisation):
     """Share of a step that is computing, by the model above."""
     compute = counts["flops"] / (hardware.peak * utilisation)
     latency, bandwidth = hardware.latency(devices), hardware.bandwidth(devices)
@@ -217,7 +171,7 @@ def efficiency(counts: dict, hardware: Hardware, devices: int, utilisation: floa
     return compute / (compute + waiting)
 
 
-def main() -> None:
+def main():
     """Prints the counts of every program, then a table of efficiencies for each utilisation."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,12 +187,12 @@ def main() -> None:
     head = f"{'net':<10}{'devices':>8}{'each':>6}{'bn':>8}"
     print(f"{head}{'GFLOP':>9}{'statistics':>12}{'KB':>8}{'gradients':>11}{'MB':>8}{'others':>8}")
     rows = {}
-    for name, shape, classes, splits in CASES:
+    for name, splits in CASES:
         for devices, each in zip(COUNTS, splits, strict=True):
             if args.only not in name or not each:
                 continue
             for grouped in (False, True):
-                counts = count(name, shape, classes, each, devices, grouped)
+                counts = count(name, each, devices, grouped)
                 row = f"{name:<10}{devices:>8}{each:>6}{each if grouped else 'global':>8}"
                 rows[row] = counts, devices
                 found = dict(counts["collectives"])

@@ -3,154 +3,266 @@
     python -m tests.benchmarks.side_by_side --model=resnet20 --rounds=10
     python -m tests.benchmarks.side_by_side --platform=gpu --variants='*bfloat16*' --out=gpu.json
 
-Each variant (see `variants`) lives in a process of its own, all at once but only one of them
-working at a time, so that a change of the machine's speed meets all alike. A turn is a number of
-steps, timed from the first one's dispatch until the last one's results are there, with no waiting
-in between. Ratios are paired: of turns of the same round, medians over rounds and their range.
+Each variant is a process of its own. They take turns, so that a change of the machine's speed meets
+all alike. A turn is a number of steps, timed from the dispatch of the first to the results of the
+last, without waiting in between. Ratios are paired: medians and ranges over rounds, each of turns
+of the same round.
+
+All variants train the CIFAR net of [R §4.2] with option A, SGD with momentum 0.9 and weight decay
+1e-4 on every parameter, and cross-entropy. This package picks, crops, mirrors and normalises uint8
+images from the whole data set besides; the others are handed float32 batches that lie on the
+device. float32 is what each framework's convolutions make of it: TF32 on recent NVIDIA GPUs.
 PyTorch is an extra of the package: pip install -e '.[torch]'.
 """
 
 import argparse
+import contextlib
 import fnmatch
+import importlib
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import shlex
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
-from typing import Any
+import time
+from typing import Any, NamedTuple
 
-from tests.benchmarks import variants
+from tests.benchmarks import pytorch_step
+from tests.benchmarks.pytorch_step import BATCHES, DECAY, MOMENTUM, RATE
+
+
+class Variant(NamedTuple):
+    kind: str
+    dtype: str
+    platforms: tuple[str, ...] = ("cpu", "gpu")
+    options: Any = ()  # of `this_package`: settings of its case; of PyTorch see `pytorch_step`
+
+
+VARIANTS = {
+    "usual Flax float32": Variant("flax", "float32"),
+    "usual Flax bfloat16": Variant("flax", "bfloat16"),
+    "this package float32 on one device": Variant("ours", "float32", ("cpu",), {"devices": 1}),
+    "this package float32": Variant("ours", "float32", options={}),
+    "this package bfloat16": Variant("ours", "bfloat16", options={}),
+    "this package bfloat16 with kernels": Variant(
+        "ours", "bfloat16", ("gpu",), {"overrides": {"model.kernels": "always"}}
+    ),
+    "this package float32 without CPU convolutions": Variant(
+        "ours", "float32", ("cpu",), {"overrides": {"model.cpu_convolutions": "never"}}
+    ),
+    "PyTorch float32": Variant("torch", "float32"),
+}
+for _dtype in ("float32", "bfloat16"):
+    for _name, _platforms in (
+        ("channels-last", ("cpu", "gpu")),
+        ("compiled", ("cpu", "gpu")),
+        ("whole-step graph", ("gpu",)),
+    ):
+        VARIANTS[f"PyTorch {_dtype} {_name}"] = Variant("torch", _dtype, _platforms, (_name,))
 
 USUAL, OURS = "usual Flax {}", "this package {}"
 
 
-class FailedError(Exception):
-    """Why a variant cannot be timed."""
+def depth_of(name):
+    """The n of `resnet<n>`."""
+    digits = name.removeprefix("resnet")
+    if not digits.isdigit() or int(digits) % 6 != 2 or int(digits) < 8:
+        raise ValueError(f"--model={name} must be resnet<6n+2>, for example resnet20")
+    return int(digits)
 
 
-class Worker:
-    """A variant's process."""
+# A builder returns a function from a number of steps to the last loss, which waits for it; the
+# number of trained parameters; versions and hardware; and the steps that it does at once.
 
-    def __init__(self, name: str, model: str, batch: int, platform: str):
-        """Starts it; it loads its framework at once."""
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.12"} | dict(os.environ)
-        environment["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[platform]
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.variants", name, model, str(batch), platform],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment,
-            cwd=pathlib.Path(__file__).parents[2],
-        )
 
-    def read(self, timeout: float) -> dict[str, Any]:
-        """The next answer."""
-        late = threading.Event()
+def usual_flax(name, batch, dtype):
+    """An ordinary linen net and optax step, one device, nothing tuned."""
+    import flax
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
 
-        def end():
-            late.set()
-            self._process.kill()
+    depth, dtype = depth_of(name), jnp.dtype(dtype)
 
-        timer = threading.Timer(timeout, end)
-        timer.start()
-        line = self._process.stdout.readline()
-        timer.cancel()
-        if late.is_set():
-            raise FailedError(f"no answer in {timeout:g} seconds")
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines() or [""]
-            raise FailedError(f"exit status {self._process.returncode}: {said[-1][:300]}")
-        answer = json.loads(line)
-        if "cannot" in answer:
-            raise FailedError(answer["cannot"])
-        return answer
+    def norm(train):
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
 
-    def ask(self, steps: int, timeout: float) -> dict[str, Any]:
-        """The answer to a number of steps."""
+    def conv(filters, strides=1):
+        return nn.Conv(filters, (3, 3), strides, padding=1, use_bias=False, dtype=dtype)
+
+    class Block(nn.Module):
+        filters: int
+        strides: int
+
+        @nn.compact
+        def __call__(self, x, train):
+            y = nn.relu(norm(train)(conv(self.filters, self.strides)(x)))
+            y = norm(train)(conv(self.filters)(y))
+            if self.strides > 1:
+                x = x[:, ::2, ::2]
+                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.filters // 2)))
+            return nn.relu(x + y)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(norm(train)(conv(16)(x)))
+            for stage in range(3):
+                for block in range((depth - 2) // 6):
+                    x = Block(16 * 2**stage, 2 if stage and not block else 1)(x, train)
+            return nn.Dense(10)(x.mean(axis=(1, 2)).astype(jnp.float32))
+
+    net = Net()
+    optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
+    random = np.random.default_rng(0)
+    images = [
+        jax.device_put(random.standard_normal((batch, 32, 32, 3), np.float32))
+        for _ in range(BATCHES)
+    ]
+    labels = [jax.device_put(random.integers(0, 10, batch)) for _ in range(BATCHES)]
+    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images[0], False)
+    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
+
+    @jax.jit
+    def step(state, x, y):
+        params, stats, opt_state = state
+
+        def loss_fn(params):
+            logits, new = net.apply(
+                {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"]
+            )
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return loss, new["batch_stats"]
+
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), loss
+
+    def run(steps):
+        nonlocal state
+        for i in range(steps):
+            state, loss = step(state, images[i % BATCHES], labels[i % BATCHES])
+        jax.block_until_ready(state)
+        return float(loss)
+
+    parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
+    return run, parameters, {"jax": jax.__version__, "flax": flax.__version__}, 1
+
+
+def this_package(name, batch, dtype, options):
+    """What a training run executes."""
+    import jax
+
+    from resnet_flax.devices import cpu
+    from resnet_flax.runs import environment
+    from resnet_flax.tools import bench_case, bench_worker
+
+    cpu.keep_freed_memory()
+    (run,) = bench_case.make_setups(bench_case.Case(name, batch, dtype, **options))
+    trainer = bench_worker.Trainer([run])
+
+    def steps(count):
+        trainer.run(count // trainer.length)
+        return trainer.loss
+
+    parameters = sum(x.size for x in jax.tree.leaves(run.abstract_state().params))
+    return steps, parameters, environment.describe(run.mesh), trainer.length
+
+
+def build(name, args):
+    kind, dtype, _, options = VARIANTS[name]
+    if kind == "flax":
+        return usual_flax(args.model, args.batch, dtype)
+    if kind == "ours":
+        return this_package(args.model, args.batch, dtype, options)
+    import torch
+
+    if args.platform == "gpu" and not torch.cuda.is_available():
+        raise RuntimeError(f"PyTorch {torch.__version__} sees no GPU")
+    device = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
+    return *pytorch_step.make(depth_of(args.model), args.batch, dtype, options, device), 1
+
+
+def serve(connection, name, args):
+    """A variant's process: answers each number of steps; 0: get ready."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.12")
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
+    with contextlib.suppress(ImportError):  # All load at once.
+        importlib.import_module("torch" if VARIANTS[name].kind == "torch" else "flax")
+    run = None
+    while True:
+        steps = connection.recv()
         try:
-            self._process.stdin.write(f"{steps}\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # Why, `read` finds out.
-        return self.read(timeout)
+            if run is None:
+                run, parameters, about, unit = build(name, args)
+                run(math.ceil(5 / unit) * unit)
+                count, took = unit, 0.0
+                while took < 0.2:
+                    begin = time.perf_counter()
+                    run(count)
+                    took = time.perf_counter() - begin
+                    each, count = took / count, 2 * count
+                answer = {"unit": unit, "parameters": parameters, "about": about, "each": each}
+            else:
+                begin = time.perf_counter()
+                loss = run(steps)
+                answer = {"seconds": (time.perf_counter() - begin) / steps, "loss": loss}
+        except Exception as error:
+            answer = {"cannot": f"{type(error).__name__}: {str(error)[:300]}"}
+        connection.send(answer)
 
-    def close(self) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
 
+def measure(names, args):
+    """`variants`, with the `seconds` a step of each round by name, and `not_run`: by name why."""
+    context = multiprocessing.get_context("spawn")
+    found, not_run, workers = {}, {}, {}
+    for name in names:
+        if args.platform in (known := VARIANTS[name].platforms):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, name, args), daemon=True)
+            process.start()
+            there.close()
+            workers[name] = process, here
+        else:
+            not_run[name] = f"exists on {' and '.join(known)} only"
 
-def measure(
-    names: list[str],
-    *,
-    model: str,
-    batch: int,
-    platform: str,
-    rounds: int,
-    seconds: float,
-    steps: int,
-    timeout: float,
-) -> dict[str, Any]:
-    """Times the variants.
-
-    Returns:
-      `variants`: by name what it said when it was ready, `steps` of a turn, `seconds` a step of
-      each round, and its last `loss`; `not_run`: by name why.
-    """
-    found: dict[str, dict] = {}
-    not_run = {
-        name: f"exists on {' and '.join(variants.VARIANTS[name].platforms)} only"
-        for name in names
-        if platform not in variants.VARIANTS[name].platforms
-    }
-    workers = {n: Worker(n, model, batch, platform) for n in names if n not in not_run}
-
-    def drop(name, error):
-        not_run[name] = str(error)
-        workers.pop(name).close()
+    def ask(name, steps):
+        process, connection = workers[name]
+        try:
+            connection.send(steps)
+            answer = connection.recv()
+        except (EOFError, OSError):
+            process.join()
+            answer = {"cannot": f"exit status {process.exitcode}"}
+        if "cannot" not in answer:
+            return answer
+        not_run[name] = answer["cannot"]
         found.pop(name, None)
+        workers.pop(name)[0].kill()
+        return None
 
     try:
-        # All load at once; then one by one, for compilers time candidates on the device.
-        for name in list(workers):
-            try:
-                workers[name].read(timeout)
-            except FailedError as error:
-                drop(name, error)
+        # One by one, for compilers time candidates on the device.
         for name in list(workers):
             print(f"starting {name}", file=sys.stderr, flush=True)
-            try:
-                ready = workers[name].ask(0, timeout)
-            except FailedError as error:
-                drop(name, error)
-                continue
-            turn = steps or max(1, round(seconds / ready["step_seconds"]))
-            turn = math.ceil(turn / ready["unit"]) * ready["unit"]
-            found[name] = {**ready, "steps": turn, "seconds": []}
-        for number in range(rounds):
+            if ready := ask(name, 0):
+                turn = args.steps or max(1, round(args.seconds / ready["each"]))
+                turn = math.ceil(turn / ready["unit"]) * ready["unit"]
+                found[name] = {**ready, "steps": turn, "seconds": []}
+        for number in range(args.rounds):
             # There and back, so that nobody always follows the same one.
             for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                try:
-                    done = workers[name].ask(found[name]["steps"], timeout)
-                except FailedError as error:
-                    drop(name, error)
-                    continue
-                found[name]["seconds"].append(done["seconds"] / done["steps"])
-                found[name]["loss"] = done["loss"]
+                if done := ask(name, found[name]["steps"]):
+                    found[name]["seconds"].append(done["seconds"])
+                    found[name]["loss"] = done["loss"]
     finally:
-        for worker in workers.values():
-            worker.close()
+        for process, _ in workers.values():
+            process.kill()
     for name in [n for n, f in found.items() if not math.isfinite(f["loss"])]:
         not_run[name] = f"its loss is {found.pop(name)['loss']}"
     counts = {f["parameters"] for f in found.values()}
@@ -159,45 +271,32 @@ def measure(
     return {"variants": found, "not_run": not_run}
 
 
-def ratios(found: dict[str, dict], slower: str, faster: str) -> list[float] | None:
-    """How many times as fast `faster` was, round by round, from fewest to most."""
+def ratios(found, slower, faster):
+    """How many times as fast `faster` was, round by round; None where one did not run."""
     if slower not in found or faster not in found:
         return None
     pairs = zip(found[slower]["seconds"], found[faster]["seconds"], strict=True)
-    return sorted(a / b for a, b in pairs)
+    return [a / b for a, b in pairs]
 
 
-def _cell(values: list[float] | None) -> str:
-    if values is None:
-        return "-"
-    return f"{statistics.median(values):.2f} ({values[0]:.2f} to {values[-1]:.2f})"
+def table(result):
+    """Medians and ranges. "over" is the multiple of a speed, in the row's dtype."""
+    from resnet_flax.tools import bench
 
-
-def table(result: dict[str, Any], batch: int) -> str:
-    """Medians, images a second, and the ratios to the usual way and to this package.
-
-    Both of the same dtype: "over usual Flax" is the row's speed as a multiple of that, "this
-    package over it" this package's as a multiple of the row's.
-    """
-    found, lines = result["variants"], []
-    lines.append(
-        f"{'variant':<36}{'ms/step':>9}{'fastest':>9}{'images/s':>11}"
-        f"{'over usual Flax':>24}{'this package over it':>24}"
-    )
+    found, rows = result["variants"], []
     for name, row in found.items():
-        dtype = variants.VARIANTS[name].dtype
-        median = statistics.median(row["seconds"])
-        over = _cell(ratios(found, USUAL.format(dtype), name))
-        under = _cell(ratios(found, name, OURS.format(dtype)))
-        lines.append(
-            f"{name:<36}{1e3 * median:>9.4g}{1e3 * min(row['seconds']):>9.4g}"
-            f"{batch / median:>11,.0f}{over:>24}{under:>24}"
-        )
+        dtype, seconds = VARIANTS[name].dtype, row["seconds"]
+        cells = {"variant": name, "ms/step": [1e3 * s for s in seconds]}
+        cells["images/s"] = result["batch"] / statistics.median(seconds)
+        cells["over usual Flax"] = ratios(found, USUAL.format(dtype), name)
+        cells["this package over it"] = ratios(found, name, OURS.format(dtype))
+        rows.append(cells)
+    lines = [bench.table(rows, list(rows[0]))] if rows else []
     lines += [f"not run: {name}: {reason}" for name, reason in result["not_run"].items()]
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv=None):
     """Prints the table, and writes everything measured to --out."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,48 +308,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=2.0, help="about, of a turn")
     parser.add_argument("--steps", type=int, default=0, help="instead, steps of a turn at least")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for any one answer")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     try:
-        variants.depth_of(args.model)
+        depth_of(args.model)
     except ValueError as error:
         parser.error(str(error))
     patterns = args.variants.split(",")
-    names = [n for n in variants.VARIANTS if any(fnmatch.fnmatch(n, p) for p in patterns)]
+    names = [n for n in VARIANTS if any(fnmatch.fnmatch(n, p) for p in patterns)]
     if not names:
-        parser.error(f"--variants={args.variants} is none of {', '.join(variants.VARIANTS)}")
+        parser.error(f"--variants={args.variants} is none of {', '.join(VARIANTS)}")
     if args.rounds < 1 or args.batch < 1:
         parser.error(f"--rounds={args.rounds} and --batch={args.batch} must be above 0")
     result = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "model": args.model,
-        "batch": args.batch,
-        "platform": args.platform,
-        **measure(
-            names,
-            model=args.model,
-            batch=args.batch,
-            platform=args.platform,
-            rounds=args.rounds,
-            seconds=args.seconds,
-            steps=args.steps,
-            timeout=args.timeout,
-        ),
+        **{key: getattr(args, key) for key in ("model", "batch", "platform")},
+        **measure(names, args),
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    if args.json:
-        print(json.dumps(result))
-        return
     print(f"{args.model}, batch {args.batch}, {args.platform}, {args.rounds} rounds")
-    for row in result["variants"].values():
-        if "hardware" in row["about"]:
-            about = row["about"]
+    for about in [row["about"] for row in result["variants"].values()]:
+        if "hardware" in about:
             print(f"{about['hardware']}; commit {about['commit']}; {about['versions']}")
             break
-    print(table(result, args.batch))
+    print(table(result))
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ class Recorder:
 def _header() -> list[str]:
     import jax
 
-    from resnet_flax.runs import record
+    from resnet_flax.runs import environment
 
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
-    here = record.environment(mesh)
+    here = environment.describe(mesh)
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
     command = shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])
     hardware = here["hardware"].split(" as ")[0]

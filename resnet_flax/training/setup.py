@@ -1,8 +1,8 @@
-"""From a configuration to data on the devices, a net, and the compiled functions."""
+"""From a configuration to data on the devices, a net, and the functions that train and score it."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +17,29 @@ from resnet_flax.devices import cpu, distributed, hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
+from resnet_flax.runs import checkpoint
 from resnet_flax.training import evaluate, feed, inputs, optim, state, steps
+
+
+def take_model(config: ConfigDict, found: dict[str, Any]) -> None:
+    """If `config.model.name` is "auto": sets the net to that of a weights file or of a run.
+
+    Args:
+      config: changed in place.
+      found: arguments of `create_model`; {} if nothing is known.
+
+    Raises:
+      UserError: nothing names a net.
+    """
+    if config.model.name != "auto":
+        return
+    if "name" not in found:
+        raise UserError(
+            "config.model.name=auto takes the net from --weights: give a weights file, or name a "
+            "net, for example --config.model.name=resnet50"
+        )
+    keys = "name", "shortcut", "stride_in_3x3", "survival"
+    config.model.update({key: found[key] for key in keys if key in found})
 
 
 def make_model(config: ConfigDict, platform: str) -> ResNet:
@@ -84,8 +106,8 @@ def make_optimizer(config: ConfigDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """What training and evaluation share.
+class Setup:
+    """All that training and evaluating one net needs, but for its state.
 
     Attributes:
       config: validated, every duration in steps, nothing left "auto" but dtype, scan and
@@ -94,8 +116,8 @@ class Experiment:
       mesh: of all devices.
       model: the net.
       mean: float32, see `augment.statistics`.
-      std: likewise.
-      warn: told of images that cannot be read.
+      std: float32, see `augment.statistics`.
+      warn: called with a line about each image that cannot be read.
       workers: processes that decode images.
       put: places images that stay on the devices, see `feed.put_once`.
     """
@@ -110,11 +132,6 @@ class Experiment:
     workers: int = 0
     put: Callable[..., jax.Array] = sharding.put
 
-    @property
-    def members(self) -> tuple["Experiment", ...]:
-        """The runs of this program, see `seeds.Group`: this one."""
-        return (self,)
-
     @functools.cached_property
     def train_feed(self) -> feed.Feed:
         """The training examples."""
@@ -122,7 +139,7 @@ class Experiment:
 
     @functools.cached_property
     def eval_feeds(self) -> dict[str, feed.Feed]:
-        """The examples to evaluate, by split: "validation", where there is one, and "test"."""
+        """The examples to evaluate, by split: "test", and "validation" if there is one."""
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
         return {k: self._feed(split) for k, split in splits.items() if split is not None}
 
@@ -148,92 +165,104 @@ class Experiment:
         """See `make_optimizer`."""
         return make_optimizer(self.config)
 
-    def create_state(self, variables: Any = None) -> state.TrainState:
-        """The first state, from canonical `variables` or from the seed."""
-        if variables is not None and self.model.scan:
-            variables = layout.to_scanned(variables)
-        create = functools.partial(self.first_state, self.config.seed)
-        return state.place(create, sharding.replicated(self.mesh), variables)
-
-    def first_state(self, seed: Any, variables: Any, image_shape=None) -> state.TrainState:
-        """The first state with a seed, which may be traced; see `state.create_state`."""
+    def _first_state(self, variables: Any = None, image_shape=None) -> state.TrainState:
         return state.create_state(
             self.model,
             self.optimizer,
-            seed=seed,
+            seed=self.config.seed,
             image_shape=image_shape or self.dataset.train.image_shape,
             ema=self.config.optim.ema_decay > 0,
             variables=variables,
         )
 
+    def create_state(self, variables: Any = None) -> state.TrainState:
+        """The first state, from canonical `variables` or from the seed."""
+        if variables is not None and self.model.scan:
+            variables = layout.to_scanned(variables)
+        return state.place(self._first_state, sharding.replicated(self.mesh), variables)
+
     def abstract_state(self, image_shape=None) -> state.TrainState:
         """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
-        return jax.eval_shape(lambda: self.first_state(self.config.seed, None, image_shape))
+        return jax.eval_shape(lambda: self._first_state(image_shape=image_shape))
 
-    def place(self, states: Sequence[state.TrainState]) -> state.TrainState:
-        """Puts the one of `states`, on the host, where training keeps it."""
-        return sharding.put_tree(states[0], sharding.replicated(self.mesh))
+    def restore(self, tree: dict[str, Any]) -> state.TrainState:
+        """The state that `checkpoint.to_tree` made a tree of, on the devices.
 
-    def host_states(self, state: state.TrainState) -> list[state.TrainState]:
-        """The inverse of `place`."""
-        return [jax.device_get(state)]
-
-    def evaluated(self, state: state.TrainState, member: int) -> Any:
-        """The variables of the one net that are evaluated, on all devices."""
-        del member
-        return state.evaluated()
+        Raises:
+          UserError: it is of another net.
+        """
+        restored = checkpoint.from_tree(tree, self.abstract_state(), self.model.scan)
+        return sharding.put_tree(restored, sharding.replicated(self.mesh))
 
     def abstract_variables(self) -> dict[str, Any]:
         """Shapes and dtypes of the variables in the canonical layout."""
         abstract = layout.to_canonical(self.abstract_state())
         return {"params": abstract.params, "batch_stats": abstract.batch_stats}
 
-    def make_train_chunk(self, **together):
-        """See `steps.make_train_chunk`; `together` are its arguments for several nets."""
-        c = self.config
+    def count_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(p.size for p in jax.tree.leaves(self.abstract_state().params))
+
+    def describe_model(self) -> dict[str, Any]:
+        """The arguments of `create_model` that make the net, as a weights file keeps them."""
+        model = self.config.model
+        return {
+            "name": model.name,
+            "shortcut": models.resolve_shortcut(model.name, model.shortcut),
+            "num_classes": model.num_classes,
+            "stride_in_3x3": model.stride_in_3x3,
+            "survival": model.survival,
+        }
+
+    def make_train_chunk(self, several: bool = False):
+        """See `steps.make_train_chunk`."""
+        c, platform = self.config, sharding.platform(self.mesh)
         return steps.make_train_chunk(
             self.model,
             self.optimizer,
-            **{"sharding": sharding.split(self.mesh), **together},
+            sharding=sharding.split(self.mesh),
             pad=c.data.pad,
             flip=c.data.flip,
             fill=c.data.fill,
             color=c.data.color,
             label_smoothing=c.optim.label_smoothing,
             ema_decay=c.optim.ema_decay,
-            pack=sharding.platform(self.mesh) == "gpu",
-            compiler_options=hardware.compiler_options(sharding.platform(self.mesh)),
+            pack=platform == "gpu",
+            compiler_options=hardware.compiler_options(platform, concurrent=several),
+            several=several,
         )
 
-    def make_evaluated(self):
-        """A function from a net's variables to those that are scored and saved.
+    def evaluated(self, variables: Any) -> Any:
+        """The variables to score and to save for `{"params": …, "batch_stats": …}` in training.
 
-        They differ where `eval.bn_examples` asks for statistics estimated again, from the run's own
-        training examples, or those of another run given to it.
+        They differ if `eval.bn_examples` asks for statistics estimated again.
         """
-        c, by_batch = self.config, sharding.split(self.mesh)
+        c = self.config
         if not c.eval.bn_examples:
-            return lambda variables, run=self: variables
+            return variables
         batch_statistics = steps.make_batch_statistics(
             self.model,
-            sharding=by_batch,
+            sharding=sharding.split(self.mesh),
             pad=c.data.pad,
             flip=c.data.flip,
             fill=c.data.fill,
         )
-        return lambda variables, run=self: evaluate.reestimate_statistics(
+        return evaluate.reestimate_statistics(
             batch_statistics,
             variables,
-            run.train_feed,
+            self.train_feed,
             examples=c.eval.bn_examples,
             batch_size=c.data.batch_size,
         )
 
-    def make_scorer(self):
-        """A function from `{"params": …, "batch_stats": …}` to `{split name: evaluate.Score}`.
+    def score(
+        self, variables: Any, stopped: Callable[[], bool] = lambda: False
+    ) -> dict[str, evaluate.Score]:
+        """The scores of `{"params": …, "batch_stats": …}` by split; {} if it was stopped.
 
-        The examples are the run's own, or those of another run of the same shape given to it. A
-        third argument is `stopped`, see `evaluate.evaluate`; a stopped evaluation returns {}.
+        Args:
+          variables: on the devices, in the model's layout.
+          stopped: asked before each batch.
         """
         ten = self.config.eval.crops == 10
         eval_chunk = steps.make_eval_chunk(
@@ -241,18 +270,17 @@ class Experiment:
             sharding=sharding.split(self.mesh),
             ten_crops=self.dataset.train.image_shape[0] if ten else 0,
         )
-        batch_size = self.config.eval.batch_size
-
-        def score(variables, run=self, stopped=lambda: False):
-            scores = {
-                name: evaluate.evaluate(
-                    eval_chunk, variables, examples, batch_size=batch_size, stopped=stopped
-                )
-                for name, examples in run.eval_feeds.items()
-            }
-            return {} if None in scores.values() else scores
-
-        return score
+        scores = {
+            name: evaluate.evaluate(
+                eval_chunk,
+                variables,
+                examples,
+                batch_size=self.config.eval.batch_size,
+                stopped=stopped,
+            )
+            for name, examples in self.eval_feeds.items()
+        }
+        return {} if None in scores.values() else scores
 
 
 def build(
@@ -262,20 +290,20 @@ def build(
     preprocessing: tuple[np.ndarray, np.ndarray] | None = None,
     warn: Callable[[str], None] = print,
     put: Callable[..., jax.Array] = sharding.put,
-) -> Experiment:
-    """Puts an experiment together.
+) -> Setup:
+    """Puts a setup together.
 
     Args:
       config: validated.
       dataset: on the host.
       mesh: as from `hardware.choose_mesh`.
       preprocessing: (mean, std) to use instead of the training set's own.
-      warn: told of images that cannot be read.
+      warn: called with a line about each image that cannot be read.
       put: places images that stay on the devices, see `feed.put_once`.
 
     Raises:
-      UserError: what only shows with the data at hand: durations of less than a step, more classes
-        than outputs.
+      UserError: a duration is less than a step, or the data have more classes than the net
+        outputs.
     """
     config = resolve_steps(config, len(dataset.train))
     if config.data.pad < 0:
@@ -295,4 +323,4 @@ def build(
     if model.uses_kernels and (mesh.size > 1 or sharding.platform(mesh) == "tpu"):
         there = f"{mesh.size} {sharding.platform(mesh)} device(s)"
         raise UserError(f"config.model.kernels=always is for one GPU, not {there}: leave it out")
-    return Experiment(config, dataset, mesh, model, mean, std, warn, workers, put)
+    return Setup(config, dataset, mesh, model, mean, std, warn, workers, put)

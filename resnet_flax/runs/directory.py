@@ -1,0 +1,267 @@
+"""The directory of one run: one process at a time, one configuration for ever.
+
+`config.json` holds the configuration as it was given, `run.json` what the run began with and each
+start, `preprocess.safetensors` the mean and the standard deviation. Checkpoints, the log and the
+result lie beside them.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import pathlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
+from resnet_flax.errors import UserError
+from resnet_flax.runs import files, weights
+
+
+class Directory:
+    """What a run's directory says of the run, and whether a new start is the same run.
+
+    Attributes:
+      path: of the directory.
+      config: content of config.json, {} before the run has begun.
+      record: content of run.json, likewise.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Reads the directory; it need not exist.
+
+        Raises:
+          UserError: it holds a run, but not all of these files, or they are damaged.
+        """
+        self.path = path
+        self.config = self._read("config.json")
+        self.record = self._read("run.json")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content = files.read_json(self.path / name)
+        begun = any((self.path / n).exists() for n in ("checkpoints", "metrics.jsonl"))
+        if content is None and begun:
+            raise UserError(
+                f"workdir {self.path} holds a run without its {name}; restore it, or choose "
+                "another --workdir"
+            )
+        return content or {}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The run's "model" section, {} before the run has begun."""
+        prefix = "model."
+        return {k.removeprefix(prefix): v for k, v in self.config.items() if k.startswith(prefix)}
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: pathlib.Path) -> Iterator["Directory"]:
+        """Makes the directory and holds it for this process.
+
+        A failure leaves no empty directory behind.
+
+        Raises:
+          UserError: it cannot be written, or another process holds it.
+        """
+        made = [p for p in (path, *path.parents) if not p.exists()]
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / ".lock", "a")
+        except OSError as error:
+            raise UserError(
+                f"cannot write in workdir {path}: {error.strerror}; choose another --workdir"
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in workdir {path}; wait for it, or choose "
+                    "another --workdir"
+                ) from error
+            except OSError:
+                pass  # A file system without locks: two runs at once are the user's to avoid.
+            for part in path.glob(f".*{files.PART}"):
+                part.unlink()  # Left by a kill.
+            try:
+                yield cls(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    if made and [p.name for p in path.iterdir()] == [".lock"]:
+                        (path / ".lock").unlink()
+                        for p in made:
+                            p.rmdir()
+                raise
+
+    def check_config(self, config: dict[str, Any], sections: Collection[str] = ()) -> None:
+        """Refuses another configuration than the run's.
+
+        Args:
+          config: flat, as given, before durations are resolved.
+          sections: compare these only; (): everything but operational keys.
+
+        Raises:
+          UserError: names the keys that differ.
+        """
+        if not self.config:
+            return
+        # A run that was begun before a key existed used its default.
+        old = flatten(base_config()) | self.config
+        other = {k for k in old if sections and k.split(".")[0] not in sections}
+        if differing := _differing(old, config, OPERATIONAL_KEYS | other):
+            raise UserError(
+                f"workdir {self.path} belongs to a run of another config; choose another --workdir "
+                "(--weights=FILE begins from what a finished run has learned), or undo: "
+                f"{'; '.join(differing)}"
+            )
+
+    def check_data(self, name: str, fingerprint: str) -> None:
+        """Refuses other data than the run began with.
+
+        Raises:
+          UserError: the fingerprint of the data set has changed.
+        """
+        old = self.record.get("data", {}).get("fingerprint")
+        if old not in (None, fingerprint):
+            raise UserError(
+                f"the data set {name} is not the one that the run in {self.path} began with "
+                f"(fingerprint {fingerprint[:12]}, was {old[:12]}); restore it, or choose another "
+                "--workdir"
+            )
+
+    def check_initial_weights(self, sha256: str | None, *, resuming: bool) -> None:
+        """Refuses to begin again from other weights.
+
+        Args:
+          sha256: of the weights file given, None without one.
+          resuming: whether there is a checkpoint: then no weights need be given.
+
+        Raises:
+          UserError: says which weights the run began with.
+        """
+        old = self.record.get("init_weights")
+        if not self.record or old == sha256 or (resuming and sha256 is None):
+            return
+        began = f"the weights file with SHA-256 {old[:12]}…" if old else "no weights file"
+        raise UserError(
+            f"the run in {self.path} began with {began}: give the same --weights, or choose "
+            "another --workdir"
+        )
+
+    def check_not_in_group(self) -> None:
+        """Refuses a run that version 0.1.0 began together with other seeds and did not finish.
+
+        Raises:
+          UserError: its checkpoints lie in one directory with those of the other seeds.
+        """
+        if self.record.get("group") and not (self.path / "checkpoints").exists():
+            raise UserError(
+                f"the run in {self.path} was begun by resnet_flax 0.1.0 together with other seeds "
+                f"({self.record['group']}), which this version cannot resume; choose another "
+                "--workdir"
+            )
+
+    def checkpoints(self, requested: str | None = None) -> str:
+        """Where the checkpoints lie: a path, or the URL of a bucket.
+
+        Args:
+          requested: where they shall lie; None: where they do, or else in the directory.
+
+        Raises:
+          UserError: they lie elsewhere.
+        """
+        own = str(self.path / "checkpoints")
+        if not self.record:
+            return requested or own
+        place = self.record.get("checkpoint_dir") or own
+        if requested not in (None, place):
+            raise UserError(
+                f"the run in {self.path} has its checkpoints in {place}, not in {requested}: leave "
+                "--checkpoint_dir as it was, or choose another --workdir"
+            )
+        return place
+
+    def check_checkpoint(self, saved: dict[str, Any], now: dict[str, Any], place: str) -> None:
+        """Refuses a checkpoint of another run, where the run's directory was lost.
+
+        Args:
+          saved: "config" (flat) and "fingerprint" of the data, from the checkpoint.
+          now: the same of the run that is to go on.
+          place: of the checkpoints.
+
+        Raises:
+          UserError: names what differs.
+        """
+        if self.record:
+            return  # It has been compared already.
+        old = flatten(base_config()) | saved["config"]
+        differing = _differing(old, now["config"], OPERATIONAL_KEYS)
+        if saved["fingerprint"] != now["fingerprint"]:
+            differing.append("the data set")
+        if differing:
+            raise UserError(
+                f"the checkpoints in {place} are those of another run; choose another "
+                f"--checkpoint_dir, or undo: {'; '.join(differing)}"
+            )
+
+    def preprocessing(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The (mean, std) that the run began with, None before it has begun.
+
+        Raises:
+          UserError: their file is not as the run wrote it.
+        """
+        digest = self.record.get("preprocess_sha256")
+        if digest is None:
+            return None
+        path = self.path / "preprocess.safetensors"
+        if not path.exists() or files.sha256_of(path) != digest:
+            raise UserError(f"{path} is missing or damaged; restore it from a copy")
+        return weights.load_preprocessing(path)
+
+    def write_start(
+        self,
+        config: dict[str, Any],
+        record: dict[str, Any],
+        preprocessing: tuple[np.ndarray, np.ndarray],
+        start: dict[str, Any],
+    ) -> None:
+        """Writes what the run is when it begins; a later start is only added to `run.json`.
+
+        Args:
+          config: flat, as given.
+          record: of the run, for `run.json`.
+          preprocessing: (mean, std).
+          start: of this start: the step, the environment.
+        """
+        start = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **start}
+        if self.record:
+            record = self.record
+        else:
+            files.write_json(self.path / "config.json", config)
+            path = self.path / "preprocess.safetensors"
+            weights.save_preprocessing(path, *preprocessing)
+            record = {**record, "preprocess_sha256": files.sha256_of(path)}
+        self.record = record | {"starts": [*record.get("starts", []), start]}
+        files.write_json(self.path / "run.json", self.record)
+
+    def finished(self, total_steps: int) -> dict[str, Any] | None:
+        """The result of a finished run; None: it is made again from the last checkpoint."""
+        try:
+            result = files.read_json(self.path / "result.json") or {}
+            weights.load(self.path / "weights.safetensors")
+        except UserError:
+            return None
+        return result if result.get("steps") == total_steps else None
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any], ignored: Collection[str]) -> list[str]:
+    """Descriptions "key: old -> new" of flat configurations' differences."""
+    new = json.loads(json.dumps(new, default=list))
+    missing = object()
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in sorted(set(old) | set(new))
+        if key not in ignored and old.get(key, missing) != new.get(key, missing)
+    ]

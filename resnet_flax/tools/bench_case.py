@@ -1,0 +1,99 @@
+"""What `tools.bench` measures or compiles: a configuration and noise for data."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from resnet_flax import models
+from resnet_flax.config import base_config, flatten, imagenet_config, override, validate
+from resnet_flax.data.dataset import Dataset, Split
+from resnet_flax.data.streamed import Crops, StreamedSplit
+from resnet_flax.devices import hardware, sharding
+from resnet_flax.errors import UserError, did_you_mean
+from resnet_flax.training import feed, seeds, setup
+from resnet_flax.training.setup import Setup
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to measure, and how."""
+
+    model: str
+    batch_size: int  # examples a step, over all devices
+    dtype: str = "auto"
+    devices: int = 0  # 0: as many as a run would use
+    repeats: int = 5  # timings of each thing
+    seconds: float = 2.0  # shortest timing
+    examples: int = 0  # for training; 0: 50,000, or two batches of ImageNet's size
+    eval_examples: int = 0  # 0: 10,000, on a CPU 2,000, or two batches of ImageNet's size
+    parts: Sequence[str] = ("train", "eval", "ceiling")
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the config
+
+
+def recipe(model: str) -> ConfigDict:
+    """The paper's recipe for a model's data set."""
+    config = imagenet_config() if models.get_architecture(model).image_size > 32 else base_config()
+    config.model.name = model
+    return config
+
+
+def make_config(case: Case) -> ConfigDict:
+    """The case's configuration.
+
+    Raises:
+      UserError: it makes no sense.
+    """
+    config = recipe(case.model)
+    config.model.dtype = case.dtype
+    config.data.batch_size, config.train.cpu_devices = case.batch_size, case.devices
+    config.data.workers = 0
+    # The labels are noise: a model that diverges on them would be timed on infinities.
+    config.optim.learning_rate = 1e-3
+    known = flatten(config)
+    for key in case.overrides.keys() - known.keys():
+        raise UserError(f"--set={key}: there is no such config key{did_you_mean(key, known)}")
+    override(config, case.overrides)
+    validate(config)
+    return config
+
+
+class _Decoded(StreamedSplit):
+    def example(self, index, random):
+        return self.source.images[index], self.source.labels[index]
+
+
+def make_setups(case: Case) -> list[Setup]:
+    """The case's setup on noise, or the ones of several seeds (`train.num_seeds`).
+
+    Images of CIFAR's size lie on the devices. Larger ones are streamed as in a run, but need no
+    decoding.
+
+    Raises:
+      UserError: the case makes no sense, or there are too few devices.
+    """
+    config, architecture = make_config(case), models.get_architecture(case.model)
+    mesh = hardware.choose_mesh(config)
+    if case.devices > mesh.size:
+        raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
+    if case.devices:
+        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], case.batch_size)
+    side, classes = architecture.image_size, architecture.num_classes
+    is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
+    random = np.random.default_rng(0)
+
+    def noise(examples, resident, batch_size, central):
+        size = examples or (resident if is_resident else 2 * batch_size)
+        images = random.integers(0, 256, (size, side, side, 3), np.uint8)
+        split = Split(images, random.integers(0, classes, size, np.int32))
+        crops = Crops(side, (side, side), central)
+        return split if is_resident else _Decoded(split, np.arange(size), crops)
+
+    train = noise(case.examples, 50_000, case.batch_size, False)
+    test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
+    data = Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
+    configs = [one for one, _ in seeds.split(config, pathlib.Path())]
+    put, meshes = feed.put_once(), seeds.meshes(mesh, len(configs))
+    return [setup.build(c, data, m, put=put) for c, m in zip(configs, meshes, strict=True)]
