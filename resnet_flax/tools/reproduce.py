@@ -30,7 +30,6 @@ from collections import deque
 from typing import IO, NamedTuple
 
 from resnet_flax.errors import UserError, first_line
-from resnet_flax.runs import record
 from resnet_flax.signals import answered_by
 from resnet_flax.tools import entry
 from resnet_flax.tools.experiments import Run, lock, make_runs, plan, rows_of
@@ -267,7 +266,7 @@ def main(argv: list[str]) -> None:
             print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
         print(total)
         return
-    if not all(record.finished(r.directory, r.config.train.total_steps) for r in runs):
+    if not all((run.directory / "result.json").exists() for run in runs):
         # What is wrong with the data is said once, before anything begins.
         inputs.load_data(runs[0].config)
     runner = Runner(runs, jobs=jobs, seeds_per_run=args.seeds_per_run)
