@@ -90,7 +90,7 @@ class Run:
         return f"{self.row}/{self.directory.name}"
 
     def command(self, seeds: int = 1) -> list[str]:
-        """Trains it, or so many seeds of its row from its own on."""
+        """Trains it, or `seeds` runs: it and the seeds after it."""
         place = self.directory if seeds == 1 else self.directory.parent
         several = [f"--config.train.num_seeds={seeds}"] if seeds > 1 else []
         file, *settings = self.flags
@@ -118,7 +118,7 @@ class Run:
         return False
 
     def cost(self) -> int:
-        """Layers computed in a forward pass over all of its examples."""
+        """Layers computed in a forward pass over all examples of the run."""
         examples = self.config.train.total_steps * self.config.data.batch_size
         return models.get_architecture(self.config.model.name).weighted_layers * examples
 
