@@ -173,6 +173,13 @@ def test_a_gpus_step_is_one_graph(capsys):
     assert own["host_submissions"] == 1
 
 
+def test_seeds_are_branches_of_one_graph(capsys):
+    rows = [compiled("h100", capsys, "--models=resnet8", *flags)
+            for flags in ((), ("--set=train.num_seeds=2",))]  # fmt: skip
+    assert rows[0]["launches"] < rows[1]["launches"] <= 2 * rows[0]["launches"] + 5
+    assert rows[1]["host_submissions"] == 1
+
+
 def test_several_gpus_and_nets_whose_blocks_are_a_loop(capsys):
     row = compiled("h100", capsys, "--devices=2", "--set=model.scan=always")
     # A mean and a variance for each of 19 layers, and the gradients.

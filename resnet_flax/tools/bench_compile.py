@@ -36,12 +36,12 @@ def _devices(target: str, count: int) -> list[Any]:
 
 
 def lower(
-    here: Setup, mesh: Mesh, platform: str, steps: int, batch_size: int
+    here: Setup, mesh: Mesh, platform: str, steps: int, batch_size: int, nets: int = 1
 ) -> jax.stages.Lowered:
     """A chunk of `steps` training steps of `batch_size` examples, for devices that are not here.
 
     `here` is the setup on a CPU, with any batch size. `platform` chooses the model, see
-    `setup.make_model`.
+    `setup.make_model`. Of several `nets` the chunk has one branch each.
     """
     run = dataclasses.replace(here, mesh=mesh, model=setup.make_model(here.config, platform))
 
@@ -58,7 +58,10 @@ def lower(
     batches = abstract(here.train_feed.chunk(0, 1), sharding.split(mesh, 1), steps, batch_size)
     # Pallas asks what it compiles for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return run.make_train_chunk().lower(state, resident, batches, None)
+        if nets == 1:
+            return run.make_train_chunk().lower(state, resident, batches, None)
+        chunk = run.make_train_chunk(several=True)
+        return chunk.lower([state] * nets, [resident] * nets, [batches] * nets)
 
 
 def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
@@ -69,20 +72,20 @@ def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
     Raises:
       UserError: the case makes no sense, or does not compile.
     """
-    if case.overrides.get("train.num_seeds", "1") != "1":
-        raise UserError("--compile_for compiles one net, not train.num_seeds of them together")
-    (here,), platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
+    (here, *others), platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
+    if others and platform != "gpu":
+        raise UserError(f"on {target} each of several seeds has a program: leave train.num_seeds")
     steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
     try:
         mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
-        lowered = lower(here, mesh, platform, steps, case.batch_size)
+        lowered = lower(here, mesh, platform, steps, case.batch_size, 1 + len(others))
         begin = time.perf_counter()
         compiled = lowered.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"{target}: {first_line(error)}") from error
     seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
     here.close()
-    lists = pathlib.Path(folder).glob("*train_chunk*.thunk_sequence_after_thunk_passes.txt")
+    lists = pathlib.Path(folder).glob("*train_*.thunk_sequence_after_thunk_passes.txt")
     thunks = "".join(path.read_text() for path in lists)
     return {
         "argument_bytes": memory.argument_size_in_bytes,
