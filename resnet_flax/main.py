@@ -11,11 +11,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import signals
-from resnet_flax.config import base_config, flatten, nearest_key, parse
+from resnet_flax.config import check_key, parse, validate
 from resnet_flax.devices import cache, cpu, distributed
 from resnet_flax.errors import UserError
 from resnet_flax.runs import progress
-from resnet_flax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
@@ -65,10 +64,25 @@ _PEER_TIMEOUT = flags.DEFINE_float(
 _OVERRIDES: dict[str, str] = {}
 
 
+# Configs that had a file of their own, by the one that now takes them as its argument.
+_MOVED = {
+    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
+    "identity_mappings": "resnet110_preact resnet164_preact",
+    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
+    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
+}
+
+
 def _check_config_file(path: str) -> None:
     try:
         pathlib.Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
+        stem = pathlib.Path(path).stem
+        for file, moved in _MOVED.items():
+            if stem in moved.split():
+                now = pathlib.Path(path).with_name(f"{file}.py")
+                net = stem.removesuffix("_stochastic_depth")
+                raise UserError(f"{path} is now --config={now}:{net}") from error
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"cannot read the config file {path!r}: {reason}; the project's are in configs/, for "
@@ -78,8 +92,6 @@ def _check_config_file(path: str) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; whatever is wrong with them becomes a `UserError`."""
-    known = flatten(base_config())
-    sections = {key.split(".")[0] for key in known}
     named = any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv[1:])
     rest = argv[:1]
     for arg, after in itertools.pairwise([*argv[1:], ""]):
@@ -90,11 +102,7 @@ def _parse(argv: list[str]) -> list[str]:
         if not arg.startswith("-") or name not in ("config", "noconfig") or not dot:
             rest.append(arg)
             continue
-        if key not in known:
-            near = nearest_key(key)
-            hint = f" (did you mean --config.{near}?)" if near else ""
-            what = "section, not a key" if key in sections else "key"
-            raise UserError(f"--config.{key} is no config {what}{hint}")
+        check_key(key)
         if named:
             rest.append(f"--{flag}={parse(key, value)}" if equals else arg)
         elif not equals:

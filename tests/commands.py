@@ -58,8 +58,7 @@ def _close(server: subprocess.Popen) -> None:
 
 def _serve() -> None:
     import resnet_flax.training.scoring
-    import resnet_flax.training.train
-    import resnet_flax.validation  # noqa: F401
+    import resnet_flax.training.train  # noqa: F401
 
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
         del os.environ[name]

@@ -78,7 +78,7 @@ BAD_INPUT = {
         [QUICK, "--config.optim.lerning_rate=0.1"],
         "did you mean --config.optim.learning_rate?",
     ),
-    "section as key": ([QUICK, "--config.optim=3"], "config.optim is no config section"),
+    "section as key": ([QUICK, "--config.optim=3"], "--config.optim is a section of"),
     "wrong type": (
         [QUICK, "--config.optim.learning_rate=fast"],
         "error: --config.optim.learning_rate=fast must be a number",

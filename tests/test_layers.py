@@ -5,13 +5,13 @@ import graphlib
 
 ROOMS = [
     {"errors", "signals"},
-    {"config", "validation", "commands"},
+    {"config", "commands"},
     {"devices"},
     {"models"},
     {"data"},
     {"runs"},
     {"training"},
-    {"pretrained", "grid", "reporting"},
+    {"pretrained", "reporting"},
     {"tools"},
     {"main", "__main__"},
 ]

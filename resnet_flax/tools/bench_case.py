@@ -8,14 +8,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, flatten, imagenet_config, override
+from resnet_flax.config import base_config, flatten, imagenet_config, override, validate
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.data.streaming import Crops, StreamedSplit
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.errors import UserError, did_you_mean
 from resnet_flax.training import feed, seeds, setup
 from resnet_flax.training.setup import Setup
-from resnet_flax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)

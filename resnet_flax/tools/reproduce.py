@@ -1,235 +1,277 @@
-r"""Makes the runs behind the papers' tables on CIFAR-10.
+"""Makes the runs behind the papers' tables on CIFAR-10.
 
     python -m resnet_flax.tools.reproduce table6 --seeds=5 --workdir=runs/paper
     python -m resnet_flax.tools.reproduce all --workdir=runs/paper --dry_run
     python -m resnet_flax.tools.reproduce plain --scale=0.01 --seeds=2 --workdir=runs/trial
 
-Each is an ordinary run of resnet_flax.main, in `WORKDIR/<run>/seed<k>`, with its output in
-`log.txt` there. Those that are done are skipped, interrupted ones go on, failed ones are reported
-at the end. The same command started again, after whatever has ended it, goes on. Started several
-times on one directory (with CUDA_VISIBLE_DEVICES=0, =1, ... on a machine of several GPUs; on
-machines that share a file system with locks), each takes a share of the runs.
+Each is an ordinary run of resnet_flax.main in WORKDIR/<row>/seed<k>; its output goes to log.txt
+there. Finished runs are skipped, interrupted ones resume, failed ones are reported at the end.
+Whatever ends the command, the same command goes on. Several of them may share a directory (with
+CUDA_VISIBLE_DEVICES=0, =1, ... on a machine with several GPUs, or on machines with a shared file
+system that supports locks): each takes the next run that no other is at.
 
 Experiments: table6 (ResNet-20 to 110), plain, options (shortcuts A, B, C), bottleneck, preact,
-shortcuts and activations (Identity Mappings, Tables 1 and 2), modern, all.
+shortcuts and activations (Identity Mappings, Tables 1 and 2), modern, all. --config.KEY=VALUE
+changes a setting of all runs, for example --config.data.split=45k/5k.
 """
 
+import argparse
+import contextlib
+import functools
+import itertools
+import os
 import pathlib
+import shlex
+import signal
+import subprocess
 import sys
 import time
+from collections import deque
+from typing import IO, NamedTuple
 
-from tqdm import tqdm
-
-from resnet_flax.errors import UserError
-from resnet_flax.grid.experiments import runs_of
-from resnet_flax.grid.groups import together
-from resnet_flax.grid.plan import Job, estimate, make_jobs, state_of
-from resnet_flax.grid.runner import Runner
+from resnet_flax.errors import UserError, first_line
+from resnet_flax.signals import answered_by
 from resnet_flax.tools import entry
+from resnet_flax.tools.experiments import Run, lock, make_runs, plan, rows_of
 from resnet_flax.training import inputs
 
-# Between lines of progress where there is no terminal, and between looks at the runs.
-_SECONDS_BETWEEN_LINES, _SECONDS_BETWEEN_LOOKS = 60.0, 2.0
+# Seconds between looks at our own processes, at all runs, and between lines that sum them up.
+_LOOK, _LOOK_AT_ALL, _SUM_UP = 0.2, 5.0, 60.0
 
 
-class _Progress:
-    """One bar for all runs on a terminal, a line a minute elsewhere."""
-
-    def __init__(self, jobs: list[Job]):
-        self._jobs, self._works = jobs, [job.work for job in jobs]
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=100.0,
-            disable=not self._terminal,
-            dynamic_ncols=True,
-            smoothing=0.0,
-            bar_format="{percentage:.1f} %|{bar}| {elapsed}, {remaining} left  {postfix}",
-        )
-        self._start = self._last_line = time.monotonic()
-        self._last_look, self._first = -_SECONDS_BETWEEN_LOOKS, -1.0
-
-    def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
-        sys.stderr.flush()
-
-    def tick(self, runner: Runner) -> None:
-        now = time.monotonic()
-        if now - self._last_look < _SECONDS_BETWEEN_LOOKS:
-            return
-        self._last_look = now
-        shares = {job.name: runner.share(job) for job in self._jobs}
-        pairs = zip(self._jobs, self._works, strict=True)
-        percent = sum(100 * shares[job.name] * work for job, work in pairs) / sum(self._works)
-        if self._first < 0:
-            self._first = self._bar.initial = self._bar.n = percent
-            self._start = now
-        running = ", ".join(f"{j.name} {100 * shares[j.name]:.0f} %" for j in runner.active)
-        text = f"{len(runner.done)} of {sum(len(job.runs) for job in self._jobs)} done"
-        text += f", {len(runner.failed)} failed" if runner.failed else ""
-        text += f"; {running}" if running else ""
-        if self._terminal:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.n = percent
-            self._bar.refresh()
-        elif now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            gained = percent - self._first
-            left = (now - self._start) / gained * (100 - percent) if gained > 0 else None
-            self.say(f"{percent:.1f} %, {_clock(left)} left; {text}")
-
-    def close(self) -> None:
-        self._bar.close()
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def _clock(seconds: float | None) -> str:
-    return "unknown time" if seconds is None else tqdm.format_interval(seconds)
+class _Process(NamedTuple):
+    runs: list[Run]  # one, or several seeds of a row
+    popen: subprocess.Popen
+    logs: contextlib.ExitStack
+    output: IO
+    start: int  # of its own output there, bytes
 
 
-def plan(jobs: list[Job], parallel: int) -> str:
-    """What is to be done, a job a paragraph, with the time that it should take."""
-    states = {job.name: state_of(job) for job in jobs}
-    finished = [
-        pair for job in jobs for pair in zip(job.runs, states[job.name].results, strict=False)
-    ]
-    lines, times = [], []
-    count = left = 0
-    for job in jobs:
-        state = states[job.name]
-        count += len(job.runs)
-        if state.results:
-            status = "done"
-        elif state.refusal:
-            status = f"cannot be made: {state.refusal}"
-        else:
-            left += len(job.runs)
-            times.append(estimate(job, state, finished))
-            of = f" of {job.steps}" if job.steps else ""
-            begun = f"at step {state.step}{of}" if state.step else f"{job.steps or ''} steps to do"
-            status = f"{begun.strip()}, {_about(times[-1])}"
-        lines += [f"{job.name}: {status}", f"    {job.shown_command}"]
-    total = None if None in times else sum(times) / parallel
-    hint = "" if finished else " until a run here is done"
-    lines.append(
-        f"{count} runs, {len(finished)} done, {left} to do: {_about(total)}{hint} with "
-        f"--jobs={parallel}"
-    )
-    return "\n".join(lines)
+class Runner:
+    """Makes runs, a number of them side by side, and keeps account of how each ends.
 
+    A process that makes a run inherits the lock on the run's log.txt, and keeps it even if this
+    one is killed. A run that another process is at is looked at again until it is finished, or
+    free and resumed here. So each of several runners ends when all runs are finished.
 
-def _about(seconds: float | None) -> str:
-    if seconds is None:
-        return "time unknown"
-    return f"about {tqdm.format_interval(seconds)}"
-
-
-def reproduce(jobs: list[Job], directory: pathlib.Path, *, parallel: int) -> Runner:
-    """Makes all runs, with a bar or lines on standard error; see `Runner`."""
-    progress = _Progress(jobs)
-    try:
-        runner = Runner(jobs, directory, parallel=parallel, say=progress.say, tick=progress.tick)
-        runner.run()
-    finally:
-        progress.close()
-    return runner
-
-
-def _require_data(jobs: list[Job]) -> None:
-    """Loads the data of unfinished runs, which prepares them: what is wrong with them is said once.
-
-    Raises:
-      UserError: see `inputs.load_data`.
+    Attributes:
+      done: results of finished runs, by name.
+      failed: why, with the end of the log, by name.
+      stop_signal: the signal that stopped everything, or 0.
     """
-    keys = "name", "data_dir", "archive", "mirror"
-    unfinished = [job.config for job in jobs if not state_of(job).results]
-    for config in {tuple(c.data[key] for key in keys): c for c in unfinished}.values():
-        inputs.load_data(config)
+
+    def __init__(self, runs: list[Run], *, jobs: int = 1, seeds_per_run: int = 1):
+        """Starts nothing yet: runs begin in this order, `seeds_per_run` at most in a process."""
+        self.done: dict[str, dict] = {}
+        self.failed: dict[str, str] = {}
+        self.stop_signal = 0
+        self._runs, self._jobs, self._seeds_per_run = runs, jobs, seeds_per_run
+        self._left, self._processes = {run.name: run for run in runs}, list[_Process]()
+        self._signals, self._say_once = deque[int](), functools.cache(_say)
+        self._next_look, self._next_sum = 0.0, time.monotonic() + _SUM_UP
+
+    def run(self) -> None:
+        """Returns when every run has ended, or, after a signal, has saved and stopped."""
+        with answered_by(self._stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            while self._processes or (self._left and not self.stop_signal):
+                while self._signals:
+                    number = self._signals.popleft()
+                    _say(f"{signal.Signals(number).name}: saving and stopping")
+                    for process in self._processes:
+                        process.popen.send_signal(number)
+                for process in [p for p in self._processes if p.popen.poll() is not None]:
+                    self._reap(process)
+                if not self.stop_signal and time.monotonic() >= self._next_look:
+                    self._next_look = time.monotonic() + _LOOK_AT_ALL
+                    self._look_at_the_rest()
+                if time.monotonic() >= self._next_sum:
+                    self._next_sum = time.monotonic() + _SUM_UP
+                    status, total = plan(self._runs, self.done, self._jobs)
+                    for run in itertools.chain(*(process.runs for process in self._processes)):
+                        _say(f"{run.name}: {status[run.name]}")
+                    _say(total)
+                time.sleep(_LOOK)
+
+    def _stop(self, number: int) -> bool:
+        # A run does not save on SIGHUP.
+        self.stop_signal = signal.SIGTERM if number == signal.SIGHUP else number
+        self._signals.append(self.stop_signal)
+        return False
+
+    def _look_at_the_rest(self) -> None:
+        for run in list(self._left.values()):
+            try:
+                if result := run.result():
+                    self._note_done(run, result)
+            except UserError as error:
+                self._note_failed(run, str(error))
+        for run in list(self._left.values()):
+            if run.name in self._left and len(self._processes) < self._jobs:
+                try:
+                    self._start(run)
+                except OSError as error:
+                    self._note_failed(run, f"{error.filename}: {first_line(error)}")
+
+    def _start(self, first: Run) -> None:
+        """Starts a process for a run and the seeds after it, as far as they are free."""
+        with contextlib.ExitStack() as stack:
+            logs = {}
+            for seed in range(first.config.seed, first.config.seed + self._seeds_per_run):
+                run = self._left.get(f"{first.row}/seed{seed}")
+                if run is None:
+                    break
+                run.directory.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(open(run.directory / "log.txt", "ab"))
+                if not lock(log) or run.is_running():
+                    self._say_once(f"{run.name}: another process is at it")
+                    break
+                logs[run] = log
+            if not logs:
+                return
+            arguments, output = first.command(len(logs)), logs[first]
+            for run, log in logs.items():
+                log.write(f"$ {shlex.join(arguments)}  # output in {output.name}\n".encode())
+                log.flush()
+                step = run.last_step()
+                _say(f"{run.name}: {f'goes on; it had come to step {step}' if step else 'begins'}")
+            # Else the first of several processes takes three quarters of a GPU's memory.
+            shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if self._jobs > 1 else {}
+            popen = subprocess.Popen(
+                [sys.executable, *arguments[1:]],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=[log.fileno() for log in logs.values()],  # And so the locks.
+                env=shared | os.environ,
+                start_new_session=True,  # A terminal's Ctrl-C comes once, from here.
+            )
+            process = _Process(list(logs), popen, stack.pop_all(), output, output.tell())
+        self._processes.append(process)
+        for run in process.runs:
+            del self._left[run.name]
+
+    def _reap(self, process: _Process) -> None:
+        self._processes.remove(process)
+        self._next_look = 0.0
+        status = process.popen.returncode
+        how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+        said = pathlib.Path(process.output.name).read_bytes()[process.start :]
+        lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
+        process.logs.close()
+        for run in process.runs:
+            if result := run.result():
+                self._note_done(run, result)
+                _say(f"{run.name}: done, test error {100 * result['test_error_last']:.2f} %")
+            elif run.is_running():
+                self._left[run.name] = run  # Another process was faster.
+            elif self.stop_signal:
+                _say(f"{run.name}: stopped after step {run.last_step()}")
+            else:
+                self._note_failed(run, "\n".join([how, *lines[-12:]]))
+
+    def _note_done(self, run: Run, result: dict) -> None:
+        self._left.pop(run.name, None)
+        self.done[run.name] = result
+
+    def _note_failed(self, run: Run, reason: str) -> None:
+        self._left.pop(run.name, None)
+        self.failed[run.name] = reason
+        _say(f"{run.name}: failed; the others go on")
 
 
-def _part(jobs: list[Job], text: str | None) -> list[Job]:
-    if text is None:
-        return jobs
-    number, slash, parts = text.partition("/")
-    if slash and number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts):
-        return jobs[int(number) - 1 :: int(parts)]
-    raise UserError(f"--part={text} must be like 1/4: the first of four parts")
+def finish(runner: Runner, workdir: pathlib.Path) -> None:
+    """Says how it all ended; exits with a status other than 0 unless all runs are finished."""
+    if runner.stop_signal:
+        print("Stopped; all is saved. The same command goes on from there.")
+        sys.exit(128 + runner.stop_signal)
+    if runner.failed:
+        for name, reason in runner.failed.items():
+            _say(f"\n{name} failed: {reason}")
+        _say(f"\n{len(runner.done)} runs are done, {len(runner.failed)} failed")
+        sys.exit(1)
+    report = f"python -m resnet_flax.tools.report {workdir} --out={workdir}/report"
+    print(f"All {len(runner.done)} runs are done. Next:\n  {report}")
 
 
-def _parse(argv: list[str]):
+def _choose_jobs(asked: int | None) -> int:
+    """How many runs share the machine; on a GPU, says how they do so best."""
+    # Another process asks jax: here it would keep a part of the GPU.
+    script = "import jax; print(jax.default_backend())"
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    asking = [sys.executable, "-c", script]
+    found = subprocess.run(asking, env=environment, capture_output=True, check=False).stdout
+    if found.strip() != b"gpu":
+        return asked or 1
+    jobs = asked or 4  # A net for CIFAR alone leaves most of a GPU idle.
+    pipes = pathlib.Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    if jobs > 1 and not (pipes / "control").exists():
+        _say(
+            "note: under NVIDIA MPS processes share a GPU almost twice as fast; to start it, stop "
+            "this, run `nvidia-cuda-mps-control -d`, and give the same command again"
+        )
+    return jobs
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = entry.parser(__doc__)
-    parser.add_argument("experiment", help="one of those above")
-    parser.add_argument("--workdir", default="runs/paper", help="of all runs; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=5, help="of each net; default: %(default)s")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side; default: 1")
-    parser.add_argument("--scale", type=float, default=1.0, help="shorten all runs, for a trial")
-    parser.add_argument("--dry_run", action="store_true", help="say what there is to do")
-    parser.add_argument("--with_1202", action="store_true", help="ResNet-1202 too")
-    parser.add_argument("--data_dir", help="short for --config.data.data_dir")
-    parser.add_argument(
-        "--seeds_per_run",
-        type=int,
-        default=1,
-        help="seeds of a net that one process trains at once (config.train.num_seeds); default: 1, "
-        "since more do not pay yet, on a CPU or a GPU",
-    )
-    parser.add_argument("--part", help="I/N: only every N-th run, where there are no locks")
-    parser.add_argument(
-        "--config.KEY",
-        dest="key",
-        metavar="VALUE",
-        help="any setting, for all runs: --config.a.b=1",
-    )
+    add = parser.add_argument
+    add("experiment", help="one of those above")
+    add("--workdir", default="runs/paper", help="of all runs; default: %(default)s")
+    add("--seeds", type=int, default=5, help="of each net; default: %(default)s")
+    add("--jobs", type=int, help="processes side by side; default: 4 on a GPU, else 1")
+    add("--seeds_per_run", type=int, default=1, help="that one process trains; default: 1")
+    add("--scale", type=float, default=1.0, help="shorten all runs, for a trial")
+    add("--dry_run", action="store_true", help="say what there is to do")
+    add("--with_1202", action="store_true", help="ResNet-1202 too")
+    add("--data_dir", help="short for --config.data.data_dir")
+    add("--part", default="1/1", help="I/N: only every N-th run, where there are no locks")
     args, rest = parser.parse_known_args(argv)
-    if args.key is not None:
-        raise UserError("--config.KEY stands for a key, such as --config.data.split=45k/5k")
-    unknown = [a for a in rest if not (a.startswith("--config.") and "=" in a)]
-    if unknown:
-        raise UserError(f"unrecognized argument {unknown[0]}; see --help")
-    overrides = [item.removeprefix("--config.") for item in rest]
-    if args.data_dir:
-        overrides.append(f"data.data_dir={args.data_dir}")
-    return args, tuple(overrides)
+    for flag in ("seeds", "jobs", "seeds_per_run"):
+        if (number := getattr(args, flag)) is not None and number < 1:
+            raise UserError(f"--{flag}={number} must be at least 1")
+    if "://" in args.workdir:
+        raise UserError(f"--workdir={args.workdir} must be a local directory")
+    overrides = {"data.data_dir": args.data_dir} if args.data_dir else {}
+    for item in rest:
+        key, equals, value = item.removeprefix("--config.").partition("=")
+        if not item.startswith("--config.") or not equals:
+            raise UserError(f"unrecognized argument {item}; see --help")
+        overrides[key] = value
+    return args, overrides
+
+
+def _part(runs: list[Run], text: str) -> list[Run]:
+    number, _, parts = text.partition("/")
+    if number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts):
+        return runs[int(number) - 1 :: int(parts)]
+    raise UserError(f"--part={text} must be like 1/4: the first of four parts")
 
 
 def main(argv: list[str]) -> None:
     """Makes, or lists, what the flags ask for."""
     args, overrides = _parse(argv)
-    runs = runs_of(args.experiment, on_request=args.with_1202)
-    if "://" in args.workdir:
-        raise UserError(f"--workdir={args.workdir} must be a local directory")
-    directory = pathlib.Path(args.workdir).expanduser()
-    jobs = make_jobs(runs, directory, seeds=args.seeds, scale=args.scale, overrides=overrides)
-    if args.part is None:
-        jobs = together(jobs, args.seeds_per_run)
-    elif args.seeds_per_run == 1:
-        jobs = _part(jobs, args.part)
-    else:
-        raise UserError(
-            f"--part={args.part} and --seeds_per_run={args.seeds_per_run} exclude each other: "
-            "which seeds go together depends on what the others have begun"
-        )
-    if args.jobs < 1:
-        raise UserError(f"--jobs={args.jobs} must be at least 1")
+    rows = rows_of(args.experiment, with_1202=args.with_1202)
+    workdir = pathlib.Path(args.workdir).expanduser()
+    runs = make_runs(rows, workdir, seeds=args.seeds, scale=args.scale, overrides=overrides)
+    runs = _part(runs, args.part)
+    jobs = _choose_jobs(args.jobs)
     if args.dry_run:
-        print(plan(jobs, args.jobs))
+        results = {run.name: result for run in runs if (result := run.result())}
+        status, total = plan(runs, results, jobs)
+        for run in runs:
+            print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
+        print(total)
         return
-    _require_data(jobs)
-    finish(reproduce(jobs, directory, parallel=args.jobs), directory)
-
-
-def finish(runner: Runner, directory: pathlib.Path) -> None:
-    """Says how it all ended, and exits with a status: 0 only where all runs are done."""
-    if runner.stop_signal:
-        print("Stopped; all is saved. The same command goes on from there.")
-        sys.exit(128 + runner.stop_signal)
-    for name, reason in runner.failed.items():
-        print(f"\n{name} failed: {reason}", file=sys.stderr)
-    if runner.failed:
-        print(f"\n{len(runner.done)} runs are done, {len(runner.failed)} failed", file=sys.stderr)
-        sys.exit(1)
-    print(
-        f"All {len(runner.done)} runs are done. Next:\n"
-        f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
-    )
+    if not all((run.directory / "result.json").exists() for run in runs):
+        # What is wrong with the data is said once, before anything begins.
+        inputs.load_data(runs[0].config)
+    runner = Runner(runs, jobs=jobs, seeds_per_run=args.seeds_per_run)
+    runner.run()
+    finish(runner, workdir)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, flatten, override
+from resnet_flax.config import base_config, flatten, override, validate
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.runs import environment, files
@@ -17,7 +17,6 @@ from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.weights import Weights
 from resnet_flax.training import inputs, setup, trained
 from resnet_flax.training.evaluate import MANY_CLASSES, Score
-from resnet_flax.validation import validate
 
 
 @randomness.default_switches()

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import flatten, resolve_steps
+from resnet_flax.config import flatten, resolve_steps, validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
@@ -25,7 +25,6 @@ from resnet_flax.runs.progress import SEEDS, Progress
 from resnet_flax.training import feed, inputs, seeds, setup
 from resnet_flax.training.loop import Loop, Net
 from resnet_flax.training.setup import Setup
-from resnet_flax.validation import validate
 
 
 @randomness.default_switches()

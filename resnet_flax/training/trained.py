@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models
-from resnet_flax.config import base_config, flatten
+from resnet_flax.config import base_config, flatten, validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.errors import UserError
@@ -18,7 +18,6 @@ from resnet_flax.runs import checkpoint, published, weights
 from resnet_flax.runs.directory import Directory
 from resnet_flax.training import feed, inputs, setup
 from resnet_flax.training.setup import Setup
-from resnet_flax.validation import validate
 
 
 @dataclasses.dataclass(frozen=True)
