@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from resnet_flax import models
 from resnet_flax.config import base_config, flatten, imagenet_config, override, validate
 from resnet_flax.data.dataset import Dataset, Split
-from resnet_flax.data.streaming import Crops, StreamedSplit
+from resnet_flax.data.streaming import StreamedSplit
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.errors import UserError, did_you_mean
 from resnet_flax.training import feed, seeds, setup
@@ -88,8 +88,9 @@ def make_setups(case: Case) -> list[Setup]:
         size = examples or (resident if is_resident else 2 * batch_size)
         images = random.integers(0, 256, (size, side, side, 3), np.uint8)
         split = Split(images, random.integers(0, classes, size, np.int32))
-        crops = Crops(side, (side, side), central)
-        return split if is_resident else _Decoded(split, np.arange(size), crops)
+        if is_resident:
+            return split
+        return _Decoded(split, np.arange(size), side, (side, side), central)
 
     train = noise(case.examples, 50_000, case.batch_size, False)
     test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
