@@ -42,29 +42,21 @@ def take_model(config: ConfigDict, found: dict[str, Any]) -> None:
     config.model.update({key: found[key] for key in keys if key in found})
 
 
-def make_model(config: ConfigDict, platform: str) -> ResNet:
-    """The configured net; `num_classes` must be resolved.
+def _pick(section: ConfigDict, keys: str) -> dict[str, Any]:
+    return {key: section[key] for key in keys.split()}
 
-    Args:
-      config: of the run.
-      platform: what it will run on, see `sharding.platform`.
-    """
+
+def make_model(config: ConfigDict, platform: str) -> ResNet:
+    """The configured net for a platform, see `sharding.platform`; durations are resolved."""
     m, on_cpu, chosen = config.model, platform == "cpu", {"always": True, "never": False}
-    deep = models.get_architecture(m.name).scan_pays
-    dtype = ("float32" if on_cpu else "bfloat16") if m.dtype == "auto" else m.dtype
+    same = "num_classes shortcut stride_in_3x3 gate_bias zero_init_last survival bn_momentum remat"
+    dtype = "float32" if on_cpu else "bfloat16"
     return models.create_model(
         m.name,
-        m.num_classes,
-        shortcut=m.shortcut,
-        dtype=dtype,
-        stride_in_3x3=m.stride_in_3x3,
-        gate_bias=m.gate_bias,
-        zero_init_last=m.zero_init_last,
-        survival=m.survival,
-        bn_momentum=m.bn_momentum,
+        **_pick(m, same),
+        dtype=dtype if m.dtype == "auto" else m.dtype,
         bn_group_size=m.bn_group_size or None,
-        scan=chosen.get(m.scan, deep),
-        remat=m.remat,
+        scan=chosen.get(m.scan, models.get_architecture(m.name).scan_pays),
         cpu_convolutions=chosen.get(m.cpu_convolutions, on_cpu),
         defer=platform == "gpu" or m.kernels == "always",
         fused=m.kernels == "always",
@@ -76,33 +68,16 @@ def make_optimizer(config: ConfigDict):
     o = config.optim
     schedule = optim.make_schedule(
         o.schedule,
-        learning_rate=o.learning_rate,
         total_steps=config.train.total_steps,
         boundaries=o.boundaries_steps,
-        decay_factor=o.decay_factor,
-        decay_factors=o.decay_factors,
+        **_pick(o, "learning_rate decay_factor decay_factors"),
     )
-    rate = optim.scale_by_rate(
-        schedule,
-        warmup_steps=o.warmup_steps,
-        warmup_error=o.warmup_error,
-        warmup_rate=o.warmup_rate,
-        warmup_linear=o.warmup_linear,
-    )
+    warmup = _pick(o, "warmup_steps warmup_error warmup_rate warmup_linear")
+    rate = optim.scale_by_rate(schedule, **warmup)
+    same = _pick(o, "momentum weight_decay decay_norm_and_bias")
     if o.name == "adam":
-        return optim.adam(
-            rate,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
-            decay_norm_and_bias=o.decay_norm_and_bias,
-        )
-    return optim.sgd(
-        rate,
-        momentum=o.momentum,
-        nesterov=o.nesterov,
-        weight_decay=o.weight_decay,
-        decay_norm_and_bias=o.decay_norm_and_bias,
-    )
+        return optim.adam(rate, **same)
+    return optim.sgd(rate, nesterov=o.nesterov, **same)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,12 +196,8 @@ class Setup:
             self.model,
             self.optimizer,
             sharding=sharding.split(self.mesh),
-            pad=c.data.pad,
-            flip=c.data.flip,
-            fill=c.data.fill,
-            color=c.data.color,
-            label_smoothing=c.optim.label_smoothing,
-            ema_decay=c.optim.ema_decay,
+            **_pick(c.data, "pad flip fill color"),
+            **_pick(c.optim, "label_smoothing ema_decay"),
             pack=platform == "gpu",
             compiler_options=hardware.compiler_options(platform, concurrent=several),
             several=several,
@@ -243,9 +214,7 @@ class Setup:
         batch_statistics = steps.make_batch_statistics(
             self.model,
             sharding=sharding.split(self.mesh),
-            pad=c.data.pad,
-            flip=c.data.flip,
-            fill=c.data.fill,
+            **_pick(c.data, "pad flip fill"),
         )
         return evaluate.reestimate_statistics(
             batch_statistics,
