@@ -132,7 +132,7 @@ def test_a_crash_between_checkpoint_and_evaluation_loses_nothing(finished, tmp_p
         if net.step != 8:
             return original(self, net)
         self._save(net)
-        net.writer.close()
+        net.close()
         raise Crash
 
     monkeypatch.setattr(loop.Loop, "_evaluate_if_due", crash)

@@ -208,20 +208,6 @@ def _set_aside(directory: epath.Path, steps: list[int]) -> None:
         (directory / str(step)).rename(target)
 
 
-class NoWriter:
-    """Saves nothing: the writer of every process but the first."""
-
-    best_step: int | None = None
-
-    def save(self, step: int, tree: dict[str, Any], record: dict[str, Any]) -> None:
-        """Leaves it to the first process."""
-
-    def wait(self) -> None:
-        """Returns."""
-
-    close = wait
-
-
 class Writer:
     """Saves checkpoints in the background and deletes old ones.
 

@@ -59,8 +59,7 @@ class Loop:
         with contextlib.ExitStack() as stack:
             stack.enter_context(answered_by(self._ask, signal.SIGTERM, signal.SIGINT))
             for net in self.nets:
-                for part in (net.log, net.writer, net.setup):
-                    stack.enter_context(contextlib.closing(part))
+                stack.enter_context(contextlib.closing(net))
             # An evaluation that was due when the run was killed comes first.
             for net in self.nets:
                 self._evaluate_if_due(net)
@@ -74,7 +73,7 @@ class Loop:
             for net in self.nets:
                 if net.step < total:
                     self._save(net)
-                net.writer.wait()
+                net.wait()
             if not all(self._is_scored(net) for net in self.nets):
                 return {STOPPED: self.step, "signal": signal.Signals(self.stop_signal).name}
             self._tick()
@@ -192,7 +191,7 @@ class Loop:
 
     def _diverged(self, net: Net, what: str) -> UserError:
         with contextlib.suppress(UserError):
-            net.writer.wait()
+            net.wait()
         return UserError(
             f"{what} (learning rate {net.rate:g}); last good checkpoint: {net.saved or 'none'}\n"
             "lower config.optim.learning_rate, or warm up with config.optim.warmup_steps"

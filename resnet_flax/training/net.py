@@ -1,5 +1,6 @@
 """One net in training: its state, its log, its checkpoints, and its result."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -86,13 +87,13 @@ class Net:
         self.scores: dict[str, Score] = {}
         self._evaluated: Any = None
         config = setup.config
+        self._writer = None
         if distributed.is_first():
             self.log: Log = RunLog(directory, self.step, config.log.tensorboard)
             distributed.share(lambda: self.log.records)
-            self.writer = checkpoint.Writer(checkpoints, config.checkpoint.keep)
+            self._writer = checkpoint.Writer(checkpoints, config.checkpoint.keep)
         else:
             self.log = Log(distributed.share(list))
-            self.writer = checkpoint.NoWriter()
 
     def read(self, first: int, sums: dict[str, np.ndarray], seconds: float) -> str | None:
         """Logs the results of a chunk.
@@ -160,13 +161,28 @@ class Net:
           NotFiniteError, UserError: see `checkpoint.Writer.save`.
         """
         self.log.sync()
-        self.writer.best_step = self.best_step()
-        if self.saved is not None and self.saved.name == str(self.step):
-            return
-        record = {**dataclasses.asdict(self._history), "run": self._identity}
-        if distributed.is_first():
-            self.writer.save(self.step, checkpoint.to_tree(self.state), record)
+        is_there = self.saved is not None and self.saved.name == str(self.step)
+        if self._writer:
+            self._writer.best_step = self.best_step()
+            record = {**dataclasses.asdict(self._history), "run": self._identity}
+            if not is_there:
+                self._writer.save(self.step, checkpoint.to_tree(self.state), record)
         self.saved = self._checkpoints / str(self.step)
+
+    def wait(self) -> None:
+        """Blocks until the checkpoint under way is on disk.
+
+        Raises:
+          UserError: it could not be saved.
+        """
+        if self._writer:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Closes the log and the checkpoints, and ends what works in the background."""
+        with contextlib.ExitStack() as stack:
+            for part in filter(None, (self.log, self._writer, self.setup)):
+                stack.callback(part.close)
 
     def write_result(self, environment: dict[str, Any]) -> dict[str, Any]:
         """Writes what a finished run leaves, see `result.write`; the last step must be scored."""
