@@ -83,18 +83,18 @@ def make_train_chunk(
 
     Args:
       model: the net.
-      optimizer: as from `optim.sgd`.
+      optimizer: from `optim.sgd` or `optim.adam`.
       sharding: of a batch's first axis.
-      pad: pixels, see `augment.draw_crops`.
-      flip: see `augment.draw_crops`.
+      pad: of the random crop in pixels; this, `flip` and `fill`: see `augment`.
+      flip: whether to mirror half of the images.
       label_smoothing: see `cross_entropy`.
       ema_decay: fraction of the averaged weights kept at each step, 0: no average.
-      fill: see `augment.crop_and_mirror`.
-      color: whether to shift each image's colours, see `augment.color_shift`.
+      fill: what surrounds an image.
+      color: whether to shift each image's colours.
       pack: keep parameters as `packing.pack` does inside a loop of steps, faster on a GPU.
       compiler_options: of `jax.jit`.
-      several: whether it trains several nets, as independent branches of one program. Then each
-        argument and each result is a list with one entry a net.
+      several: train several nets, as independent branches of one program. Each argument and each
+        result is a list then, with one entry a net.
 
     Returns:
       A jitted function from (state, resident, batches of k steps) to the next state and a dict of
@@ -241,10 +241,10 @@ def make_eval_chunk(
 
     Returns:
       A jitted function of `{"params": …, "batch_stats": …}`, resident and batches of k steps, in
-      which a negative position or label stands for "no example", to `loss`: float32 scalar, summed
-      cross-entropy; `confusion`: int32 [K, K], examples by (label, prediction); `top5_wrong`: int32
-      scalar, examples whose label is none of the five likeliest; `unreadable`: int32 scalar,
-      examples that are missing from these because their images cannot be read.
+      which a negative position or label stands for "no example". It returns `loss` (float32, summed
+      cross-entropy), `confusion` (int32 [K, K], examples by label and prediction), `top5_wrong`
+      (int32, examples whose label is none of the five likeliest) and `unreadable` (int32, examples
+      whose images cannot be read, counted in none of these).
     """
     predict = make_predict(model, ten_crops)
 
@@ -282,17 +282,8 @@ def make_batch_statistics(
     """Makes `batch_statistics(variables, resident, batch, draw)`: `batch_stats` of one batch alone.
 
     Averaged over many training batches these replace the running statistics, as the authors of the
-    paper did for testing.
-
-    Args:
-      model: the net.
-      sharding: of a batch's first axis.
-      pad: pixels, see `augment.draw_crops`.
-      flip: likewise.
-      fill: see `augment.crop_and_mirror`.
-
-    Returns:
-      A jitted function; `draw` is an int32 scalar that numbers the batch.
+    paper did for testing. `draw`, an int32 scalar, numbers the batch; the arguments are those of
+    `make_train_chunk`.
     """
     fresh = model.clone(bn_momentum=0.0)
 
