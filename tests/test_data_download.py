@@ -181,15 +181,10 @@ def test_the_addresses_to_try(monkeypatch):
     url = "https://host/a/cifar-10-python.tar.gz?token=1"
     for mirror, expected in {
         None: [],
-        "": [],
         url: [(url, python)],
         "http://host:81/a/?b=1": [
             ("http://host:81/a/cifar-10-binary.tar.gz?b=1", binary),
             ("http://host:81/a/cifar-10-python.tar.gz?b=1", python),
-        ],
-        "file:///a": [
-            ("file:///a/cifar-10-binary.tar.gz", binary),
-            ("file:///a/cifar-10-python.tar.gz", python),
         ],
     }.items():
         assert download.list_sources("cifar10", mirror) == [*expected, origin]

@@ -115,9 +115,9 @@ def _parse(files: dict[str, bytes], layout: Layout) -> Content:
     read_files = _read_python if layout.names_file in files else _read_binary
     names, splits = read_files(files, layout)
     keys = layout.labels.values()
-    content = Content(
-        {}, {}, {key: tuple(filter(None, n)) for key, n in zip(keys, names, strict=True)}
-    )
+    content = Content({}, {}, {})
+    for key, found in zip(keys, names, strict=True):
+        content.class_names[key] = tuple(name for name in found if name)
     for split, (pixels, labels) in splits.items():
         content.images[split] = pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
         content.labels[split] = dict(zip(keys, labels, strict=True))

@@ -103,6 +103,8 @@ def _download(url: str, sha256: str, path: pathlib.Path, show_progress: bool) ->
     hidden = None if show_progress else True  # None: shown where stderr is a terminal.
     with requests.Session() as session, tqdm(unit="B", unit_scale=True, disable=hidden) as bar:
         for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
             start = _size(part)
             try:
                 _append(session, url, part, bar)
@@ -111,7 +113,6 @@ def _download(url: str, sha256: str, path: pathlib.Path, show_progress: bool) ->
                 reason = first_line(getattr(error.args[0] if error.args else None, "reason", error))
                 if not attempt and _size(part) <= start:
                     break
-                time.sleep(PAUSE * 2**attempt)
                 continue
             if sha256_of(part) == sha256:
                 return part.replace(path)
