@@ -227,6 +227,8 @@ def test_files_that_contradict_themselves():
         ({"model": {"name": "resnet8", "dropout": 1}}, "describes no net of this version"),
         ({"model": {"name": "resnet8", "num_classes": "3"}}, "describes no net of this version"),
         ({"model": {"name": "resnet20", "num_classes": 3}}, "it lacks .*stage1_block2"),
+        ({"model": {"name": "resnet8", "shortcut": "B"}}, "it lacks .*stage2_block1/proj_bn"),
+        ({"model": {"name": "resnet8"}}, r"head/bias is float32 \[3\], but float32 \[10\] here"),
         ({"mean": np.zeros((8, 9, 3), np.float32)}, "expects images of another shape"),
         ({"std": np.zeros(1, np.float32)}, "expects images of another shape"),
     ):
