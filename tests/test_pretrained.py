@@ -227,6 +227,8 @@ def test_files_that_contradict_themselves():
         ({"model": {"name": "resnet8", "dropout": 1}}, "describes no net of this version"),
         ({"model": {"name": "resnet8", "num_classes": "3"}}, "describes no net of this version"),
         ({"model": {"name": "resnet20", "num_classes": 3}}, "it lacks .*stage1_block2"),
+        ({"model": {"name": "resnet8", "shortcut": "B"}}, "it lacks .*stage2_block1/proj_bn"),
+        ({"model": {"name": "resnet8"}}, r"head/bias is float32 \[3\], but float32 \[10\] here"),
         ({"mean": np.zeros((8, 9, 3), np.float32)}, "expects images of another shape"),
         ({"std": np.zeros(1, np.float32)}, "expects images of another shape"),
     ):
@@ -247,8 +249,8 @@ def test_files_with_metadata_of_the_wrong_kind(tmp_path):
 
 
 @pytest.fixture
-def recorded(tmp_path):
-    """A recorded run, and its weights."""
+def recorded(tmp_path, monkeypatch):
+    """A recorded run, its weights, and an empty folder of published ones."""
     results = tmp_path / "results/made_up"
     results.mkdir(parents=True)
     training = {"model": "resnet8", "shortcut": "A", "data": "digits", "seed": 0, "steps": 5,
@@ -260,26 +262,27 @@ def recorded(tmp_path):
     (results / "metrics.jsonl").touch()
     weights.save(tmp_path / "w.safetensors", small_weights(training=training | {"config": config}))
     (tmp_path / "published").mkdir()
+    monkeypatch.setattr(published, "FOLDER", tmp_path / "published")
     return results, tmp_path / "w.safetensors", tmp_path / "published"
 
 
 def test_publish_writes_a_file_and_a_line_of_the_index(recorded, monkeypatch, capsys):
     results, file, folder = recorded
-    publish.main([str(results), f"--weights={file}", "--name=resnet8_new", f"--folder={folder}"])
+    publish.main([str(results), f"--weights={file}", "--name=resnet8_new"])
     assert "published resnet8_new: 25.00 % test error" in capsys.readouterr().out
     path = folder / "resnet8_new.safetensors"
     assert path.read_bytes() == file.read_bytes()
-    entry = pretrained.read_index(folder)["resnet8_new"]
+    entry = pretrained.read_index()["resnet8_new"]
     assert entry["results"] == "results/made_up"
     assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="published already, from results/made_up"):
-        publish.publish(results, file, "resnet8_new", folder=folder)
-    publish.publish(results, file, "resnet8_new", folder=folder, replace=True)
+        publish.publish(results, file, "resnet8_new")
+    publish.publish(results, file, "resnet8_new", replace=True)
     monkeypatch.setattr(publish, "MOST_BYTES", 2 * path.stat().st_size - 1)
     with pytest.raises(UserError, match="would have more than"):
-        publish.publish(results, file, "resnet8_more", folder=folder)
+        publish.publish(results, file, "resnet8_more")
     assert sorted(p.name for p in folder.iterdir()) == ["index.json", path.name]
-    assert list(pretrained.read_index(folder)) == ["resnet8_new"]
+    assert list(pretrained.read_index()) == ["resnet8_new"]
 
 
 def test_weights_of_another_run_are_not_published(recorded):
@@ -287,7 +290,7 @@ def test_weights_of_another_run_are_not_published(recorded):
 
     def refused(message, name="resnet8_new", where=results):
         with pytest.raises(UserError, match=message):
-            publish.publish(where, file, name, folder=folder)
+            publish.publish(where, file, name)
         assert not list(folder.iterdir())
 
     for name in ("resnet8-new", "resnet20_new", "resnet8/../../x"):
@@ -306,7 +309,5 @@ def test_weights_of_another_run_are_not_published(recorded):
         path.write_text(json.dumps(json.loads(old) | {key: value}))
         refused(message)
         path.write_text(old)
-    (results / "result.json").write_text('{"model": "resnet8"}')
-    refused("lacks data")
     (results / "metrics.jsonl").unlink()
     refused("holds no metrics.jsonl")

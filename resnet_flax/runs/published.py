@@ -13,13 +13,9 @@ FOLDER = pathlib.Path(__file__).parents[1] / "pretrained"
 """The published weights and their `index.json`, which `tools.publish` writes."""
 
 
-def read_index(folder: pathlib.Path | None = None) -> dict[str, dict[str, Any]]:
-    """`file`, `sha256`, `model`, `test_error`, `results` and more of each published name.
-
-    Raises:
-      UserError: the index in `folder` (by default `FOLDER`) is damaged.
-    """
-    return read_json((folder or FOLDER) / "index.json") or {}
+def read_index() -> dict[str, dict[str, Any]]:
+    """`file`, `sha256`, `model`, `test_error`, `results` and more of each published name."""
+    return read_json(FOLDER / "index.json") or {}
 
 
 def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:

@@ -22,16 +22,9 @@ from resnet_flax.tools import entry
 MOST_BYTES = 16_000_000
 """All published files together; they come with every installation."""
 
-_RECORDED = ("model", "data", "seed", "steps")
-
 
 def publish(
-    results: pathlib.Path,
-    file: pathlib.Path,
-    name: str,
-    *,
-    folder: pathlib.Path = published.FOLDER,
-    replace: bool = False,
+    results: pathlib.Path, file: pathlib.Path, name: str, *, replace: bool = False
 ) -> dict[str, Any]:
     """Publishes the weights `file` of the run recorded in `results`; returns its index entry.
 
@@ -39,45 +32,47 @@ def publish(
       UserError: the weights are not those of the run, the name is taken or does not begin with the
         net's, or the published files would be too large.
     """
-    if "results" not in results.resolve().parts[:-1]:
+    parts = results.resolve().parts
+    if "results" not in parts[:-1]:
         raise UserError(f"{results} does not lie in results/: record the run there first")
     for needed in ("result.json", "config.json", "run.json", "metrics.jsonl"):
         if not (results / needed).is_file():
             raise UserError(f"{results} holds no {needed}: give the folder of a recorded run")
     loaded = weights.load(file)
     net = pretrained.assemble(str(file), loaded, "")  # Raises if it cannot be used.
-    result = files.read_json(results / "result.json")
-    for key in (*_RECORDED, "test_error_last"):
-        if key not in result:
-            raise UserError(f"{results / 'result.json'} lacks {key}: the run is not finished")
-    # Durations, commit and errors, to the last digit: no other run has all of them.
-    own = loaded.training | {"class_names": list(loaded.class_names)}
-    _check_same(own, result, results, file)
-    config = files.read_json(results / "config.json")
-    optim = {key: value for key, value in config.items() if key.startswith("optim.")}
-    _check_same(loaded.training.get("config", {}), optim, results, file)
+    result, config = (files.read_json(results / f"{kind}.json") for kind in ("result", "config"))
+    # Durations, commit and errors to the last digit identify the run. The weights keep no copy of
+    # the confusion matrix.
+    recorded = {key: value for key, value in config.items() if key.startswith("optim.")}
+    recorded |= {key: value for key, value in result.items() if key != "test_confusion_last"}
+    own = loaded.training.get("config", {}) | loaded.training
+    own["class_names"] = list(loaded.class_names)
+    for key, value in recorded.items():
+        if own.get(key) != value:
+            raise UserError(
+                f"{file} is not of the run in {results}: its {key} is {own.get(key)!r}, the run's "
+                f"{value!r}"
+            )
     if not re.fullmatch(r"[a-z0-9_]+", name) or not name.startswith(result["model"]):
         raise UserError(
             f"--name={name} must be of small letters, digits and _, and begin with the net's name, "
             f"{result['model']}"
         )
-    index = published.read_index(folder)
+    index, folder = published.read_index(), published.FOLDER
     if name in index and not replace:
         raise UserError(f"{name} is published already, from {index[name]['results']}; --replace?")
-    content = file.read_bytes()
-    path = folder / f"{name}.safetensors"
+    content, path = file.read_bytes(), folder / f"{name}.safetensors"
     others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p != path)
     if others + len(content) > MOST_BYTES:
         raise UserError(
             f"with the {len(content):,} bytes of {name} the published files would have more than "
             f"{MOST_BYTES:,}"
         )
-    parts = results.resolve().parts
     start = len(parts) - 1 - parts[::-1].index("results")
     index[name] = {
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
-        **{key: result[key] for key in _RECORDED},
+        **{key: result[key] for key in ("model", "data", "seed", "steps")},
         "parameters": sum(x.size for x in jax.tree.leaves(net.variables["params"])),
         "test_error": result["test_error_last"],
         "results": "/".join(parts[start:]),
@@ -87,31 +82,16 @@ def publish(
     return index[name]
 
 
-def _check_same(
-    own: dict[str, Any], recorded: dict[str, Any], results: pathlib.Path, file: pathlib.Path
-) -> None:
-    for key, value in recorded.items():
-        # A weights file has no copy of the confusion matrix.
-        if key != "test_confusion_last" and own.get(key) != value:
-            raise UserError(
-                f"{file} is not of the run in {results}: its {key} is {own.get(key)!r}, the run's "
-                f"{value!r}"
-            )
-
-
 def main(argv: list[str]) -> None:
     """Publishes one file."""
     parser = entry.parser(__doc__)
     parser.add_argument("results", type=pathlib.Path, help="folder of the recorded run")
     parser.add_argument("--weights", type=pathlib.Path, required=True, help="the run's weights")
     parser.add_argument("--name", required=True, help="to load them by")
-    parser.add_argument("--folder", type=pathlib.Path, default=published.FOLDER)
     parser.add_argument("--replace", action="store_true", help="replace the one of this name")
     args = parser.parse_args(argv)
-    with entry.writing(args.folder):
-        new = publish(
-            args.results, args.weights, args.name, folder=args.folder, replace=args.replace
-        )
+    with entry.writing(published.FOLDER):
+        new = publish(args.results, args.weights, args.name, replace=args.replace)
     error = 100 * new["test_error"]
     print(f"published {args.name}: {error:.2f} % test error, from {new['results']}")
 
