@@ -1,4 +1,4 @@
-"""Whether `models.kernels` computes right on this machine's device.
+"""Whether `models.fused` computes right on this machine's device.
 
 python -m tests.benchmarks.kernel_check
 
@@ -13,7 +13,7 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from resnet_flax.models import deferred, kernels
+from resnet_flax.models import deferred, fused
 
 # (side, channels, outputs, strides, with a shortcut)
 LAYERS = [
@@ -27,7 +27,7 @@ _TOLERANCE = 0.01
 def _layer(own, strides, groups, y, shortcut, scale, bias, kernel):
     x = deferred.Normalized(y, deferred.sums(y, groups), scale, bias, 1e-5, shortcut, True)
     if own:
-        out = kernels.convolve(x, kernel, strides)
+        out = fused.convolve(x, kernel, strides)
         return x.computed, out.y, out.sums
     value = x.compute()
     y = jax.lax.conv_general_dilated(

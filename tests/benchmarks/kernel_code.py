@@ -1,4 +1,4 @@
-"""What the compilers make of `models.kernels` for an H100, without one.
+"""What the compilers make of `models.fused` for an H100, without one.
 
 python -m tests.benchmarks.kernel_code [--json]
 
@@ -36,7 +36,7 @@ def compile_layer(side, channels, outputs, strides):
     import jax.numpy as jnp
 
     from resnet_flax.devices import sharding
-    from resnet_flax.models import deferred, kernels
+    from resnet_flax.models import deferred, fused
     from resnet_flax.tools import bench_offline
 
     mesh = sharding.make_mesh(bench_offline.devices("h100", 1), BATCH)
@@ -48,7 +48,7 @@ def compile_layer(side, channels, outputs, strides):
     def layer(y, shortcut, scale, bias, kernel):
         sums = deferred.sums(y, 1)
         x = deferred.Normalized(y, sums, scale, bias, 1e-5, shortcut, True)
-        out = kernels.convolve(x, kernel, strides)
+        out = fused.convolve(x, kernel, strides)
         return x.computed, out.y, out.sums
 
     def both_ways(arguments, gradients):
@@ -92,7 +92,7 @@ def executed(code: str, trips: int) -> int:
 
 def read(folder: pathlib.Path, layer: tuple[int, ...]) -> list[dict]:
     """A row for each kernel of a layer whose PTX lies in a folder."""
-    from resnet_flax.models import kernels
+    from resnet_flax.models import fused
 
     side, channels, outputs, strides = layer
     found = []
@@ -106,13 +106,13 @@ def read(folder: pathlib.Path, layer: tuple[int, ...]) -> list[dict]:
         code = _run("nvdisasm", "-c", str(binary))
         pixels = side * side, (side // strides) ** 2
         if name == "kernel_gradient":
-            slices, tile = kernels.SLICES[max(channels, outputs)]
+            slices, tile = fused.SLICES[max(channels, outputs)]
             warps, programs = 4, 3 * slices
             trips = BATCH * pixels[1] // (tile * slices)
             moved = BATCH * 2 * (pixels[0] * channels + pixels[1] * outputs)
             moved += 2 * 4 * slices * 9 * channels * outputs
         else:
-            tile, warps = kernels.TILES[channels]
+            tile, warps = fused.TILES[channels]
             programs = BATCH
             trips = max(1, pixels[name == "normalize_convolve"] // tile)
             arrays = (3, 1) if name == "normalize_convolve" else (5, 3)
