@@ -46,7 +46,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # one that begins last would be waited for by all the others.
 LONG = """
     launch_slurm distributed train faults/test_kill faults/test_disk faults/test_stop steps models
-    ablations folder seeds reproduce config stochastic_depth keras_nets benchmarks cli
+    variants folder seeds reproduce config stochastic_depth benchmarks cli
     faults/test_damage faults/test_surroundings readme summary paired convert checkpoint notebook
 """.split()
 

@@ -97,7 +97,7 @@ def test_which_nets_defer():
 def test_eight_devices_equal_one():
     losses, statistics = [], []
     for devices in (1, 8):
-        model = SMALL.clone(defer=True, bn_group_size=4)
+        model = SMALL.clone(stage_sizes=(1,), widths=(8,), defer=True, bn_group_size=4)
         setup = Setup(devices, model=model, compiler_options=ONCE)
         state, sums = setup.train(setup.state(), batches(1))
         losses.append(float(sums["loss"][0]))

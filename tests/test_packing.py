@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from resnet_flax.devices import sharding
-from resnet_flax.models import fused
 from resnet_flax.training import optim, packing, state, steps
 from tests.test_models import ONCE, small
 from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches
@@ -43,17 +42,17 @@ def drawn_state(optimizer="sgd", model=SMALL):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "split", "model"),
+    ("optimizer", "model"),
     [
-        ("sgd", fused.split, SMALL),
-        ("masked", packing.slices, SMALL.clone(scan=True, stage_sizes=(3, 1))),
-        ("adam", packing.slices, small("resnet20_keras_v1")),
+        ("sgd", SMALL),
+        ("masked", SMALL.clone(scan=True, stage_sizes=(3, 1))),
+        ("adam", small("resnet20_keras_v1")),
     ],
 )
-def test_unpacking_is_the_inverse_to_the_bit(optimizer, split, model):
+def test_unpacking_is_the_inverse_to_the_bit(optimizer, model):
     full = drawn_state(optimizer, model)
     packed = packing.pack(full)
-    again = packing.unpack(packed, jax.eval_shape(lambda: full), split)
+    again = packing.unpack(packed, jax.eval_shape(lambda: full))
     assert jax.tree.structure(again) == jax.tree.structure(full)
     jax.tree.map(np.testing.assert_array_equal, full, again)
     assert {str(x.dtype) for x in jax.tree.leaves(again.params)} == {"float32"}
@@ -128,6 +127,7 @@ def test_a_chunk_of_steps_is_the_same_packed(optimizer, devices, model, options)
     assert_same(*found)
 
 
+@pytest.mark.slow
 def test_several_nets_as_one_computation_are_the_same_packed():
     setup, found = Setup(model=TINY), []
     nets = [setup.state(seed) for seed in (0, 1)]

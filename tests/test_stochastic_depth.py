@@ -95,7 +95,7 @@ def test_draws_are_a_function_of_seed_and_step_whatever_the_devices_and_chunks()
     index = np.concatenate([batches(1)] * 3)
 
     def train(devices, chunks, survival=0.3):
-        model = SMALL.clone(survival=survival)
+        model = SMALL.clone(stage_sizes=(2,), widths=(8,), survival=survival)
         setup = Setup(devices, model=model, compiler_options=ONCE)
         current, losses = setup.state(), []
         for rows in np.split(index, chunks):
