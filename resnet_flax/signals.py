@@ -10,12 +10,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-# Those who answer, the one in force last: what to ask, the handlers before it by number, and the
-# numbers of signals that get a KeyboardInterrupt.
-_Answer = tuple[Callable[[int], bool], dict[int, Any], set[int]]
-_answers: list[_Answer] = []
+
+class _Answer(NamedTuple):
+    ask: Callable[[int], bool]
+    before: dict[int, Any]  # The handlers that `ask` replaces, by signal.
+    interrupting: set[int]  # Signals that now raise KeyboardInterrupt.
+
+
+_answers: list[_Answer] = []  # The last one is in force.
 
 # Where Python writes the numbers of signals that arrive, for a thread that lives as long as the
 # process: one that ended beside those of other libraries has made processes abort at their end.
@@ -42,8 +46,7 @@ def answered_by(ask: Callable[[int], bool], *numbers: signal.Signals) -> Iterato
     """Calls `ask(number)`, in another thread, for each of these signals that arrives.
 
     Where it returns True the program ends at once; one that is not ours gets a KeyboardInterrupt.
-    Signals that are ignored, as under nohup, stay so. Outside of the main thread, where Python
-    handles no signals, this does nothing.
+    Ignored signals, as under nohup, stay ignored. Outside of the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,24 +64,23 @@ def _answer(ask: Callable[[int], bool], numbers: tuple[signal.Signals, ...]) -> 
         source, _sink = os.pipe()
         os.set_blocking(_sink, False)
         threading.Thread(target=_watch, args=(source,), daemon=True).start()
-    old, final = {}, set()
+    answer = _Answer(ask, {}, set())
 
-    def handle(number, frame):
-        del frame
-        if number in final:
+    def handle(number, _):
+        if number in answer.interrupting:
             raise KeyboardInterrupt
 
-    before = signal.set_wakeup_fd(_sink, warn_on_full_buffer=False)
-    _answers.append((ask, old, final))
+    sink_before = signal.set_wakeup_fd(_sink, warn_on_full_buffer=False)
+    _answers.append(answer)
     for number in numbers:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            old[number] = signal.signal(number, handle)
+            answer.before[number] = signal.signal(number, handle)
 
     def restore():
-        for number, handler in old.items():
+        for number, handler in answer.before.items():
             signal.signal(number, handler)
         _answers.pop()
-        signal.set_wakeup_fd(before)
+        signal.set_wakeup_fd(sink_before)
 
     return restore
 
@@ -86,13 +88,13 @@ def _answer(ask: Callable[[int], bool], numbers: tuple[signal.Signals, ...]) -> 
 def _watch(source: int) -> None:
     while True:
         number = os.read(source, 1)[0]
-        ask, known, final = _answers[-1] if _answers else (None, (), set())
-        if number not in known or number in final or not ask(number):
+        answer = _answers[-1] if _answers else _Answer(bool, {}, set())
+        if number not in answer.before or number in answer.interrupting or not answer.ask(number):
             continue
         if _farewell:
             with contextlib.suppress(OSError):
                 os.write(2, b"interrupted\n")
             _farewell()
             os._exit(128 + number)
-        final.add(number)
+        answer.interrupting.add(number)
         _thread.interrupt_main(number)

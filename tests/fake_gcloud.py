@@ -99,6 +99,7 @@ if sys.argv[1:3] == ["compute", "tpus"]:
 elif sys.argv[1] == "storage":
     storage(*sys.argv[2:])
 elif sys.argv[1:] == ["config", "get-value", "project"]:
-    print(os.environ.get("PROJECT", "p"))
+    project = WORLD / "project"
+    print(project.read_text() if project.exists() else "p")
 else:
     sys.exit(f"no such command: {sys.argv}")

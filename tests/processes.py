@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,13 +13,14 @@ SETTINGS = {
     "model.name": "resnet8",
     "data.batch_size": 32,
     "optim.learning_rate": 0.05,
-    "train.total_steps": 60,
-    "eval.every_steps": 30,
+    "train.total_steps": 24,
+    "eval.every_steps": 12,
     "eval.batch_size": 100,  # does not divide the 359 test images
-    "checkpoint.every_steps": 10,
+    "checkpoint.every_steps": 4,
     "log.every_steps": 1,
     "log.tensorboard": False,
 }
+HANG = 600  # Seconds that only a process that hangs needs.
 
 
 def free_port():
@@ -30,89 +30,77 @@ def free_port():
 
 
 class Processes:
-    """Processes of one run; killed at the end of a `with` block, should any be left."""
+    """Processes started together; killed at the end of a `with` block, should any be left."""
 
-    def __init__(self, workdir, count, *flags, settings=(), mode="train", each=None):
-        self.workdir, self.count = workdir, count
-        values = SETTINGS | dict(settings)
-        command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}"]
-        command += ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
-        command += [f"--config.{key}={value}" for key, value in values.items()]
-        if count > 1:
-            command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
-            command += [f"--num_processes={count}"]
+    def __init__(self, commands):
+        # The tests' own process splits its CPU, by another variable.
         environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUM_CPU")}
-        self.children = []
-        for i in range(count):
-            own = [f"--process_id={i}"] if count > 1 else []
-            self.children.append(
-                subprocess.Popen(
-                    [*command, *own, *(each or {}).get(i, [])],
-                    cwd=conftest.ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+        options = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE) | {"text": True}
+        self.children = [
+            subprocess.Popen(command, cwd=conftest.ROOT, env=environment, **options)
+            for command in commands
+        ]
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         for child in self.children:
-            if child.poll() is None:
+            with child:
                 child.kill()
-            child.wait()
-            child.stdout.close()
-            child.stderr.close()
 
-    def wait_for_step(self, step, timeout=120):
-        """Returns once this step of training is on record."""
-        deadline = time.monotonic() + timeout
-        while time.monotonic() < deadline:
-            if max((r["step"] for r in records(self.workdir, "train")), default=0) >= step:
-                return
-            assert all(child.poll() is None for child in self.children), self.finish()
-            time.sleep(0.02)
-        raise AssertionError(f"no step {step} within {timeout} s")
-
-    def signal(self, index, number):
-        self.children[index].send_signal(number)
-
-    def finish(self, timeout=120):
-        """[(exit status, stdout, stderr)] of all."""
+    def finish(self, *indices):
+        """[(exit status, stdout, stderr)] of these, or of all."""
         ends = []
-        for child in self.children:
-            out, err = child.communicate(timeout=timeout)
+        for child in [self.children[i] for i in indices] if indices else self.children:
+            out, err = child.communicate(timeout=HANG)
             ends.append((child.returncode, out, err))
         return ends
 
 
+def begin(workdir, count, *flags, settings=(), mode="train", each=None):
+    """Starts a run; `each` has further flags by process."""
+    values = SETTINGS | dict(settings)
+    command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}"]
+    command += ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
+    command += [f"--config.{key}={value}" for key, value in values.items()]
+    if count > 1:
+        command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
+        command += [f"--num_processes={count}"]
+    own = [[f"--process_id={i}"] if count > 1 else [] for i in range(count)]
+    return Processes([command + own[i] + (each or {}).get(i, []) for i in range(count)])
+
+
 def run(workdir, count, *flags, **options):
     """Runs to the end; all processes must succeed. Returns what the first printed."""
-    with Processes(workdir, count, *flags, **options) as processes:
-        ends = processes.finish()
+    with begin(workdir, count, *flags, **options) as running:
+        ends = running.finish()
     assert [status for status, _, _ in ends] == [0] * count, ends
     return ends[0][1]
 
 
+def signal_at_step(workdir, step, index, number, count=2, **options):
+    """Starts a run and sends process `index` a signal once this step is on record: all ends."""
+    with begin(workdir, count, **options) as running:
+        limit = time.monotonic() + HANG
+        while max((r["step"] for r in records(workdir, "train")), default=0) < step:
+            assert all(child.poll() is None for child in running.children), running.finish()
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+        running.children[index].send_signal(number)
+        return running.finish()
+
+
 def records(workdir, split):
-    try:
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
     parsed = []
-    for line in lines:
-        try:
-            parsed.append(json.loads(line))
-        except ValueError:
-            continue  # Just being written.
+    if (workdir / "metrics.jsonl").exists():
+        for line in (workdir / "metrics.jsonl").read_text().splitlines():
+            try:
+                parsed.append(json.loads(line))
+            except ValueError:
+                continue  # Just being written.
     return [r for r in parsed if r["split"] == split]
 
 
 def losses(workdir):
     return [r["loss"] for r in records(workdir, "train")]
-
-
-KILL, STOP, TERM = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM

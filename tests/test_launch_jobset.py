@@ -14,12 +14,8 @@ NEEDED = ["--image=r/i:1", "--bucket=my-runs"]
 
 
 def jobset(*arguments, **env):
-    return subprocess.run(
-        [sys.executable, f"{ROOT}/launch/jobset.py", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | env,
-    )
+    command = [sys.executable, f"{ROOT}/launch/jobset.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
 
 
 def filled(*arguments):
@@ -32,12 +28,7 @@ def parts(manifest):
     (job,) = manifest["spec"]["replicatedJobs"]
     pod = job["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    return job["template"]["spec"], pod, container
-
-
-def flag(container, name):
-    (value,) = [w[len(name) + 1 :] for w in container["command"] if w.startswith(f"{name}=")]
-    return value
+    return job, pod, container
 
 
 @pytest.mark.parametrize("given", [None, [*NEEDED, "--hosts=16", "--name=mine", "--", *FLAGS]])
@@ -45,33 +36,33 @@ def test_the_manifest_is_whole(given):
     text = (ROOT / "launch/jobset.yaml").read_text()
     manifest = filled(*given) if given else yaml.safe_load(text)
     hosts, name = (16, "mine") if given else (2, "resnet-flax")
+    job, pod, container = parts(manifest)
+    spec, rules = job["template"]["spec"], manifest["spec"]["failurePolicy"]
     assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
     assert manifest["kind"] == "JobSet"
     assert manifest["metadata"]["name"] == name
     assert manifest["spec"]["network"]["enableDNSHostnames"] is True
     # All pods are made again when one fails, and none on its own.
-    assert manifest["spec"]["failurePolicy"]["maxRestarts"] == 3
-    (job,) = manifest["spec"]["replicatedJobs"]
+    assert rules["maxRestarts"] == 3
     assert job["replicas"] == 1
-    spec, pod, container = parts(manifest)
     assert spec["completionMode"] == "Indexed"
     assert spec["completions"] == spec["parallelism"] == hosts
     assert spec["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"
     # A preemption restarts the set without being counted.
     assert spec["podFailurePolicy"]["rules"][0]["action"] == "FailJob"
-    (rule,) = manifest["spec"]["failurePolicy"]["rules"]
+    (rule,) = rules["rules"]
     assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
 
-    assert flag(container, "--num_processes") == str(hosts)
-    assert flag(container, "--coordinator") == f"{name}-{job['name']}-0-0.{name}:8476"
     (variable,) = container["env"]
-    assert flag(container, "--process_id") == f"$({variable['name']})"
     path = variable["valueFrom"]["fieldRef"]["fieldPath"]
     assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    assert container["command"][:5] == [
-        *"bash launch/forward.sh python -m resnet_flax.main".split()
+    assert container["command"] == [
+        *"bash launch/forward.sh python -m resnet_flax.main --distributed".split(),
+        f"--coordinator={name}-{job['name']}-0-0.{name}:8476",
+        f"--num_processes={hosts}",
+        f"--process_id=$({variable['name']})",
     ]
     assert container["args"][0] == f"--workdir=/runs/{name}"
     mounts = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
@@ -85,15 +76,15 @@ def test_the_manifest_is_whole(given):
 
 def test_tpus_and_other_storage():
     tpu = ["--accelerator=tpu-v5-lite-podslice", "--topology=4x4", "--chips=4", "--hosts=4"]
-    spec, pod, container = parts(filled("--image=i", "--claim=disk", *tpu, "--", *FLAGS))
+    job, pod, container = parts(filled("--image=i", "--claim=disk", *tpu, "--", *FLAGS))
     assert container["resources"] == {"limits": {"google.com/tpu": 4}}
     assert pod["nodeSelector"] == {
         "cloud.google.com/gke-tpu-accelerator": "tpu-v5-lite-podslice",
         "cloud.google.com/gke-tpu-topology": "4x4",
     }
-    runs = next(volume for volume in pod["volumes"] if volume["name"] == "runs")
-    assert runs == {"name": "runs", "persistentVolumeClaim": {"claimName": "disk"}}
-    assert "metadata" not in spec["template"]
+    runs = {"name": "runs", "persistentVolumeClaim": {"claimName": "disk"}}
+    assert runs in pod["volumes"]
+    assert "metadata" not in job["template"]["spec"]["template"]
     _, pod, container = parts(filled(*NEEDED, "--accelerator=nvidia-l4", "--chips=2", "--", "x"))
     assert container["resources"] == {"limits": {"nvidia.com/gpu": 2}}
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}

@@ -10,22 +10,24 @@ import time
 
 import pytest
 
+from tests import processes
 from tests.conftest import ROOT
 
+# Process 1 fails where it is told "fail" or "deaf"; "deaf" processes do not end on SIGTERM.
 PROGRAM = r"""#!{python} -IS
 import signal, sys, time
 words = dict(w[2:].partition("=")[::2] for w in sys.argv[1:])
 if "-c" in sys.argv[1:2]:
     exec(sys.argv[2])
     sys.exit()
-number, what = words.get("process_id"), words.get("do")
+do = words.get("do")
 stop = []
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
 print("begins", *sys.argv[3:], flush=True)
-if what == "fail" and number == "1":
+if do in ("fail", "deaf") and words["process_id"] == "1":
     print("oh dear", file=sys.stderr)
     sys.exit(5)
-while what and not (stop and what != "deaf"):
+while do and not (stop and do != "deaf"):
     time.sleep(0.02)
 print("ends", flush=True)
 """
@@ -39,86 +41,59 @@ def env(tmp_path):
     return os.environ | {"PYTHON": str(program)}
 
 
+def start(env, script, *arguments, stderr=subprocess.STDOUT):
+    command = ["bash", f"{ROOT}/launch/{script}", *arguments]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
 def local(env, *arguments):
-    return subprocess.Popen(
-        ["bash", f"{ROOT}/launch/local.sh", *arguments],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """The exit status of local.sh and all output."""
+    done = start(env, "local.sh", *arguments)
+    out, _ = done.communicate(timeout=processes.HANG)
+    return done.returncode, out
 
 
 def test_every_process_gets_its_flags_and_lines_their_number(env):
-    done = local(env, "3", "--config=a b", "--x=it's")
-    out, _ = done.communicate(timeout=60)
-    assert done.returncode == 0
-    begun = sorted(line for line in out.splitlines() if "begins" in line)
-    assert len(begun) == 3
-    ports = set()
-    for i, line in enumerate(begun):
-        assert line.startswith(f"[{i}] begins --distributed --coordinator=127.0.0.1:")
-        assert line.endswith(f" --num_processes=3 --process_id={i} --config=a b --x=it's")
-        ports.add(line.split("127.0.0.1:")[1].split()[0])
-    assert len(ports) == 1
-    assert sorted(line for line in out.splitlines() if "ends" in line) == [
-        "[0] ends",
-        "[1] ends",
-        "[2] ends",
-    ]
+    status, out = local(env, "3", "--config=a b", "--x=it's")
+    assert status == 0
+    lines = sorted(out.splitlines())
+    port = lines[0].split("127.0.0.1:")[1].split()[0]
+    place = f"--distributed --coordinator=127.0.0.1:{port} --num_processes=3"
+    begun = [f"[{i}] begins {place} --process_id={i} --config=a b --x=it's" for i in range(3)]
+    assert lines == sorted([*begun, *(f"[{i}] ends" for i in range(3))])
 
 
-def test_one_failure_ends_all_and_is_the_status(env):
-    done = local(env, "2", "--do=fail")
-    out, _ = done.communicate(timeout=60)
-    assert done.returncode == 5
+@pytest.mark.parametrize("do", ["fail", "deaf"])
+def test_one_failure_ends_all_and_is_the_status(env, do):
+    status, out = local(env | ({"GRACE": "0"} if do == "deaf" else {}), "2", f"--do={do}")
+    assert status == 5
     assert "[1] oh dear" in out
-    assert "[0] ends" in out
-
-
-def test_processes_that_do_not_end_are_killed(env):
-    env = env | {"GRACE": "0"}
-    env["PYTHON"] += "-deaf"
-    with open(env["PYTHON"], "w") as file:
-        text = PROGRAM.format(python=sys.executable)
-        file.write(text.replace('what == "fail"', "what").replace('what != "deaf"', "False"))
-    os.chmod(env["PYTHON"], 0o755)
-    done = local(env, "2", "--do=it")
-    out, _ = done.communicate(timeout=60)
-    assert done.returncode == 5
-    assert "ends" not in out
+    assert ("[0] ends" in out) == (do == "fail")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_reach_every_process(env, number, status):
-    done = local(env, "2", "--do=wait")
-    for _ in range(2):
-        assert "begins" in done.stdout.readline()
+    done = start(env, "local.sh", "2", "--do=wait")
+    assert all("begins" in done.stdout.readline() for _ in range(2))
     done.send_signal(number)
-    out = done.stdout.read()
-    done.stdout.close()
+    out, _ = done.communicate(timeout=processes.HANG)
     assert sorted(out.split()) == ["[0]", "[1]", "ends", "ends"]
-    assert done.wait(timeout=60) == status
+    assert done.returncode == status
 
 
 def test_dry_run_starts_nothing(env):
-    out, _ = local(env, "2", "--dry_run", "--config=a b").communicate(timeout=60)
+    _, out = local(env, "2", "--dry_run", "--config=a b")
     lines = [shlex.split(line) for line in out.splitlines()]
     assert [line[-2:] for line in lines] == [[f"--process_id={i}", "--config=a b"] for i in (0, 1)]
 
 
-@pytest.mark.parametrize("arguments", [[], ["0"], ["-1"], ["x"], ["--config=y"]])
-def test_wrong_number_of_processes(env, arguments):
-    done = local(env, *arguments)
-    out, _ = done.communicate(timeout=60)
-    assert done.returncode == 2
-    assert out.startswith("usage: local.sh N")
-
-
-def test_no_interpreter():
-    done = local(os.environ | {"PYTHON": "/nowhere/python"}, "2")
-    out, _ = done.communicate(timeout=60)
-    assert done.returncode == 1
+def test_wrong_use(env):
+    for arguments in ([], ["0"], ["-1"], ["x"], ["--config=y"]):
+        status, out = local(env, *arguments)
+        assert status == 2
+        assert out.startswith("usage: local.sh N")
+    status, out = local(env | {"PYTHON": "/nowhere/python"}, "2")
+    assert status == 1
     assert out.startswith("error: no /nowhere/python on PATH")
 
 
@@ -128,47 +103,29 @@ def test_no_interpreter():
 )
 def test_forward(env, do, number, status):
     command = [env["PYTHON"], "-m", "x", "--process_id=1", f"--do={do}"]
-    done = subprocess.Popen(
-        ["bash", f"{ROOT}/launch/forward.sh", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    done = start(env, "forward.sh", *command, stderr=subprocess.DEVNULL)
     assert "begins" in done.stdout.readline()
     if number:
         done.send_signal(number)
-    out = done.stdout.read()
-    done.stdout.close()
-    assert done.wait(timeout=60) == status
-    assert out == ("" if do == "fail" else "ends\n")
+    out, _ = done.communicate(timeout=processes.HANG)
+    assert (done.returncode, out) == (status, "" if do == "fail" else "ends\n")
 
 
 @pytest.mark.slow
 def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    flags = [
-        f"--config={ROOT}/configs/quickstart.py",
-        "--config.model.name=resnet8",
-        "--config.model.bn_group_size=8",
-        "--config.data.batch_size=16",
-        "--config.train.cpu_devices=1",
-        "--config.train.total_steps=24",
-        "--config.optim.boundaries_steps=12,18",
-        "--config.eval.every_steps=24",
-        "--config.checkpoint.every_steps=4",
-        "--config.log.tensorboard=False",
-        f"--workdir={tmp_path}/run",
-    ]
-    first = local(env, "2", *flags)
+    settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    flags += [f"--config={ROOT}/configs/quickstart.py", f"--workdir={tmp_path}/run"]
+    first = start(env, "local.sh", "2", *flags)
     while not any(tmp_path.glob("run/checkpoints/*/files.json")) and first.poll() is None:
         time.sleep(0.02)
     first.send_signal(signal.SIGTERM)
-    out, _ = first.communicate(timeout=120)
+    out, _ = first.communicate(timeout=processes.HANG)
     assert first.returncode == 143, out
     (step,) = re.findall(r"Stopped by SIGTERM at step (\d+)", out)
-    second = local(env, "2", *flags)
-    out, _ = second.communicate(timeout=240)
-    assert second.returncode == 0, out
+    status, out = local(env, "2", *flags)
+    assert status == 0, out
     assert f"[0] resumed from step {step} of 24" in out
     assert "[0] resnet8 on digits:" in out
     assert "Traceback" not in out

@@ -6,53 +6,48 @@ from resnet_flax.config import base_config, flatten
 from tests.conftest import ROOT
 
 README = (ROOT / "launch/README.md").read_text()
-RAW = (ROOT / "results/scaling/expected.txt").read_text()
+COUNTS, EFFICIENCIES = (
+    (ROOT / "results/scaling/expected.txt").read_text().split("expected efficiency", 1)
+)
 
 
 def table(first_cell):
     lines = README.split(f"\n| {first_cell} |", 1)[1].split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    for line in lines:
+        net, *cells = (cell.strip(" %") for cell in line.strip("|").split("|"))
+        yield net.split()[0].lower().replace("-", ""), cells
 
 
-def raw(block):
+def recorded(block):
     """{(net, devices, images a device, whether grouped): the other columns}."""
-    rows = {}
-    for line in block.splitlines():
-        cells = line.split()
-        if cells and cells[0].startswith("resnet"):
-            rows[cells[0], int(cells[1]), int(cells[2]), cells[3] != "global"] = cells[4:]
-    return rows
+    rows = [line.split() for line in block.splitlines() if line.strip().startswith("resnet")]
+    return {(net, d, i, kind != "global"): rest for net, d, i, kind, *rest in rows}
 
 
 def test_quoted_efficiencies_are_the_recorded_ones():
-    recorded = raw(RAW.split("computes at 40% of its peak")[1].split("expected")[0])
-    rows = table("net | devices | images a device")
+    rows = list(table("net | devices | images a device"))
+    shares = recorded(EFFICIENCIES.split("computes at 40% of its peak")[1].split("expected")[0])
     assert len(rows) == 12
-    for net, devices, images, *chips in rows:
-        key = net.lower().replace("-", ""), int(devices), int(images)
-        both = zip(recorded[*key, False], recorded[*key, True], strict=True)
-        for cell, shares in zip(chips, both, strict=True):
-            quoted = [float(share.strip(" %")) for share in cell.split(",")]
-            # Rounded from tenths.
-            assert all(abs(q - float(s[:-1])) <= 0.5 for q, s in zip(quoted, shares, strict=True))
+    for net, (devices, images, *chips) in rows:
+        both = [shares[net, devices, images, grouped] for grouped in (False, True)]
+        for cell, *exact in zip(chips, *both, strict=True):
+            for quoted, share in zip(cell.split(","), exact, strict=True):
+                # Rounded from tenths.
+                assert abs(float(quoted.strip(" %")) - float(share.strip("%"))) <= 0.5
 
 
 def test_quoted_counts_are_the_recorded_ones():
-    recorded = raw(RAW.split("expected efficiency")[0])
-    for net, statistics, kilobytes, gradients, megabytes in table(
-        "net | of batch statistics, global batch norm"
-    ):
-        name = net.split()[0].lower().replace("-", "")
-        rows = {k: v for k, v in recorded.items() if k[0] == name}
-        assert len(rows) >= 10
-        for (*_, grouped), (_, count, kb, others, mb, rest) in rows.items():
+    rows = recorded(COUNTS)
+    for net, quoted in table("net | of batch statistics, global batch norm"):
+        own = {key: row for key, row in rows.items() if key[0] == net}
+        assert len(own) >= 10
+        for (*_, grouped), (_, count, kilobytes, others, megabytes, rest) in own.items():
             assert rest == "0"
             if grouped:
                 assert count == "0"
                 continue
-            assert (count, others) == (statistics, gradients)
-            assert f"{float(kb):.0f} KB" == kilobytes
-            assert abs(float(mb) - float(megabytes.removesuffix(" MB"))) <= 0.5
+            assert quoted[:3] == [count, f"{float(kilobytes):.0f} KB", others]
+            assert abs(float(megabytes) - float(quoted[3].removesuffix(" MB"))) <= 0.5
 
 
 def test_what_it_names_exists():

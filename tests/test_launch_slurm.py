@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests import processes
 from tests.conftest import ROOT
 
 SCRIPT = f"{ROOT}/launch/slurm.sbatch"
@@ -32,7 +33,7 @@ say begins "${@@Q}"
 [ "${SLURM_RESTART_COUNT-0}" = 0 ] || { say finished; exit 0; }
 if [[ "$*" == *fail* && $SLURM_PROCID = 1 ]]; then exit 3; fi
 trap 'say saved; exit 0' TERM
-for _ in {1..1200}; do sleep 0.05; done
+while :; do sleep 0.05; done
 """
 CONFIGURATION = """
 ClusterName=test
@@ -60,16 +61,6 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 
 
-def free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 class Slurm:
     """Three daemons in the foreground, in a directory that they may all enter."""
 
@@ -82,7 +73,9 @@ class Slurm:
         (path / "munge/key").chmod(0o600)
         (path / "munge").chmod(0o711)
         host = socket.gethostname().partition(".")[0]
-        text = CONFIGURATION.format(host=host, path=path, ports=free_ports(2))
+        text = CONFIGURATION.format(
+            host=host, path=path, ports=[processes.free_port() for _ in range(2)]
+        )
         (path / "slurm.conf").write_text(text)
 
     def start(self):
@@ -104,11 +97,7 @@ class Slurm:
         self.run("scancel", "--user=root", check=False)
         for daemon in reversed(self.daemons):
             daemon.terminate()
-            try:
-                daemon.wait(30)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+            daemon.wait(processes.HANG)
 
     def run(self, *command, check=True, **env):
         done = subprocess.run(
@@ -118,12 +107,11 @@ class Slurm:
         return done.stdout
 
     def until(self, condition, what):
-        for _ in range(3000):
-            if condition():
-                return
+        limit = time.monotonic() + processes.HANG
+        while not condition():
+            logs = "".join(p.read_text()[-1500:] for p in self.path.glob("*.out"))
+            assert time.monotonic() < limit, f"waited in vain for {what}\n{logs}"
             time.sleep(0.1)
-        logs = "".join(p.read_text()[-1500:] for p in self.path.glob("*.out"))
-        raise AssertionError(f"waited in vain for {what}\n{logs}")
 
     def submit(self, *flags, **env):
         return self.run(
@@ -233,36 +221,24 @@ def test_dry_run():
     assert {"--requeue", "--signal=B:TERM@120", "--open-mode=append"} <= set(options)
 
 
-SMALL = [
-    f"--config={ROOT}/configs/quickstart.py",
-    "--config.model.name=resnet8",
-    "--config.data.batch_size=16",
-    "--config.model.bn_group_size=8",
-    "--config.train.cpu_devices=1",
-    "--config.train.total_steps=40",
-    "--config.optim.boundaries_steps=20,30",
-    "--config.checkpoint.every_steps=4",
-    "--config.eval.every_steps=40",
-    "--config.log.every_steps=20",
-    "--config.log.tensorboard=False",
-]
-
-
 @needs_slurm
 def test_a_requeued_run_of_two_processes_ends_as_an_undisturbed_one(slurm, tmp_path):
     env = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    flags.append(f"--config={ROOT}/configs/quickstart.py")
     whole, parted = tmp_path / "whole", tmp_path / "parted"
-    job = slurm.submit(*SMALL, f"--workdir={whole}", **env)
+    job = slurm.submit(*flags, f"--workdir={whole}", **env)
     assert slurm.end(job)["JobState"] == "COMPLETED", slurm.log(job)
 
-    job = slurm.submit(*SMALL, f"--workdir={parted}", **env)
+    job = slurm.submit(*flags, f"--workdir={parted}", **env)
     slurm.until(lambda: any(parted.glob("checkpoints/*/files.json")), "a checkpoint")
     slurm.run("scontrol", "requeue", job)
     end = slurm.end(job)
     log = slurm.log(job)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), log
-    (resumed,) = re.findall(r"resumed from step (\d+) of 40", log)
-    assert 4 <= int(resumed) < 40
+    (resumed,) = re.findall(r"resumed from step (\d+) of 24", log)
+    assert 4 <= int(resumed) < 24
     assert json.loads((parted / "run.json").read_text())["devices"] == 2
 
     ours, theirs = (load_file(path / "weights.safetensors") for path in (parted, whole))

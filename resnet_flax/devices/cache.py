@@ -1,7 +1,7 @@
-"""What is kept from one run to the next to start faster, in a directory of the user's.
+"""What one run keeps for the next to start faster, in the user's cache directory.
 
-All of it can be deleted at any time; nothing in it is needed, and what cannot be written there is
-done without. `RESNET_FLAX_CACHE` names another directory; set but empty, it turns this off.
+All of it may be deleted at any time, and what cannot be written is done without.
+RESNET_FLAX_CACHE names another directory; set but empty, it turns the cache off.
 """
 
 import contextlib
@@ -12,60 +12,52 @@ import platform
 
 import jax
 
-# Beyond this the oldest files go.
 _MOST_BYTES = 2 * 10**9
 
-# Programs that compile faster than this are not kept, seconds.
+# Programs that compile faster than this, in seconds, are not kept.
 _WORTH_KEEPING = 0.3
 
 
 def directory(name: str) -> pathlib.Path | None:
-    """Makes the directory of that name, if need be; None where there can be none."""
+    """The directory of that name, made if need be; None where the cache is off or unwritable."""
+    chosen = os.environ.get("RESNET_FLAX_CACHE")
+    if chosen == "":
+        return None
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        chosen = os.environ.get("RESNET_FLAX_CACHE")
-        if chosen == "":
-            return None
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        path = pathlib.Path(chosen or pathlib.Path(home) / "resnet_flax").expanduser() / name
+        path = pathlib.Path(chosen or f"{home}/resnet_flax").expanduser() / name
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: of a ~ that leads nowhere.
+    except (OSError, RuntimeError):  # RuntimeError: a ~ that leads nowhere.
         return None
     return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
 def make_room(path: pathlib.Path, most: int = _MOST_BYTES) -> None:
-    """Deletes files of a directory, oldest first, until it has at most so many bytes."""
+    """Deletes the oldest files of a directory until it has at most `most` bytes."""
     with contextlib.suppress(OSError):
-        files = sorted(
-            ((file.stat(), file) for file in path.iterdir() if file.is_file()),
-            key=lambda pair: pair[0].st_mtime,
-        )
+        files = [(file.stat(), file) for file in path.iterdir() if file.is_file()]
         total = sum(stat.st_size for stat, _ in files)
-        for stat, file in files:
+        for stat, file in sorted(files, key=lambda pair: pair[0].st_mtime):
             if total <= most:
                 return
             file.unlink(missing_ok=True)
             total -= stat.st_size
 
 
-def _processor() -> str:
-    """A name for this kind of processor: a program compiled for it may not run on another."""
+def keep_programs() -> None:
+    """Lets jax keep what it compiles from one process to the next.
+
+    JAX_COMPILATION_CACHE_DIR, whatever its value, goes before. Only for a process that runs alone:
+    several must all compile, or all find, the same program.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    # A program compiled for one kind of processor may not run on another.
     kind = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         kind += next(line for line in lines if line.startswith(("flags", "Features")))
-    return hashlib.sha256(kind.encode()).hexdigest()[:16]
-
-
-def keep_programs() -> None:
-    """Lets jax keep what it compiles from one process to the next.
-
-    Where JAX_COMPILATION_CACHE_DIR is set, whatever to, that is left to have its way. To be called
-    by a process that runs alone: several must all compile, or all find, the same program.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    path = directory(f"programs-{_processor()}")
+    path = directory(f"programs-{hashlib.sha256(kind.encode()).hexdigest()[:16]}")
     if path is None:
         return
     make_room(path)

@@ -26,11 +26,11 @@ def choose_devices(
     """How many devices each process splits its CPU into: XLA runs many operations on one core only.
 
     Args:
-      requested: the number wanted; 0: as many as there are usable cores, at most, that divide the
-        batch (and its batch-norm groups) evenly and leave each at least 16 examples.
+      requested: the number wanted; 0: as many as there are cores, at most, that divide the batch
+        (and its batch-norm groups) evenly and leave each device at least 16 examples.
       batch_size: examples per step, of all processes together.
-      bn_group_size: examples per batch-norm group, 0 for the whole batch.
-      cores: that each process may use.
+      bn_group_size: examples per batch-norm group; 0: the whole batch.
+      cores: of each process, as from `cores_per_process`.
       processes: that share the batch.
     """
     if requested:
@@ -53,11 +53,7 @@ def describe_cores() -> dict[str, Any]:
 
 
 def cores_per_process(described: list[dict[str, Any]]) -> int:
-    """Cores for each of several processes, some of them on one machine: as many for all.
-
-    Args:
-      described: from `describe_cores`, of each process.
-    """
+    """Cores for each process, the same number for all, from `describe_cores` of each."""
     machines: dict[str, list[list[int]]] = {}
     for one in described:
         machines.setdefault(one["machine"], []).append(one["cores"])
@@ -71,34 +67,26 @@ def choose_workers(requested: int, cores: int) -> int:
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Tells glibc to keep what XLA frees, for a whole process.
+    """Tells glibc to keep what XLA frees, or no longer to.
 
-    Else each step's activations are mapped afresh, and their pages cleared, at every step. Does
-    nothing under another C library, or where the environment has its own MALLOC_ settings.
-
-    Args:
-      keep: False takes it back.
+    Without it, each step's activations are mapped anew and their pages cleared. Does nothing under
+    another C library, or where the environment has MALLOC_ settings of its own.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # Parameters of mallopt(3).
-    mallopt(mmap_max, 0 if keep else 65536)
-    mallopt(trim_threshold, -1 if keep else 128 * 1024)
-    mallopt(arena_max, 1)
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0 if keep else 65536)
+        mallopt(trim_threshold, -1 if keep else 128 * 1024)
+        mallopt(arena_max, 1)
 
 
 def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
-    """Keeps no freed memory where there is not enough of it for the steps of this process.
+    """Keeps no freed memory where there is too little of it for this training step.
 
-    A block that one step has freed is of no use to the next once something small has moved in, so
-    that several may be kept: there must be room for six.
-
-    Args:
-      compiled: a step, on all devices.
+    A block that one step has freed is of no use to the next once something small lies in it, so
+    several may be kept: there must be room for six.
     """
     if jax.default_backend() == "cpu":
         step_bytes = compiled.memory_analysis().temp_size_in_bytes * jax.local_device_count()
@@ -107,7 +95,7 @@ def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
 
 
 def memory_bytes() -> int:
-    """This machine's memory, or what a container may have of it; where none says, no limit."""
+    """This machine's memory, or what a container may have of it; unknown: no limit."""
     found = [sys.maxsize]
     with contextlib.suppress(AttributeError, OSError, ValueError):  # Not every system has these.
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

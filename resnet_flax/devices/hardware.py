@@ -1,4 +1,4 @@
-"""Which devices a run uses: those of all its processes."""
+"""The devices of a run, of all its processes, and what fits on them."""
 
 import contextlib
 import functools
@@ -14,12 +14,12 @@ from resnet_flax.config import flatten
 from resnet_flax.devices import cpu, distributed, sharding
 from resnet_flax.errors import UserError
 
-# XLA replaces elementwise chains and reductions by calls of its YNNPACK kernels, beside the
-# convolutions and products that it replaces by default: naming a list replaces the default one.
+# What XLA leaves to its YNNPACK kernels: its default, convolutions and products, and elementwise
+# chains and reductions.
 _LIBRARY_FUSIONS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
 
-# What may be part of a CUDA graph. With all of these a training step is one, where by default it
-# is many, and its convolutions are launched one by one.
+# What may be part of a CUDA graph. With all of these a training step is one graph; by default it is
+# many, and its convolutions are launched one by one.
 _GRAPH_PARTS = (
     "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,CONVOLUTION"
 )
@@ -66,7 +66,7 @@ def _is_known(option: str, value: str) -> bool:
 def choose_mesh(config: ConfigDict) -> Mesh:
     """The devices to run on; a CPU is first split into several where that pays.
 
-    Call it before anything else touches jax's devices: they are counted once per process. Of
+    Call it before anything else touches jax's devices, which are counted once per process. Of
     several processes all must call it.
 
     Raises:
@@ -76,8 +76,9 @@ def choose_mesh(config: ConfigDict) -> Mesh:
     here = {"config": json.dumps(flatten(config)), "jax": jax.__version__, **cpu.describe_cores()}
     everywhere = distributed.gather(here)
     _check_same(everywhere)
+    requested = config.train.cpu_devices
     count = cpu.choose_devices(
-        config.train.cpu_devices,
+        requested,
         config.data.batch_size,
         config.model.bn_group_size,
         cores=cpu.cores_per_process(everywhere),
@@ -89,15 +90,14 @@ def choose_mesh(config: ConfigDict) -> Mesh:
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()
     if devices[0].platform == "cpu":
-        if config.train.cpu_devices > jax.local_device_count():
+        if requested > jax.local_device_count():
             raise UserError(
-                f"config.train.cpu_devices={config.train.cpu_devices}, but jax already runs with "
+                f"config.train.cpu_devices={requested}, but jax already runs with "
                 f"{jax.local_device_count()} devices in this process"
             )
-        by_process = [
-            [d for d in devices if d.process_index == p] for p in range(jax.process_count())
-        ]
-        devices = [d for own in by_process for d in own[:count]]
+        processes = range(jax.process_count())
+        each = [[d for d in devices if d.process_index == p][:count] for p in processes]
+        devices = [d for own in each for d in own]
     return sharding.make_mesh(devices, config.data.batch_size)
 
 
@@ -114,14 +114,11 @@ def why_none() -> str | None:
 
 
 def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
-    """Refuses a training step that the devices of this process have no memory for.
+    """Raises UserError where this process's devices have too little memory for a training step.
 
     Args:
       compiled: the step.
       batch_size: for the message.
-
-    Raises:
-      UserError: it needs more than there is.
     """
     if jax.default_backend() == "cpu":
         there_is = cpu.memory_bytes()
@@ -139,19 +136,20 @@ def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
 
 
 def _check_same(everywhere: list[dict[str, Any]]) -> None:
-    """Refuses processes that would not compute the same."""
     first = everywhere[0]
+    ours = json.loads(first["config"])
     for index, other in enumerate(everywhere):
         if other["jax"] != first["jax"]:
             raise UserError(
                 f"process {index} runs jax {other['jax']}, process 0 jax {first['jax']}: install "
                 "the same version on all machines"
             )
-        ours, theirs = json.loads(first["config"]), json.loads(other["config"])
-        # Paths are each machine's own matter.
-        paths = {"data.data_dir", "data.archive", "data.mirror"}
-        for key in [k for k in ours if k not in paths and ours[k] != theirs[k]]:
-            raise UserError(
-                f"process {index} was started with --config.{key}={theirs[key]}, process 0 with "
-                f"{ours[key]}: give all the same flags"
-            )
+        theirs = json.loads(other["config"])
+        for key in ours:
+            # Paths are each machine's own matter.
+            local = key in ("data.data_dir", "data.archive", "data.mirror")
+            if ours[key] != theirs[key] and not local:
+                raise UserError(
+                    f"process {index} was started with --config.{key}={theirs[key]}, process 0 "
+                    f"with {ours[key]}: give all the same flags"
+                )

@@ -9,16 +9,16 @@ import jax.numpy as jnp
 
 
 def make_key(seed: int | jax.Array) -> jax.Array:
-    """The typed PRNG key of `seed`, 0 to 2**32 - 1, which may be traced.
+    """The typed threefry key of `seed`, 0 to 2**32 - 1, which may be traced.
 
-    It is that of `jax.random.key`, which JAX_DEFAULT_PRNG_IMPL and JAX_RANDOM_SEED_OFFSET change.
+    `jax.random.key` follows JAX_DEFAULT_PRNG_IMPL and JAX_RANDOM_SEED_OFFSET; this does not.
     """
     return jax.random.wrap_key_data(jnp.array([0, seed], jnp.uint32), impl="threefry2x32")
 
 
 @contextlib.contextmanager
 def default_switches() -> Iterator[None]:
-    """Sets JAX_ENABLE_X64, JAX_THREEFRY_PARTITIONABLE and FLAX_FIX_RNG_SEPARATOR to their defaults.
+    """Resets JAX_ENABLE_X64, JAX_THREEFRY_PARTITIONABLE and FLAX_FIX_RNG_SEPARATOR, inside.
 
     Each changes what is drawn from a key. Also a decorator.
     """
