@@ -222,6 +222,10 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, fake, capsys):
     said = capsys.readouterr().err
     assert f"{names[0]}: begins\n{names[0]}: done, test error 25.00 %\n" in said
     assert f"{names[1]} failed: exit status 1\nerror: no such data" in said
+    reproduce.main(["plain", f"--workdir={tmp_path}", "--seeds=1", "--scale=0.01", "--dry_run"])
+    said = capsys.readouterr()
+    assert f"{names[4]} cannot be made: workdir {tmp_path}" in said.err
+    assert "5 runs, 2 done, 3 to do: about 00:" in said.out
     # Once more: what is done is left alone, what failed is tried again.
     Runner(runs, jobs=2).run()
     assert [len(own) for own in starts(runs)] == [1, 2, 2, 1, 0]

@@ -260,7 +260,13 @@ def main(argv: list[str]) -> None:
     runs = _part(runs, args.part)
     jobs = _choose_jobs(args.jobs)
     if args.dry_run:
-        results = {run.name: result for run in runs if (result := run.result())}
+        results = {}
+        for run in runs:
+            try:
+                if result := run.result():
+                    results[run.name] = result
+            except UserError as error:
+                _say(f"{run.name} cannot be made: {error}")
         status, total = plan(runs, results, jobs)
         for run in runs:
             print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
