@@ -47,7 +47,7 @@ class Case:
     """What to measure, and how."""
 
     model: str
-    batch_size: int  # examples a step, over all devices
+    batch_size: int  # examples a step, over all devices; 0: the recipe's
     dtype: str = "auto"
     devices: int = 0  # 0: as many as a run would use
     repeats: int = 5  # timings of each thing
@@ -58,23 +58,17 @@ class Case:
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the config
 
 
-def recipe(model: str) -> ConfigDict:
-    """The paper's recipe for a model's data set."""
-    config = imagenet_config() if models.get_architecture(model).image_size > 32 else base_config()
-    config.model.name = model
-    return config
-
-
 def make_config(case: Case) -> ConfigDict:
-    """The case's configuration.
+    """The case's configuration, by the paper's recipe for the model's data set.
 
     Raises:
       UserError: it makes no sense.
     """
-    config = recipe(case.model)
-    config.model.dtype = case.dtype
-    config.data.batch_size, config.train.cpu_devices = case.batch_size, case.devices
-    config.data.workers = 0
+    large = models.get_architecture(case.model).image_size > 32
+    config = imagenet_config() if large else base_config()
+    config.model.name, config.model.dtype = case.model, case.dtype
+    config.data.batch_size = case.batch_size or config.data.batch_size
+    config.data.workers, config.train.cpu_devices = 0, case.devices
     # The labels are noise: a model that diverges on them would be timed on infinities.
     config.optim.learning_rate = 1e-3
     known = flatten(config)
@@ -104,7 +98,7 @@ def make_experiment(case: Case) -> Experiment | seeds.Group:
     if case.devices > mesh.size:
         raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
     if case.devices:
-        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], case.batch_size)
+        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], config.data.batch_size)
     side, classes = architecture.image_size, architecture.num_classes
     is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
     random = np.random.default_rng(0)
@@ -116,7 +110,7 @@ def make_experiment(case: Case) -> Experiment | seeds.Group:
         crops = Crops(side, (side, side), central)
         return split if is_resident else _Decoded(split, np.arange(size), crops)
 
-    train = noise(case.examples, 50_000, case.batch_size, False)
+    train = noise(case.examples, 50_000, config.data.batch_size, False)
     test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
     data = Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
     configs = seeds.member_configs(config)
@@ -193,15 +187,15 @@ def _matmul_rate(mesh: Mesh, dtype: Any, repeats: int) -> float:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """The parts of a case: times in seconds and rates a second, a list of one for each repeat.
+    """The parts of a case: seconds, or rates a second, of each repeat.
 
-    `xla` is the compiler's own count for the chunk of training steps, for a device, as it is: the
+    `xla` is the compiler's own count for the chunk of training steps and a device, as it is: the
     body of a loop once, and nothing for calls of a library such as cuDNN.
     """
     run = make_experiment(case)
     trainer, image = Trainer(run), run.dataset.train.image_shape
     cost, memory = trainer.compiled.cost_analysis() or {}, trainer.compiled.memory_analysis()
-    images = case.batch_size * len(run.members)
+    images = run.config.data.batch_size * len(run.members)
     # Three passes. The gradient towards the images is counted too, though nobody computes it.
     multiply_adds = sum(layer.multiply_adds for layer in count.layers(run.model, image[0]))
     operations = 3 * 2 * multiply_adds * images
@@ -249,13 +243,11 @@ def _devices(target: str, count: int) -> list[Any]:
     return list(there.devices)
 
 
-def lower(
-    here: Experiment, mesh: Mesh, platform: str, steps: int, batch_size: int
-) -> jax.stages.Lowered:
-    """A chunk of `steps` training steps of `batch_size` examples, for devices that are not here.
+def lower(here: Experiment, mesh: Mesh, platform: str, steps: int, batch_size: int):
+    """The lowered chunk of `steps` training steps of `batch_size` examples, from shapes alone.
 
-    `here` is the experiment on a CPU, with any batch size. `platform` chooses the model, see
-    `experiment.make_model`.
+    `here` is the experiment on a CPU, with any batch size; the devices of `mesh` need not exist.
+    `platform` chooses the model, see `experiment.make_model`.
     """
     run = dataclasses.replace(here, mesh=mesh, model=experiment.make_model(here.config, platform))
 
@@ -275,29 +267,24 @@ def lower(
         return run.make_train_chunk().lower(state, resident, batches, None)
 
 
-def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
-    """What a chunk of training steps consists of on one of `TARGETS`, see `bench_program.count`.
-
-    `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
-
-    Raises:
-      UserError: the case makes no sense, or does not compile.
-    """
+def _compile(case: Case, target: str, folder: str) -> dict[str, Any]:
+    # `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
     if case.overrides.get("train.num_seeds", "1") != "1":
         raise UserError("--compile_for compiles one net, not train.num_seeds of them together")
     here, platform = make_experiment(dataclasses.replace(case, devices=1)), TARGETS[target]
     steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
     try:
-        mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
-        lowered = lower(here, mesh, platform, steps, case.batch_size)
+        batch_size = here.config.data.batch_size
+        mesh = sharding.make_mesh(_devices(target, case.devices), batch_size)
+        lowered = lower(here, mesh, platform, steps, batch_size)
         begin = time.perf_counter()
         compiled = lowered.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(f"{target}: {first_line(error)}") from error
     seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
     here.close()
-    lists = pathlib.Path(folder).glob("*train_chunk*.thunk_sequence_after_thunk_passes.txt")
-    thunks = "".join(path.read_text() for path in lists)
+    pattern = "*train_chunk*.thunk_sequence_after_thunk_passes.txt"
+    thunks = "".join(path.read_text() for path in pathlib.Path(folder).glob(pattern))
     return {
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
@@ -311,7 +298,7 @@ def main(argv: list[str]) -> None:
     # As `main` does, before anything large is allocated.
     cpu.keep_freed_memory()
     case = Case(**json.loads(argv[0]))
-    print(json.dumps(compile_chunk(case, *argv[1:]) if argv[1:] else measure(case)))
+    print(json.dumps(_compile(case, *argv[1:]) if argv[1:] else measure(case)))
 
 
 if __name__ == "__main__":
