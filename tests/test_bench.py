@@ -14,6 +14,7 @@ from resnet_flax.tools import bench, bench_case, bench_compile, bench_program
 SMALL = "--dtypes=float32 --repeats=2 --seconds=0.01 --eval_examples=5".split()
 
 
+@pytest.mark.slow
 def test_a_small_real_run(tmp_path, capsys):
     out = tmp_path / "bench.json"
     flags = [*SMALL, "--models=resnet8", "--batch_sizes=16", "--devices=2", "--examples=64"]
@@ -60,8 +61,8 @@ def test_images_of_imagenets_size_are_streamed():
     ("flag", "message"),
     [
         ("--models=resnet21", "unknown model 'resnet21'"),
-        ("--batch_sizes=128,x", "--batch_sizes=128,x must be whole numbers"),
-        ("--batch_sizes=0", "config.data.batch_size=0"),
+        ("--batch_sizes=128,x", "--batch_sizes: invalid whole_numbers value: '128,x'"),
+        ("--batch_sizes=-1", "config.data.batch_size=-1"),
         ("--dtypes=float16", "'float16' must be one of auto, float32, bfloat16"),
         ("--parts=training", "'training' must be one of train, eval"),
         ("--repeats=0", "--repeats=0 and --seconds=2 must be above 0"),

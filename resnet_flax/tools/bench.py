@@ -4,11 +4,10 @@ python -m resnet_flax.tools.bench
 python -m resnet_flax.tools.bench --models=resnet20,resnet110 --batch_sizes=128,1024 \
     --dtypes=float32,bfloat16 --devices=1,2 --out=bench.json
 
-Every combination runs in a process of its own, on random images of the size of the model's data
-set, without programs that earlier runs have compiled, and executes what a training run does. With
---out, what that file holds already is not measured again. "matmul_share" is the multiply-adds of
-convolutions and dense layers, three times for forwards and backwards, as a share of the rate of a
-product of large matrices (part "ceiling").
+Every combination runs in a process of its own, on random images, without programs that earlier runs
+have compiled, and executes what a training run does. With --out, what that file holds already is
+not measured again. "matmul_share" is the multiply-adds of convolutions and dense layers, three
+times for forwards and backwards, as a share of the rate of a product of large matrices ("ceiling").
 
 python -m resnet_flax.tools.bench --compile_for=h100 --models=resnet20,resnet110
 python -m resnet_flax.tools.bench --compile_for=v5e --devices=8 --json
@@ -135,37 +134,27 @@ def _describe(rows: Sequence[Row]) -> str:
     return "\n".join(lines + [f"{r['model']}: {r['error']}" for r in flat if "error" in r])
 
 
-def _numbers(flag: str, text: str) -> list[int]:
-    try:
-        return [int(x) for x in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"{flag}={text} must be whole numbers, separated by commas") from error
-
-
-def make_cases(args: argparse.Namespace) -> list[Row]:
-    """Every combination that the flags ask for: each a `bench_case.Case`.
-
-    Raises:
-      UserError: one makes no sense.
-    """
-    parts, counts = args.parts.split(","), _numbers("--devices", args.devices)
+def _make_cases(args: argparse.Namespace) -> list[Row]:
+    parts, overrides = args.parts.split(","), dict(x.partition("=")[::2] for x in args.set)
     if unknown := set(parts) - set(_PARTS):
         raise UserError(f"--parts: {unknown.pop()!r} must be one of {', '.join(_PARTS)}")
     if args.repeats < 1 or args.seconds <= 0:
         raise UserError(f"--repeats={args.repeats} and --seconds={args.seconds:g} must be above 0")
-    sizes = args.examples, args.eval_examples
-    rest = args.repeats, args.seconds, *sizes, parts, dict(x.partition("=")[::2] for x in args.set)
+    rest = args.repeats, args.seconds, args.examples, args.eval_examples, parts, overrides
     cases = []
-    for model in args.models.split(","):
-        batches = args.batch_sizes or str(bench_case.recipe(model).data.batch_size)
-        for batch, dtype, devices in itertools.product(
-            _numbers("--batch_sizes", batches), args.dtypes.split(","), counts
-        ):
-            devices = devices or int(bool(args.compile_for))
-            case = bench_case.Case(model, batch, dtype, devices, *rest)
-            bench_case.make_config(case)
-            cases.append(dataclasses.asdict(case))
+    for model, batch, dtype, devices in itertools.product(
+        args.models.split(","), args.batch_sizes, args.dtypes.split(","), args.devices
+    ):
+        devices = devices or int(bool(args.compile_for))
+        case = bench_case.Case(model, batch, dtype, devices, *rest)
+        batch = bench_case.make_config(case).data.batch_size
+        cases.append(dataclasses.asdict(case) | {"batch_size": batch})
     return cases
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Those of a flag, separated by commas."""
+    return [int(x) for x in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -173,9 +162,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", default="resnet20", help="names, separated by commas")
     add("--compile_for", choices=bench_compile.TARGETS, help="compile only, for this device")
-    add("--batch_sizes", help="examples a step, over all devices; default: the recipe's")
+    add("--batch_sizes", type=whole_numbers, default="0", help="of all devices; 0: the recipe's")
     add("--dtypes", default="auto", help="float32, bfloat16; auto: bfloat16 off the CPU")
-    add("--devices", default="0", help="how many; 0: as many as a run would use")
+    add("--devices", type=whole_numbers, default="0", help="0: as many as a run would use")
     add("--parts", default=",".join(_PARTS), help="what to measure, of %(default)s")
     add("--repeats", type=int, default=5, help="timings of each thing")
     add("--seconds", type=float, default=2.0, help="shortest timing")
@@ -190,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str]) -> None:
     """Measures or compiles what the flags ask for, and prints it."""
     args = _parser().parse_args(argv)
-    cases, target = make_cases(args), args.compile_for
+    cases, target = _make_cases(args), args.compile_for
     platform = bench_compile.TARGETS.get(target)
     if target and not any(map(importlib.util.find_spec, _COMPILERS[platform])):
         raise UserError(

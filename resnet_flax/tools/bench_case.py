@@ -22,7 +22,7 @@ class Case:
     """What to measure, and how."""
 
     model: str
-    batch_size: int  # examples a step, over all devices
+    batch_size: int  # examples a step, over all devices; 0: the recipe's
     dtype: str = "auto"
     devices: int = 0  # 0: as many as a run would use
     repeats: int = 5  # timings of each thing
@@ -33,23 +33,17 @@ class Case:
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the config
 
 
-def recipe(model: str) -> ConfigDict:
-    """The paper's recipe for a model's data set."""
-    config = imagenet_config() if models.get_architecture(model).image_size > 32 else base_config()
-    config.model.name = model
-    return config
-
-
 def make_config(case: Case) -> ConfigDict:
-    """The case's configuration.
+    """The case's configuration, by the paper's recipe for the model's data set.
 
     Raises:
       UserError: it makes no sense.
     """
-    config = recipe(case.model)
-    config.model.dtype = case.dtype
-    config.data.batch_size, config.train.cpu_devices = case.batch_size, case.devices
-    config.data.workers = 0
+    large = models.get_architecture(case.model).image_size > 32
+    config = imagenet_config() if large else base_config()
+    config.model.name, config.model.dtype = case.model, case.dtype
+    config.data.batch_size = case.batch_size or config.data.batch_size
+    config.data.workers, config.train.cpu_devices = 0, case.devices
     # The labels are noise: a model that diverges on them would be timed on infinities.
     config.optim.learning_rate = 1e-3
     known = flatten(config)
@@ -79,7 +73,7 @@ def make_setups(case: Case) -> list[Setup]:
     if case.devices > mesh.size:
         raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
     if case.devices:
-        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], case.batch_size)
+        mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], config.data.batch_size)
     side, classes = architecture.image_size, architecture.num_classes
     is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
     random = np.random.default_rng(0)
@@ -92,7 +86,7 @@ def make_setups(case: Case) -> list[Setup]:
             return split
         return _Decoded(split, np.arange(size), side, (side, side), central)
 
-    train = noise(case.examples, 50_000, case.batch_size, False)
+    train = noise(case.examples, 50_000, config.data.batch_size, False)
     test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
     data = Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
     configs = [one for one, _ in seeds.split(config, pathlib.Path())]
