@@ -3,7 +3,7 @@
     python -m resnet_flax.main --config=configs/identity_mappings.py:resnet110_shortcut_gating \
         --config.model.gate_bias=0
 
-ResNet-110 with other shortcuts or another order of its layers: see resnet_flax/models/ablations.py
+ResNet-110 with other shortcuts or another order of its layers: see resnet_flax/models/variants.py
 for the nets and the paper's test errors.
 """
 
