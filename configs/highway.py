@@ -4,7 +4,7 @@
 
 The published Highway-19 (2.3M parameters) and Highway-32 (1.25M) have test errors of 7.54 (7.72 +-
 0.16) and 8.80 % [R, Table 6]. They are other nets, trained another way, and so for orientation
-only: resnet_flax/models/highway.py says how these differ, whose point is to compare them with
+only: resnet_flax/models/variants.py says how these differ, whose point is to compare them with
 `plain32` and `resnet32` under one recipe. Compare `config.model.gate_bias` too: it is not tuned.
 """
 

@@ -5,7 +5,7 @@
         --config.model.gate_bias=0
 
 The paper's test errors, %, median of 5, with pre-activation: resnet110_preact 6.37,
-resnet164_preact 5.46. resnet_flax/models/ablations.py has those of ResNet-110 with other shortcuts
+resnet164_preact 5.46. resnet_flax/models/variants.py has those of ResNet-110 with other shortcuts
 or another order of its layers.
 """
 

@@ -4,7 +4,7 @@
 
 The test errors it reports, %, version 1: 7.84 (20), 7.54 (32), 7.50 (44), 7.29 (56), 7.35 (110);
 version 2: 6.99 (56), 6.85 (110).
-See resnet_flax/models/keras.py for how its nets differ from the papers'. Not quite its recipe: it
+See models/variants.py for how its nets differ from the papers'. Not quite its recipe: it
 draws shifts of fractions of a pixel, here they are of whole pixels; and it does not decay the dense
 layer's kernel.
 """

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import types
 
 import jax
 import numpy as np
@@ -47,23 +46,6 @@ def file(tmp_path_factory):
 
 
 # What names stand for.
-
-
-def test_main_takes_the_name_of_published_weights_for_their_file(tmp_path, monkeypatch):
-    from resnet_flax import main
-
-    def given(value):
-        monkeypatch.setattr(main, "_WEIGHTS", types.SimpleNamespace(value=value))
-        return main._weights()
-
-    monkeypatch.chdir(tmp_path)
-    assert given("resnet20") == str(pretrained.locate("resnet20")[0])
-    assert given("no/such/file") == "no/such/file"
-    assert given(None) is None
-    # A file of the user's own comes first.
-    (tmp_path / "resnet20").write_bytes(b"")
-    assert given("resnet20") == "resnet20"
-    assert pretrained.locate("resnet20")[0].read_bytes() == b""
 
 
 def test_names_that_are_not_published(tmp_path):

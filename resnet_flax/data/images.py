@@ -74,17 +74,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return decoded if method is None else decoded.transpose(method)
 
 
-def is_common_jpeg(content: bytes) -> bool:
-    """Whether an image is a grey or RGB JPEG, judged by its beginning.
-
-    Raises:
-      ImageError: see `decode`.
-    """
-    with _opened(content) as image:
-        return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-
-
-@contextlib.contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:

@@ -60,7 +60,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any] | None:
     """
     try:
         content = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it from a copy") from error
