@@ -115,8 +115,8 @@ def test_forward(env, do, number, status):
 def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
     settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    flags += [f"--config={ROOT}/configs/quickstart.py", f"--workdir={tmp_path}/run"]
+    flags = [f"--workdir={tmp_path}/run", f"--config={ROOT}/configs/quickstart.py"]
+    flags += [f"--config.{key}={value}" for key, value in settings.items()]
     first = start(env, "local.sh", "2", *flags)
     while not any(tmp_path.glob("run/checkpoints/*/files.json")) and first.poll() is None:
         time.sleep(0.02)

@@ -225,8 +225,8 @@ def test_dry_run():
 def test_a_requeued_run_of_two_processes_ends_as_an_undisturbed_one(slurm, tmp_path):
     env = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
-    flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    flags.append(f"--config={ROOT}/configs/quickstart.py")
+    flags = [f"--config={ROOT}/configs/quickstart.py"]
+    flags += [f"--config.{key}={value}" for key, value in settings.items()]
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     job = slurm.submit(*flags, f"--workdir={whole}", **env)
     assert slurm.end(job)["JobState"] == "COMPLETED", slurm.log(job)
