@@ -1,6 +1,5 @@
 """Decodes images of any kind, and cuts resized squares out of them."""
 
-import contextlib
 import functools
 import io
 import warnings
