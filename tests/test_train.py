@@ -12,7 +12,7 @@ import pytest
 
 from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint, metrics, weights
-from resnet_flax.training import loop, scoring, train
+from resnet_flax.training import loop, scoring, train, trained
 from tests import conftest
 
 
@@ -422,12 +422,12 @@ def test_every_option_of_the_modern_recipe_trains(small_config, tmp_path):
 
 def test_a_run_begins_from_a_file_a_run_or_a_published_name(finished, tmp_path):
     _, directory, _ = finished
-    by_file = train._Initial(str(directory / "weights.safetensors"))
-    by_run = train._Initial(str(directory))
+    by_file = trained.read_weights(str(directory / "weights.safetensors"))
+    by_run = trained.read_weights(str(directory))
     assert by_run.sha256 == by_file.sha256
-    assert train._Initial("resnet20").weights.model["name"] == "resnet20"
+    assert trained.read_weights("resnet20").weights.model["name"] == "resnet20"
     with pytest.raises(UserError, match="holds no weights.safetensors: finish the run first"):
-        train._Initial(str(tmp_path))
+        trained.read_weights(str(tmp_path))
 
 
 def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, tmp_path):

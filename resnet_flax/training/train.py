@@ -19,12 +19,13 @@ from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs import checkpoint, environment, published, weights
+from resnet_flax.runs import checkpoint, environment, weights
 from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.progress import SEEDS, Progress
-from resnet_flax.training import feed, inputs, seeds, setup
+from resnet_flax.training import feed, inputs, seeds, setup, trained
 from resnet_flax.training.loop import Loop, Net
 from resnet_flax.training.setup import Setup
+from resnet_flax.training.trained import Source
 
 
 @randomness.default_switches()
@@ -64,7 +65,9 @@ def train(
             "--checkpoint_dir goes with one seed only, not with config.train.num_seeds="
             f"{config.train.num_seeds}"
         )
-    initial = _Initial(init_weights) if distributed.is_first() else None
+    initial = None
+    if init_weights is not None and distributed.is_first():
+        initial = trained.read_weights(init_weights)
     config.model.update(distributed.share(lambda: _known_model(config, initial, directory)))
     models.resolve_shortcut(config.model.name, config.model.shortcut)
     runs = [_Run(*pair) for pair in seeds.split(config, directory)]
@@ -100,40 +103,20 @@ def train(
 
 @dataclasses.dataclass
 class _Run:
-    """A run on its way to a net.
-
-    Attributes:
-      config: as given, of one seed.
-      path: of the directory.
-      directory: only on the first process.
-      dataset: once it is loaded.
-      start: see `_find_start`.
-    """
-
-    config: ConfigDict
+    config: ConfigDict  # As given, of one seed.
     path: pathlib.Path
-    directory: Directory | None = None
+    directory: Directory | None = None  # Only on the first process.
     dataset: Dataset | None = None
-    start: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: dict[str, Any] = dataclasses.field(default_factory=dict)  # See `_find_start`.
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of the run, in case its directory is lost."""
         return {"config": flatten(self.config), "fingerprint": self.dataset.fingerprint}
 
 
-class _Initial:
-    """The weights to begin with, if any, and the SHA-256 of their file."""
-
-    def __init__(self, source: str | None):
-        self.source, self.weights, self.sha256 = source, None, None
-        if source is not None:
-            file, self.sha256 = published.locate(source)
-            self.weights = weights.load(file)
-
-
-def _known_model(config: ConfigDict, initial: _Initial, directory: pathlib.Path) -> dict[str, Any]:
-    begun = Directory(seeds.split(config, directory)[0][1])
-    setup.take_model(config, initial.weights.model if initial.weights else begun.model)
+def _known_model(config: ConfigDict, initial: Source | None, directory: pathlib.Path) -> dict:
+    first = seeds.split(config, directory)[0][1]
+    setup.take_model(config, initial.weights.model if initial else Directory(first).model)
     return config.model.to_dict()
 
 
@@ -154,7 +137,7 @@ def _load_data(configs) -> list[Dataset]:
 
 
 def _find_start(
-    run: _Run, initial: _Initial, checkpoint_dir: str | None, warn: Callable[[str], None]
+    run: _Run, initial: Source | None, checkpoint_dir: str | None, warn: Callable[[str], None]
 ) -> dict[str, Any]:
     """What a run starts from, as the first process finds it.
 
@@ -167,12 +150,12 @@ def _find_start(
     directory.check_data(dataset.name, dataset.fingerprint)
     place = directory.checkpoints(checkpoint_dir)
     found = checkpoint.read_newest(checkpoint.locate(place), warn, set_aside=True)
-    directory.check_initial_weights(initial.sha256, resuming=found is not None)
+    directory.check_initial_weights(initial and initial.sha256, resuming=found is not None)
     preprocessing = directory.preprocessing()
-    if preprocessing is None and initial.weights is not None:
+    if preprocessing is None and initial:
         # The weights were trained on images prepared like this.
         preprocessing = initial.weights.mean, initial.weights.std
-        weights.check_preprocessing(*preprocessing, dataset.train.image_shape, initial.source)
+        weights.check_preprocessing(*preprocessing, dataset.train.image_shape, str(initial.path))
     step, tree, history = found or (0, None, None)
     result = None
     if found is not None:
@@ -209,7 +192,7 @@ def _build(
 def _make_net(
     run: _Run,
     built: Setup,
-    initial: _Initial | None,
+    initial: Source | None,
     here: dict[str, Any],
     say: Callable[[str], None],
 ) -> Net:
@@ -218,7 +201,7 @@ def _make_net(
         state = built.restore(start["tree"])
     else:
         state = built.create_state()
-        if distributed.share(lambda: initial.weights is not None):
+        if distributed.share(lambda: initial is not None):
             head = layout.to_canonical(jax.device_get(state.params))["head"]
             fit = functools.partial(_fit_initial, built, initial, head)
             state = built.create_state(distributed.share(fit))
@@ -228,26 +211,25 @@ def _make_net(
     return Net(built, run.path, state, checkpoints, run.identity(), start["history"])
 
 
-def _fit_initial(built: Setup, initial: _Initial, head: Any) -> dict[str, Any]:
+def _fit_initial(built: Setup, initial: Source, head: Any) -> dict[str, Any]:
     """The weights' variables, with `head` for the last layer if the classes are others."""
-    model, loaded = built.describe_model(), initial.weights
+    model, loaded, name = built.describe_model(), initial.weights, str(initial.path)
     variables = loaded.variables
     renamed = loaded.class_names and loaded.class_names != built.dataset.class_names
     if renamed or loaded.model.get("num_classes") != model["num_classes"]:
         del model["num_classes"]
         variables = {**variables, "params": {**variables["params"], "head": head}}
-    weights.check_model(loaded, model, initial.source)
-    return weights.fit(variables, built.abstract_variables(), initial.source)
+    weights.check_model(loaded, model, name)
+    return weights.fit(variables, built.abstract_variables(), name)
 
 
 def _write_start(
     run: _Run,
     built: Setup,
-    initial: _Initial,
+    initial: Source | None,
     here: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Writes what the run is, and that it starts."""
     directory, place = run.directory, run.start["checkpoints"]
     began_on = directory.record.get("devices", built.mesh.size)
     if began_on != built.mesh.size:
@@ -260,7 +242,7 @@ def _write_start(
         "model": built.config.model.name,
         "shortcut": built.describe_model()["shortcut"],
         "devices": built.mesh.size,
-        "init_weights": initial.sha256,
+        "init_weights": initial and initial.sha256,
         # Not if it is the usual place: directories are moved.
         "checkpoint_dir": None if place == str(run.path / "checkpoints") else place,
         "dtype": str(np.dtype(built.model.dtype)),
