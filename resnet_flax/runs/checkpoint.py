@@ -45,10 +45,7 @@ def to_tree(state: Any) -> dict[str, Any]:
 def from_tree(tree: dict[str, Any], template: Any, scanned: bool) -> Any:
     """The inverse of `to_tree`: a state of host arrays in the model's layout.
 
-    Args:
-      tree: from `to_tree`.
-      template: the state's structure, shapes and dtypes, in the model's layout.
-      scanned: whether that layout is the scanned one.
+    `template` has the state's structure, shapes and dtypes in that layout, scanned or not.
 
     Raises:
       UserError: names the first array that is missing, foreign, or of another shape or dtype.
@@ -86,11 +83,7 @@ def content_hash(tree: dict[str, Any], record: dict[str, Any]) -> str:
 
 
 def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """State tree and record of one checkpoint directory.
-
-    Raises:
-      UserError: it is damaged; the message says how.
-    """
+    """State tree and record of one checkpoint directory; a `UserError` says how it is damaged."""
     path = epath.Path(path).resolve()
     reason = _find_damage(path)
     if reason is None:
@@ -144,11 +137,7 @@ def _find_damage(path: epath.Path) -> str | None:
 
 
 def locate(place: str) -> epath.Path:
-    """A directory of checkpoints, local or in a bucket, after a check that it can be reached.
-
-    Raises:
-      UserError: no such bucket, no access, a library that is not installed.
-    """
+    """A directory of checkpoints, local or in a bucket; a `UserError` if it cannot be reached."""
     path = epath.Path(place)
     try:
         path.exists()
@@ -236,12 +225,7 @@ class Writer:
                 path.rmtree()
 
     def save(self, step: int, tree: dict[str, Any], record: dict[str, Any]) -> None:
-        """Begins to save; an earlier save is waited for first.
-
-        Args:
-          step: names the checkpoint.
-          tree: from `to_tree`.
-          record: JSON-serialisable, returned by `read`.
+        """Begins to save a tree and a JSON-serialisable record; waits for an earlier save first.
 
         Raises:
           NotFiniteError: a value is not finite; nothing is saved.
@@ -283,11 +267,7 @@ class Writer:
                 doomed.rmtree()
 
     def wait(self) -> None:
-        """Blocks until the save under way is on disk.
-
-        Raises:
-          UserError: it failed.
-        """
+        """Blocks until the save under way is on disk; a `UserError` if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:

@@ -23,18 +23,16 @@ from resnet_flax.runs import files, weights
 class Directory:
     """What a run's directory says of the run, and whether a new start is the same run.
 
+    What does not fit is refused with a `UserError` that says what to do.
+
     Attributes:
       path: of the directory.
       config: content of config.json, {} before the run has begun.
-      record: content of run.json, likewise.
+      record: content of run.json, {} before the run has begun.
     """
 
     def __init__(self, path: pathlib.Path):
-        """Reads the directory; it need not exist.
-
-        Raises:
-          UserError: it holds a run, but not all of these files, or they are damaged.
-        """
+        """Reads the directory; it need not exist."""
         self.path = path
         self.config = self._read("config.json")
         self.record = self._read("run.json")
@@ -58,12 +56,9 @@ class Directory:
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: pathlib.Path) -> Iterator["Directory"]:
-        """Makes the directory and holds it for this process.
+        """Makes the directory and holds it for this process alone.
 
         A failure leaves no empty directory behind.
-
-        Raises:
-          UserError: it cannot be written, or another process holds it.
         """
         made = [p for p in (path, *path.parents) if not p.exists()]
         try:
@@ -96,14 +91,10 @@ class Directory:
                 raise
 
     def check_config(self, config: dict[str, Any], sections: Collection[str] = ()) -> None:
-        """Refuses another configuration than the run's.
+        """Refuses another configuration than the run's; the `UserError` names the keys.
 
-        Args:
-          config: flat, as given, before durations are resolved.
-          sections: compare these only; (): everything but operational keys.
-
-        Raises:
-          UserError: names the keys that differ.
+        `config` is flat and as given, before durations are resolved. Compared are these sections,
+        or everything, but never operational keys.
         """
         if not self.config:
             return
@@ -118,11 +109,7 @@ class Directory:
             )
 
     def check_data(self, name: str, fingerprint: str) -> None:
-        """Refuses other data than the run began with.
-
-        Raises:
-          UserError: the fingerprint of the data set has changed.
-        """
+        """Refuses other data than the run began with."""
         old = self.record.get("data", {}).get("fingerprint")
         if old not in (None, fingerprint):
             raise UserError(
@@ -132,15 +119,7 @@ class Directory:
             )
 
     def check_initial_weights(self, sha256: str | None, *, resuming: bool) -> None:
-        """Refuses to begin again from other weights.
-
-        Args:
-          sha256: of the weights file given, None without one.
-          resuming: whether there is a checkpoint: then no weights need be given.
-
-        Raises:
-          UserError: says which weights the run began with.
-        """
+        """Refuses to begin again from other weights, or from none; a checkpoint needs none."""
         old = self.record.get("init_weights")
         if not self.record or old == sha256 or (resuming and sha256 is None):
             return
@@ -153,8 +132,7 @@ class Directory:
     def check_not_in_group(self) -> None:
         """Refuses a run that version 0.1.0 began together with other seeds and did not finish.
 
-        Raises:
-          UserError: its checkpoints lie in one directory with those of the other seeds.
+        Its checkpoints lie in one directory with the ones of the other seeds.
         """
         if self.record.get("group") and not (self.path / "checkpoints").exists():
             raise UserError(
@@ -166,11 +144,8 @@ class Directory:
     def checkpoints(self, requested: str | None = None) -> str:
         """Where the checkpoints lie: a path, or the URL of a bucket.
 
-        Args:
-          requested: where they shall lie; None: where they do, or else in the directory.
-
-        Raises:
-          UserError: they lie elsewhere.
+        That of a new run is `requested`, by default in the directory; an older run refuses another
+        than its own.
         """
         own = str(self.path / "checkpoints")
         if not self.record:
@@ -186,13 +161,7 @@ class Directory:
     def check_checkpoint(self, saved: dict[str, Any], now: dict[str, Any], place: str) -> None:
         """Refuses a checkpoint of another run, where the run's directory was lost.
 
-        Args:
-          saved: "config" (flat) and "fingerprint" of the data, from the checkpoint.
-          now: the same of the run that is to go on.
-          place: of the checkpoints.
-
-        Raises:
-          UserError: names what differs.
+        `saved`, from the checkpoint, and `now` have "config" (flat) and "fingerprint" of the data.
         """
         if self.record:
             return  # It has been compared already.
@@ -207,11 +176,7 @@ class Directory:
             )
 
     def preprocessing(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The (mean, std) that the run began with, None before it has begun.
-
-        Raises:
-          UserError: their file is not as the run wrote it.
-        """
+        """The (mean, std) that the run began with, None before it has begun."""
         digest = self.record.get("preprocess_sha256")
         if digest is None:
             return None
@@ -227,14 +192,7 @@ class Directory:
         preprocessing: tuple[np.ndarray, np.ndarray],
         start: dict[str, Any],
     ) -> None:
-        """Writes what the run is when it begins; a later start is only added to `run.json`.
-
-        Args:
-          config: flat, as given.
-          record: of the run, for `run.json`.
-          preprocessing: (mean, std).
-          start: of this start: the step, the environment.
-        """
+        """Writes what the run is when it begins; a later `start` is only added to `run.json`."""
         start = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **start}
         if self.record:
             record = self.record

@@ -17,7 +17,7 @@ _PACKAGES = "resnet-flax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 
 def describe(mesh: Mesh) -> dict[str, Any]:
-    """Command, commit, versions and hardware of this process; ask for it when it begins."""
+    """Command, commit, versions and hardware of this process; call it when it begins."""
     return {
         "command": shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]]),
         "commit": _commit(),

@@ -90,17 +90,14 @@ def evaluate(
     batch_size: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Score | None:
-    """Scores all examples of `feed`; those whose images cannot be read are counted apart.
+    """Scores all examples of `feed`; None if `stopped()`, asked before each batch, returns True.
 
     Args:
       eval_chunk: from `steps.make_eval_chunk`.
       variables: `{"params": …, "batch_stats": …}`.
       feed: the data.
       batch_size: examples per batch; rounded up to a multiple of the devices.
-      stopped: asked before each batch; True ends the evaluation.
-
-    Returns:
-      The score; None where it was stopped.
+      stopped: see above.
 
     Raises:
       UserError: too many images cannot be read, or none can.
@@ -137,12 +134,8 @@ def reestimate_statistics(
 ) -> Any:
     """`variables` with batch-norm statistics averaged over training batches.
 
-    Args:
-      batch_statistics: from `steps.make_batch_statistics`.
-      variables: `{"params": …, "batch_stats": …}`.
-      feed: the training data.
-      examples: how many training examples, in whole batches, evenly spread over the data.
-      batch_size: examples per batch, the training one.
+    `examples` of the training data, in whole batches, are spread evenly over `feed`;
+    `batch_statistics` is from `steps.make_batch_statistics`.
     """
     total, count = None, 0
     for batch in feed.spread(examples, batch_size):

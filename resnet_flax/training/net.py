@@ -68,15 +68,10 @@ class Net:
         identity: dict[str, Any],
         record: dict[str, Any] | None,
     ):
-        """Opens the log and the checkpoints of a run.
+        """Opens the log and the checkpoints of a run that goes on from `state`.
 
-        Args:
-          setup: of the net.
-          directory: of the run.
-          state: to go on from.
-          checkpoints: where they lie.
-          identity: of the run, kept in each checkpoint, see `Directory.check_checkpoint`.
-          record: of the checkpoint that the state is from, None for a new run.
+        `identity` is kept in each checkpoint, see `Directory.check_checkpoint`; `record` is the one
+        of the checkpoint that the state is from, None for a new run.
         """
         self.setup, self.directory, self.state = setup, directory, state
         self.step = int(jax.device_get(state.step))
@@ -96,15 +91,9 @@ class Net:
             self.log = Log(distributed.share(list))
 
     def read(self, first: int, sums: dict[str, np.ndarray], seconds: float) -> str | None:
-        """Logs the results of a chunk.
+        """Logs a chunk after `first` steps; returns what is wrong if a loss is not finite.
 
-        Args:
-          first: steps done before it.
-          sums: "loss", "error" and "rate" of each step.
-          seconds: that it took.
-
-        Returns:
-          What is wrong if a loss is not finite.
+        `sums` holds "loss", "error" and "rate" of each step; the chunk took `seconds`.
         """
         config, history, length = self.setup.config, self._history, len(sums["loss"])
         history.train_seconds += seconds
@@ -155,11 +144,7 @@ class Net:
         return self.scores
 
     def save(self) -> None:
-        """Begins to save a checkpoint of this step, unless there is one.
-
-        Raises:
-          NotFiniteError, UserError: see `checkpoint.Writer.save`.
-        """
+        """Begins to save a checkpoint of this step, unless there is one: see `Writer.save`."""
         self.log.sync()
         is_there = self.saved is not None and self.saved.name == str(self.step)
         if self._writer:
@@ -170,11 +155,7 @@ class Net:
         self.saved = self._checkpoints / str(self.step)
 
     def wait(self) -> None:
-        """Blocks until the checkpoint under way is on disk.
-
-        Raises:
-          UserError: it could not be saved.
-        """
+        """Blocks until the checkpoint under way is on disk."""
         if self._writer:
             self._writer.wait()
 

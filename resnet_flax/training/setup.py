@@ -22,14 +22,9 @@ from resnet_flax.training import evaluate, feed, inputs, optim, state, steps
 
 
 def take_model(config: ConfigDict, found: dict[str, Any]) -> None:
-    """If `config.model.name` is "auto": sets the net to that of a weights file or of a run.
+    """If `config.model.name` is "auto": sets the net, in place, to that of a weights file or a run.
 
-    Args:
-      config: changed in place.
-      found: arguments of `create_model`; {} if nothing is known.
-
-    Raises:
-      UserError: nothing names a net.
+    `found` has arguments of `create_model`; without a "name" among them it is a `UserError`.
     """
     if config.model.name != "auto":
         return
@@ -82,30 +77,17 @@ def make_optimizer(config: ConfigDict):
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """All that training and evaluating one net needs, but for its state.
+    """All that training and evaluating one net needs, but for its state."""
 
-    Attributes:
-      config: validated, every duration in steps, nothing left "auto" but dtype, scan and
-        cpu_convolutions.
-      dataset: on the host.
-      mesh: of all devices.
-      model: the net.
-      mean: float32, see `augment.statistics`.
-      std: float32, see `augment.statistics`.
-      warn: called with a line about each image that cannot be read.
-      workers: processes that decode images.
-      put: places images that stay on the devices, see `feed.put_once`.
-    """
-
-    config: ConfigDict
-    dataset: Dataset
+    config: ConfigDict  # Validated, every duration in steps.
+    dataset: Dataset  # On the host.
     mesh: Mesh
     model: ResNet
-    mean: np.ndarray
+    mean: np.ndarray  # float32, see `augment.statistics`.
     std: np.ndarray
-    warn: Callable[[str], None] = print
-    workers: int = 0
-    put: Callable[..., jax.Array] = sharding.put
+    warn: Callable[[str], None] = print  # Called with a line about each unreadable image.
+    workers: int = 0  # Processes that decode images.
+    put: Callable[..., jax.Array] = sharding.put  # See `feed.put_once`.
 
     @functools.cached_property
     def train_feed(self) -> feed.Feed:
@@ -161,11 +143,7 @@ class Setup:
         return jax.eval_shape(lambda: self._first_state(image_shape=image_shape))
 
     def restore(self, tree: dict[str, Any]) -> state.TrainState:
-        """The state that `checkpoint.to_tree` made a tree of, on the devices.
-
-        Raises:
-          UserError: it is of another net.
-        """
+        """The state that `checkpoint.to_tree` made a tree of, on the devices."""
         restored = checkpoint.from_tree(tree, self.abstract_state(), self.model.scan)
         return sharding.put_tree(restored, sharding.replicated(self.mesh))
 
@@ -229,9 +207,7 @@ class Setup:
     ) -> dict[str, evaluate.Score]:
         """The scores of `{"params": …, "batch_stats": …}` by split; {} if it was stopped.
 
-        Args:
-          variables: on the devices, in the model's layout.
-          stopped: asked before each batch.
+        `stopped` is asked before each batch.
         """
         ten = self.config.eval.crops == 10
         eval_chunk = steps.make_eval_chunk(
@@ -260,15 +236,9 @@ def build(
     warn: Callable[[str], None] = print,
     put: Callable[..., jax.Array] = sharding.put,
 ) -> Setup:
-    """Puts a setup together.
+    """Puts a setup together from a validated configuration; see `Setup`.
 
-    Args:
-      config: validated.
-      dataset: on the host.
-      mesh: as from `hardware.choose_mesh`.
-      preprocessing: (mean, std) to use instead of the training set's own.
-      warn: called with a line about each image that cannot be read.
-      put: places images that stay on the devices, see `feed.put_once`.
+    `preprocessing` is the (mean, std) to use instead of the training set's own.
 
     Raises:
       UserError: a duration is less than a step, or the data have more classes than the net

@@ -41,12 +41,7 @@ def initial_variables(model: ResNet, key: jax.Array, image_shape: tuple[int, ...
     """`{"params": …, "batch_stats": …}` in the model's layout.
 
     Drawn by the scanned form of the net whatever the model's own: the values do not depend on the
-    layout, and a thousand layers compile in seconds.
-
-    Args:
-      model: the net.
-      key: a typed PRNG key.
-      image_shape: (H, W, C).
+    layout, and a thousand layers compile in seconds. `key` is a typed PRNG key.
     """
     variables = model.clone(scan=True).init(key, jnp.zeros((1, *image_shape)))
     return variables if model.scan else layout.to_canonical(variables)
@@ -74,14 +69,8 @@ def create_state(
 ) -> TrainState:
     """A run's first state; to be traced, see `place`.
 
-    Args:
-      model: the net.
-      optimizer: as from `optim.sgd`.
-      seed: of the initialisation.
-      image_shape: (H, W, C).
-      ema: whether averaged weights are kept.
-      variables: `{"params": …, "batch_stats": …}` in the model's layout to begin with, for example
-        from a weights file; None: drawn.
+    `ema`: whether averaged weights are kept. `variables`, in the model's layout, are what to begin
+    with instead of random draws from the seed.
     """
     if variables is None:
         variables = initial_variables(model, randomness.make_key(seed), image_shape)

@@ -22,29 +22,17 @@ from resnet_flax.training.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a user named, read.
+    """What a user named, read."""
 
-    Attributes:
-      path: as named.
-      weights: its content; `training` holds "config", flat, and "steps".
-      directory: of the run, None for a weights file.
-      file: the weights file, None for a checkpoint.
-      sha256: of the file.
-    """
-
-    path: pathlib.Path
-    weights: weights.Weights
-    directory: Directory | None = None
-    file: pathlib.Path | None = None
-    sha256: str | None = None
+    path: pathlib.Path  # As named.
+    weights: weights.Weights  # `training` holds "config", flat, and "steps".
+    directory: Directory | None = None  # Of the run, None for a weights file.
+    file: pathlib.Path | None = None  # Of the weights, None for a checkpoint.
+    sha256: str | None = None  # Of the file.
 
 
 def read_weights(source: str | pathlib.Path) -> Source:
-    """A weights file, the one of a finished run, or published weights.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
+    """A weights file, the one of a finished run, or published weights."""
     file, sha256 = published.locate(source)
     path = pathlib.Path(source)
     directory = Directory(path) if path.is_dir() else None
@@ -52,11 +40,7 @@ def read_weights(source: str | pathlib.Path) -> Source:
 
 
 def read_run(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
-    """A checkpoint, or the newest checkpoint of a run's directory.
-
-    Raises:
-      UserError: there is none, or it is damaged.
-    """
+    """A checkpoint, or the newest checkpoint of a run's directory."""
     is_checkpoint = path.name.isdigit() and path.resolve().parent.name == "checkpoints"
     directory = Directory(path.resolve().parent.parent if is_checkpoint else path)
     if not directory.config:
@@ -106,20 +90,12 @@ def unflatten(flat: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained net with its data.
+    """A trained net with its data."""
 
-    Attributes:
-      source: as named.
-      file: the weights file.
-      sha256: of the file.
-      weights: its content, the outputs in the order of the data set's classes.
-      run: the setup.
-    """
-
-    source: pathlib.Path
-    file: pathlib.Path | None
+    source: pathlib.Path  # As named.
+    file: pathlib.Path | None  # Of the weights.
     sha256: str | None
-    weights: weights.Weights
+    weights: weights.Weights  # The outputs in the order of the data set's classes.
     run: Setup
 
     def test_feed(self) -> feed.Feed:
@@ -137,11 +113,7 @@ class Trained:
 def build(
     source: Source, config: ConfigDict, dataset: Dataset, mesh: Mesh, warn: Callable[[str], None]
 ) -> Trained:
-    """Puts a trained net together with the data set of `config`.
-
-    Raises:
-      UserError: they do not fit together.
-    """
+    """A trained net with the data set of `config`; a `UserError` if they do not go together."""
     name, loaded = str(source.path), source.weights
     weights.check_preprocessing(loaded.mean, loaded.std, dataset.train.image_shape, name)
     built = setup.build(config, dataset, mesh, (loaded.mean, loaded.std), warn)
@@ -154,21 +126,13 @@ class Loader:
     """Loads nets one after the other, for the same devices, each data set once."""
 
     def __init__(self, data_dir: str | None = None, warn: Callable[[str], None] = print):
-        """Loads nothing yet.
-
-        Args:
-          data_dir: of the data; None: where the run found them, or the default.
-          warn: called with a line about each image that cannot be read.
-        """
+        """Loads nothing yet. `data_dir` replaces the one where the run found its data."""
         self._data_dir, self._warn = data_dir, warn
         self._mesh: Mesh | None = None
         self._datasets: dict[Any, Dataset] = {}
 
     def load(self, source: pathlib.Path) -> Trained:
-        """Loads a net.
-
-        Args:
-          source: the directory of a finished run, a weights file, or the name of published weights.
+        """Loads the net of a finished run's directory, a weights file, or a published name.
 
         Raises:
           UserError: it is none of these, or damaged, or its data are missing or not the same.
