@@ -1,5 +1,6 @@
 """Decodes images of any kind, and cuts resized squares out of them."""
 
+import contextlib
 import functools
 import io
 import warnings
@@ -73,6 +74,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return decoded if method is None else decoded.transpose(method)
 
 
+@contextlib.contextmanager
 def _opened(content: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:

@@ -1,6 +1,7 @@
 """Evaluation of a run, a checkpoint or a weights file, as `--mode=evaluate` does it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -13,7 +14,6 @@ from resnet_flax.config import base_config, flatten, override, validate
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.runs import environment, files
-from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.weights import Weights
 from resnet_flax.training import inputs, setup, trained
 from resnet_flax.training.evaluate import MANY_CLASSES, Score
@@ -48,16 +48,18 @@ def score(
             f"--mode=evaluate scores one net, config.train.num_seeds={config.train.num_seeds}: "
             "leave that at 1, and choose the net with --config.seed or --workdir"
         )
-    found = distributed.share(lambda: _read(config, directory, source, overrides or {}, warn))
-    config = trained.unflatten(json.loads(found["config"]), base_config())
-    loaded = Weights(**found["weights"] | {"class_names": tuple(found["weights"]["class_names"])})
-    is_checkpoint, path = found["run"] is not None, pathlib.Path(found["path"])
+    configure = functools.partial(_configure, config, directory, source, overrides or {})
+    start = distributed.share(configure)
+    config = trained.unflatten(json.loads(start["config"]), base_config())
+    path, is_run = pathlib.Path(source or directory), start["is_run"]
     mesh, dataset = hardware.choose_mesh(config), inputs.load_data(config)
-    if is_checkpoint and distributed.is_first():
-        Directory(pathlib.Path(found["run"])).check_data(dataset.name, dataset.fingerprint)
+    if is_run and distributed.is_first():
+        trained.run_of(path).check_data(dataset.name, dataset.fingerprint)
+    found = distributed.share(functools.partial(_read, path, is_run, warn))
+    loaded = Weights(**found | {"class_names": tuple(found["class_names"])})
     net = trained.build(trained.Source(path, loaded), config, dataset, mesh, warn)
     variables = net.variables(scanned=net.run.model.scan)
-    if is_checkpoint:
+    if is_run:
         # A weights file holds what is to be scored; a checkpoint what was trained.
         variables = net.run.evaluated(variables)
     scores, step = net.run.score(variables), loaded.training.get("steps")
@@ -72,41 +74,39 @@ def score(
     return "\n".join([head, *tables])
 
 
-def _read(
+def _configure(
     config: ConfigDict | None,
     directory: str | None,
     source: str | None,
     overrides: Mapping[str, str],
-    warn: Callable[[str], None],
 ) -> dict[str, Any]:
-    """The net and the configuration to evaluate it with, for all processes."""
+    """The configuration to evaluate with, before jax's devices are counted."""
     if not (source or directory):
         raise UserError("nothing to evaluate: give --workdir, --weights or --config")
     path = pathlib.Path(source or directory)
-    if path.is_dir():
-        found = trained.read_run(path, warn)
-    elif path.is_file() or source:
-        found = trained.read_weights(str(path))
-    else:
+    if not (source or path.exists()):
         raise UserError(f"{path} does not exist: give a weights file, or a run's directory")
+    run = trained.run_of(path) if path.is_dir() else None
+    loaded = None if run else trained.read_weights(str(path)).weights
     if directory:
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     if config is None:
-        config = trained.own_config(found)
+        config = trained.own_config(run, loaded)
         override(config, overrides)
-    if found.directory:
+    if run:
         # What it was trained for, and on, is not the evaluation's to change.
-        found.directory.check_config(flatten(config), sections=("model", "data", "seed"))
+        run.check_config(flatten(config), sections=("model", "data", "seed"))
     validate(config)
-    setup.take_model(config, found.weights.model)
+    setup.take_model(config, run.model if run else loaded.model)
     models.resolve_shortcut(config.model.name, config.model.shortcut)
-    content = {f.name: getattr(found.weights, f.name) for f in dataclasses.fields(Weights)}
-    return {
-        "config": json.dumps(flatten(config)),
-        "path": str(path),
-        "run": str(found.directory.path) if found.directory else None,
-        "weights": content | {"class_names": list(found.weights.class_names)},
-    }
+    return {"config": json.dumps(flatten(config)), "is_run": run is not None}
+
+
+def _read(path: pathlib.Path, is_run: bool, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The fields of the weights to score, as all processes can be sent them."""
+    found = trained.read_checkpoint(path, warn) if is_run else trained.read_weights(str(path))
+    fields = {f.name: getattr(found.weights, f.name) for f in dataclasses.fields(Weights)}
+    return fields | {"class_names": list(found.weights.class_names)}
 
 
 def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:

@@ -39,13 +39,22 @@ def read_weights(source: str | pathlib.Path) -> Source:
     return Source(path, weights.load(file), directory, file, sha256)
 
 
-def read_run(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
-    """A checkpoint, or the newest checkpoint of a run's directory."""
-    is_checkpoint = path.name.isdigit() and path.resolve().parent.name == "checkpoints"
-    directory = Directory(path.resolve().parent.parent if is_checkpoint else path)
+def run_of(path: pathlib.Path) -> Directory:
+    """The run's directory that `path` is, or that holds the checkpoint `path`."""
+    directory = Directory(path.resolve().parent.parent if _is_checkpoint(path) else path)
     if not directory.config:
         raise UserError(f"{path} holds no config.json: give --config, or a run's directory")
-    if is_checkpoint:
+    return directory
+
+
+def _is_checkpoint(path: pathlib.Path) -> bool:
+    return path.name.isdigit() and path.resolve().parent.name == "checkpoints"
+
+
+def read_checkpoint(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
+    """A checkpoint, or the newest one of a run's directory; jax's devices must be counted."""
+    directory = run_of(path)
+    if _is_checkpoint(path):
         step, (tree, _) = int(path.name), checkpoint.read(path)
     else:
         found = checkpoint.read_newest(directory.checkpoints(), warn, set_aside=False)
@@ -62,18 +71,17 @@ def read_run(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
     return Source(path, weights.Weights(model, variables, mean, std, names, training), directory)
 
 
-def own_config(source: Source) -> ConfigDict:
-    """The configuration that a run or a weights file holds; unknown keys are left out."""
-    config = base_config()
-    stored = source.directory.config if source.directory else source.weights.training.get("config")
+def own_config(directory: Directory | None, loaded: weights.Weights | None) -> ConfigDict:
+    """The configuration that a run, or a weights file without one, holds."""
+    stored = directory.config if directory else loaded.training.get("config")
     stored = dict(stored) if isinstance(stored, dict) else {}
-    if source.directory is None:
+    if directory is None:
         # Where the data lay on the machine that made the file does not matter here.
         for key in ("data.data_dir", "data.archive", "data.mirror"):
             stored.pop(key, None)
-    if source.file is not None:
-        stored |= {f"model.{key}": value for key, value in source.weights.model.items()}
-    return unflatten(stored, config)
+    if loaded is not None:
+        stored |= {f"model.{key}": value for key, value in loaded.model.items()}
+    return unflatten(stored, base_config())
 
 
 def unflatten(flat: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
@@ -138,7 +146,7 @@ class Loader:
           UserError: it is none of these, or damaged, or its data are missing or not the same.
         """
         found = read_weights(source)
-        config = own_config(found)
+        config = own_config(found.directory, found.weights)
         if self._data_dir:
             config.data.data_dir = self._data_dir
         validate(config)
