@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from resnet_flax import create_model, models, pretrained
+from resnet_flax import create_model, models
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
-from resnet_flax.runs import weights
+from resnet_flax.runs import published, weights
 from resnet_flax.tools import convert, torch_file, torch_names
 from resnet_flax.training import augment
 from resnet_flax.training.state import abstract_variables
@@ -217,7 +217,7 @@ def test_published_weights_there_and_back_with_their_preprocessing(suffix, tmp_p
     command = [f"--from_torch={theirs}", f"--out={ours}", "--model=plain20"]
     convert.main(command)
     assert "took the preprocessing that the file has" in capsys.readouterr().out
-    want, got = weights.load(pretrained.locate("plain20")[0]), weights.load(ours)
+    want, got = weights.load(published.locate("plain20")[0]), weights.load(ours)
     for name in ("mean", "std", "class_names", "variables"):
         assert_equal(getattr(got, name), getattr(want, name))
     convert.main([*command, "--preprocess=cifar10", "--class_names=a,b,c,d,e,f,g,h,i,j"])

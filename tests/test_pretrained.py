@@ -22,7 +22,7 @@ from resnet_flax.tools import publish
 from tests.conftest import ROOT
 from tests.test_convert import random_variables
 
-INDEX = pretrained.read_index()
+INDEX = published.read_index()
 
 
 def small_weights(**changes):
@@ -108,8 +108,8 @@ def test_readme_and_installation_have_what_is_published():
     files = [entry["file"] for entry in INDEX.values()]
     for file in ("index.json", *files):
         assert any(fnmatch.fnmatch(file, pattern) for pattern in patterns), file
-    assert sorted(files) == sorted(p.name for p in pretrained.FOLDER.glob("*.safetensors"))
-    assert sum((pretrained.FOLDER / f).stat().st_size for f in files) <= publish.MOST_BYTES
+    assert sorted(files) == sorted(p.name for p in published.FOLDER.glob("*.safetensors"))
+    assert sum((published.FOLDER / f).stat().st_size for f in files) <= publish.MOST_BYTES
 
 
 # What a net does.
@@ -254,7 +254,7 @@ def test_publish_writes_a_file_and_a_line_of_the_index(recorded, monkeypatch, ca
     assert "published resnet8_new: 25.00 % test error" in capsys.readouterr().out
     path = folder / "resnet8_new.safetensors"
     assert path.read_bytes() == file.read_bytes()
-    entry = pretrained.read_index()["resnet8_new"]
+    entry = published.read_index()["resnet8_new"]
     assert entry["results"] == "results/made_up"
     assert entry["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     with pytest.raises(UserError, match="published already, from results/made_up"):
@@ -264,7 +264,7 @@ def test_publish_writes_a_file_and_a_line_of_the_index(recorded, monkeypatch, ca
     with pytest.raises(UserError, match="would have more than"):
         publish.publish(results, file, "resnet8_more")
     assert sorted(p.name for p in folder.iterdir()) == ["index.json", path.name]
-    assert list(pretrained.read_index()) == ["resnet8_new"]
+    assert list(published.read_index()) == ["resnet8_new"]
 
 
 def test_weights_of_another_run_are_not_published(recorded):

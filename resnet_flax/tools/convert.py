@@ -21,7 +21,7 @@ from resnet_flax import models, pretrained
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
 from resnet_flax.models.resnet import without_survival
-from resnet_flax.runs import weights
+from resnet_flax.runs import published, weights
 from resnet_flax.tools import entry, torch_file, torch_names
 from resnet_flax.training.state import abstract_variables
 
@@ -236,7 +236,7 @@ def _given_preprocessing(args) -> dict[str, Any]:
 
 
 def _to(args) -> tuple[dict[str, Any], list[str]]:
-    path, _ = pretrained.locate(args.to_torch)
+    path, _ = published.locate(args.to_torch)
     loaded = weights.load(path)
     name = loaded.model["name"]
     check_expressible(name)
