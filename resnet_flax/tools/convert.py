@@ -33,18 +33,13 @@ PREPROCESS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-_BLOCKS = (
-    blocks.BasicBlock,
-    blocks.BottleneckBlock,
-    blocks.PreactBasicBlock,
-    blocks.PreactBottleneckBlock,
-)
+_BLOCKS = "BasicBlock", "BottleneckBlock", "PreactBasicBlock", "PreactBottleneckBlock"
 
 
 def check_expressible(name: str) -> None:
     """Raises a UserError if there is no net of this name, or its arrays mean another in PyTorch."""
-    architecture = models.get_architecture(name)
-    if architecture.block not in _BLOCKS or architecture.shortcut not in (*models.OPTIONS, "none"):
+    net = models.get_architecture(name)
+    if net.block.__name__ not in _BLOCKS or net.shortcut not in (*models.OPTIONS, "none"):
         raise UserError(
             f"model {name!r} cannot be converted: no PyTorch project's net computes the same from "
             "its arrays. Plain, residual, bottleneck and pre-activation nets can"
@@ -65,9 +60,8 @@ def from_torch(
 ) -> weights.Weights:
     """Weights of the net called `name` from a PyTorch state dict.
 
-    Options that are not given follow the state dict, or torchvision (`stride_in_3x3`), or are the
-    usual ones ("split" zeros of option A, numbers for class names). `mean` and `std`, [C] or
-    [H, W, C], are in pixel values 0 to 255.
+    Without `shortcut` the state dict decides, without `stride_in_3x3` the net: as in torchvision.
+    `mean` and `std`, [C] or [H, W, C], are in pixel values 0 to 255.
 
     Raises:
       UserError: the state dict is of another net, or the net cannot be converted.
@@ -85,12 +79,10 @@ def from_torch(
         if fitting and name not in fitting:
             raise UserError(f"{error}; it fits --model={' or '.join(fitting)}") from error
         raise
-    _check_zeros(option_a_zeros, name, shortcut)
-    if option_a_zeros == "after":
-        variables = torch_names.move_zeros(variables, "split")
+    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
+    variables = _move_zeros(variables, option_a_zeros, model, "split")
     if class_names and len(class_names) != num_classes:
         raise UserError(f"there are {len(class_names)} class names, but {num_classes} classes")
-    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
     return weights.Weights(
         model | {"stride_in_3x3": stride_in_3x3},
         variables,
@@ -121,11 +113,13 @@ def _fitting(arrays: dict[str, np.ndarray], num_classes: int) -> Iterator[str]:
                 yield name
 
 
-def _check_zeros(option_a_zeros: str | None, name: str, shortcut: str) -> None:
-    if option_a_zeros and shortcut != "A":
+def _move_zeros(variables: dict, option_a_zeros: str | None, model: dict, to: str) -> dict:
+    if option_a_zeros and model["shortcut"] != "A":
         raise UserError(
-            f"--option_a_zeros means nothing to {name} with shortcut={shortcut}: leave it out"
+            f"--option_a_zeros means nothing to {model['name']} with shortcut={model['shortcut']}: "
+            "leave it out"
         )
+    return torch_names.move_zeros(variables, to) if option_a_zeros == "after" else variables
 
 
 def main(argv: list[str]) -> None:
@@ -156,11 +150,9 @@ def main(argv: list[str]) -> None:
         if args.to_torch and getattr(args, flag.dest) is not None:
             raise UserError(f"--{flag.dest} means nothing to --to_torch: leave it out")
     model, notes = _from(args) if args.from_torch else _to(args)
-    print(f"wrote {args.out}")
-    for note in notes:
-        print(f"note: {note}")
     for assumption in _assumptions(model, args.option_a_zeros):
-        print(f"note: taken to {assumption}, which a state dict does not show")
+        notes.append(f"taken to {assumption}, which a state dict does not show")
+    print(f"wrote {args.out}", *notes, sep="\nnote: ")
 
 
 def _assumptions(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[str]:
@@ -187,19 +179,18 @@ def _assumptions(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[
 def _from(args) -> tuple[dict[str, Any], list[str]]:
     if not args.model:
         raise UserError("--from_torch needs --model=NAME")
-    check_expressible(args.model)
     given = _given_preprocessing(args)
     state_dict, beside, notes = torch_file.read(args.from_torch)
-    if not given and beside:
+    if beside and not given:
         notes.append("took the preprocessing that the file has")
-    if args.class_names:
-        given["class_names"] = tuple(args.class_names.split(","))
     described = beside | given
     if "mean" not in described:
         raise UserError(
             "say what the net expects of images: --preprocess="
             f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
         )
+    if args.class_names:
+        described["class_names"] = tuple(args.class_names.split(","))
     converted = from_torch(
         state_dict,
         args.model,
@@ -225,10 +216,10 @@ def _given_preprocessing(args) -> dict[str, Any]:
         return {}
     pair = PREPROCESS.get(args.preprocess) or (args.mean.split(","), args.std.split(","))
     try:
-        mean, std = (np.array(values, np.float32) for values in pair)
+        mean, std = numbers = np.array(pair, np.float32).reshape(2, 3)
     except ValueError:
-        mean = std = np.zeros(0)
-    if mean.shape != (3,) or std.shape != (3,) or not np.isfinite([mean, std]).all():
+        numbers = np.nan
+    if not np.isfinite(numbers).all():
         raise UserError(f"--mean={args.mean} and --std={args.std} must be three numbers each")
     if (std <= 0).any():
         raise UserError(f"--std={args.std} must be three positive numbers")
@@ -240,23 +231,21 @@ def _to(args) -> tuple[dict[str, Any], list[str]]:
     loaded = weights.load(path)
     name = loaded.model["name"]
     check_expressible(name)
-    model, variables = pretrained.build(loaded, str(path))
-    variables = without_survival(model, variables)
+    net, variables = pretrained.build(loaded, str(path))
     shortcut = models.resolve_shortcut(name, loaded.model.get("shortcut"))
-    _check_zeros(args.option_a_zeros, name, shortcut)
-    if args.option_a_zeros == "after":
-        variables = torch_names.move_zeros(variables, "after")
+    model = {"name": name, "shortcut": shortcut, "stride_in_3x3": net.stride_in_3x3}
+    variables = without_survival(net, variables)
+    variables = _move_zeros(variables, args.option_a_zeros, model, "after")
     style = "cifar" if models.get_architecture(name).image_size == 32 else "torchvision"
-    arrays = torch_names.to_torch(variables, style)
     beside = {"mean": loaded.mean, "std": loaded.std, "class_names": list(loaded.class_names)}
     with entry.writing(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        where = torch_file.write(args.out, arrays, beside)
+        where = torch_file.write(args.out, torch_names.to_torch(variables, style), beside)
     note = (
         "the net expects (pixels - mean) / std of pixel values 0 to 255; mean "
         f"{list(loaded.mean.shape)}, std and class names are in {where}"
     )
-    return {"name": name, "shortcut": shortcut, "stride_in_3x3": model.stride_in_3x3}, [note]
+    return model, [note]
 
 
 if __name__ == "__main__":
