@@ -52,7 +52,6 @@ def from_torch(
     *,
     mean: np.ndarray,
     std: np.ndarray,
-    shortcut: str | None = None,
     stride_in_3x3: bool | None = None,
     option_a_zeros: str | None = None,
     class_names: tuple[str, ...] = (),
@@ -60,8 +59,8 @@ def from_torch(
 ) -> weights.Weights:
     """Weights of the net called `name` from a PyTorch state dict.
 
-    Without `shortcut` the state dict decides, without `stride_in_3x3` the net: as in torchvision.
-    `mean` and `std`, [C] or [H, W, C], are in pixel values 0 to 255.
+    `mean` and `std`, [C] or [H, W, C], are in pixel values 0 to 255. `stride_in_3x3` is by default
+    as in torchvision.
 
     Raises:
       UserError: the state dict is of another net, or the net cannot be converted.
@@ -73,7 +72,7 @@ def from_torch(
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
     num_classes = len(arrays.get("linear.weight", ())) or architecture.num_classes
     try:
-        shortcut, variables = _fitted(arrays, name, num_classes, shortcut)
+        shortcut, variables = _fitted(arrays, name, num_classes)
     except UserError as error:
         fitting = list(_fitting(arrays, num_classes))
         if fitting and name not in fitting:
@@ -93,13 +92,12 @@ def from_torch(
     )
 
 
-def _fitted(
-    arrays: dict[str, np.ndarray], name: str, num_classes: int, shortcut: str | None = None
-) -> tuple[str, dict[str, Any]]:
-    if shortcut is None and models.get_architecture(name).shortcut in models.OPTIONS:
+def _fitted(arrays: dict[str, np.ndarray], name: str, num_classes: int) -> tuple[str, dict]:
+    shortcut = models.get_architecture(name).shortcut
+    if shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(arrays)
     template = abstract_variables(models.create_model(name, num_classes, shortcut=shortcut))
-    return models.resolve_shortcut(name, shortcut), torch_names.from_torch(arrays, template)
+    return shortcut, torch_names.from_torch(arrays, template)
 
 
 def _fitting(arrays: dict[str, np.ndarray], num_classes: int) -> Iterator[str]:
@@ -136,7 +134,6 @@ def main(argv: list[str]) -> None:
     )
     only_from = [
         parser.add_argument("--model", help="the net's name"),
-        parser.add_argument("--shortcut", help="A, B or C; default: as the file has it"),
         parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks"),
         parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects"),
         parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1"),
@@ -195,7 +192,6 @@ def _from(args) -> tuple[dict[str, Any], list[str]]:
         state_dict,
         args.model,
         **described,
-        shortcut=args.shortcut,
         stride_in_3x3={"true": True, "false": False}.get(args.stride_in_3x3),
         option_a_zeros=args.option_a_zeros,
         source=args.from_torch.name,
