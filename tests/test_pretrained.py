@@ -210,9 +210,7 @@ def test_files_with_metadata_of_the_wrong_kind(tmp_path):
 @pytest.fixture
 def recorded(tmp_path, monkeypatch):
     """A recorded run, its weights, and an empty folder of published ones."""
-    results, file, folder = (
-        tmp_path / p for p in ("results/made_up", "w.safetensors", "published")
-    )
+    results, folder = tmp_path / "results/made_up", tmp_path / "published"
     results.mkdir(parents=True)
     folder.mkdir()
     training = {"model": "resnet8", "shortcut": "A", "data": "digits", "seed": 0, "steps": 5,
@@ -222,9 +220,9 @@ def recorded(tmp_path, monkeypatch):
     for name, content in (("result", result), ("run", {}), ("config", config)):
         (results / f"{name}.json").write_text(json.dumps(content))
     (results / "metrics.jsonl").touch()
-    weights.save(file, small_weights(training=training | {"config": config}))
+    weights.save(tmp_path / "w.safetensors", small_weights(training=training | {"config": config}))
     monkeypatch.setattr(published, "FOLDER", folder)
-    return results, file, folder
+    return results, tmp_path / "w.safetensors", folder
 
 
 def test_publish_writes_a_file_and_a_line_of_the_index(recorded, monkeypatch, capsys):

@@ -107,11 +107,6 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _line(found: dict[str, Any]) -> str:
-    each = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
-    return _printable(f"{found['image']}: {', '.join(each)}")
-
-
 def main(argv: list[str]) -> None:
     """Predicts the named images."""
     parser = entry.parser(__doc__)
@@ -133,7 +128,8 @@ def main(argv: list[str]) -> None:
             unreadable += 1
             print(_printable(found["error"]), file=sys.stderr)
         elif not args.json:
-            print(_line(found))
+            best = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
+            print(_printable(f"{found['image']}: {', '.join(best)}"))
         if args.json:
             listed.append({k: v for k, v in found.items() if k != "thumbnail"})
     if shown:

@@ -20,10 +20,9 @@ def summarize(
     stride_in_3x3: bool = False,
     image_size: int | None = None,
 ) -> dict:
-    """Totals and layers of a net, for one square image of `image_size` pixels a side.
+    """Totals and, as dicts, `count.layers` of a net, for a square image of `image_size` pixels.
 
     Options are those of `models.create_model`; the default size is that of the net's data set.
-    `layers` are those of `count.layers`, as dicts.
     """
     architecture = models.get_architecture(name)
     model = models.create_model(name, num_classes, shortcut=shortcut, stride_in_3x3=stride_in_3x3)

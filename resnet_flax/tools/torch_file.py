@@ -33,11 +33,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any], lis
     """The state dict in a PyTorch or safetensors file.
 
     Returns:
-      Arrays by name, PyTorch's floats as float32; `mean`, `std` and `class_names` as in
+      Arrays by name, PyTorch's floats as float32; `mean`, `std` and `class_names` of
       `weights.Weights` if this package wrote the file; notes for the user.
 
     Raises:
-      UserError: there is none, or it holds more than plain tensors.
+      UserError: there is no state dict, or more than plain tensors.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

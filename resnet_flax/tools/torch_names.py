@@ -61,13 +61,11 @@ def blocks(names: Iterable[str], inside: str = "") -> set[tuple[int, int]]:
     return {(int(m[1]), int(m[2])) for m in found if m[3].startswith(inside)}
 
 
-def shortcut_option(names: Iterable[str]) -> str:
-    """Option A, B or C, by the blocks that have a projection in `canonical` names."""
-    names = list(names)
-    projected = blocks(names, "shortcut.")
-    if not projected:
+def shortcut_option(arrays: Mapping[str, Any]) -> str:
+    """Option A, B or C, by the blocks that have a projection in `canonical` arrays."""
+    if not (projected := blocks(arrays, "shortcut.")):
         return "A"
-    return "C" if projected == blocks(names) else "B"
+    return "C" if projected == blocks(arrays) else "B"
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict[str, Any]:
