@@ -141,9 +141,7 @@ def test_checkpoints_in_the_usual_forms(net, tmp_path):
 
     forms = {
         "plain": plain,
-        "DataParallel": prefixed("module."),
         "compiled": prefixed("_orig_mod."),
-        "prefix": prefixed("encoder."),
         "normalisation first": {"0.mean": torch.zeros(3), **prefixed("1.")},
         "numbers of numpy": {"net": plain, "epoch": np.int64(3), **numbers},
         "wrapped": {"state_dict": prefixed("module."), "epoch": 90, "arch": "resnet18"},

@@ -7,7 +7,6 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from resnet_flax.devices import sharding
@@ -28,7 +27,7 @@ def _each_batch(step: Callable, trained: Trained, variables: Any) -> Iterator[An
         examples = steps.examples(resident, batch, sharding.split(mesh))
         return step(variables, *examples, resident)
 
-    compiled = jax.jit(at, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    compiled = jax.jit(at, out_shardings=sharding.replicated(mesh))
     batch_size = trained.run.config.eval.batch_size
     with tqdm(total=feed.size, unit=" images", disable=None, leave=False) as bar:
         for batches in feed.batches(batch_size):
