@@ -1,9 +1,9 @@
 """The paper's nets in plain PyTorch: to convert, to compare with, to time."""
 
 
-def make_net(depth: int, option: str = "A", zeros: str = "split"):
-    """The CIFAR ResNet of `depth` = 6n+2 layers as PyTorch initialises it, see `build`."""
-    return build((depth // 6,) * 3, (16, 32, 64), option=option, zeros=zeros)
+def make_net(depth: int):
+    """The CIFAR ResNet of `depth` = 6n+2 layers with option A, as PyTorch initialises it."""
+    return build((depth // 6,) * 3, (16, 32, 64))
 
 
 def build(
@@ -17,17 +17,10 @@ def build(
     option: str = "A",
     zeros: str = "split",
 ):
-    """A ResNet under the names in circulation.
+    """A ResNet with `sizes` blocks in its stages; `imagenet`: with torchvision's stem and names.
 
-    Args:
-      sizes: blocks per stage.
-      widths: of the stages.
-      classes: outputs.
-      imagenet: torchvision's stem and names.
-      expansion: 1 of basic blocks, 4 of bottlenecks.
-      strided: the convolution of a block, counted from 1, that has the stride.
-      option: "A" or "B", of the shortcuts that change the shape.
-      zeros: of option A: "split" before and after the old channels, or all "after" them.
+    Basic blocks have `expansion` 1, bottlenecks 4. Convolution number `strided` of a block, from 1,
+    has the stride. `option` is "A" or "B"; the `zeros` of A are "split" or all "after".
     """
     from torch import nn
     from torch.nn import functional

@@ -52,9 +52,9 @@ def test_a_folder_of_all_kinds(pictures, file, tmp_path, capfd, monkeypatch):
     shown = capfd.readouterr()
     lines = dict(line.split(": ", 1) for line in shown.out.splitlines())
     assert list(lines) == [str(pictures / name) for name in READABLE]
-    net = pretrained.load_pretrained(file)
-    for name, ranked in zip(lines, net.predict(list(lines)), strict=True):
-        assert lines[name] == ", ".join(f"{c} {100 * p:.1f} %" for c, p in ranked)
+    predictions = pretrained.load_pretrained(file).predict(list(lines))
+    for line, ranked in zip(lines.values(), predictions, strict=True):
+        assert line == ", ".join(f"{c} {100 * p:.1f} %" for c, p in ranked)
     for name in [*(str(pictures / name) for name in UNREADABLE), "no such.png"]:
         assert f"{name} cannot be read: " in shown.err
     assert len(shown.err.splitlines()) == 5

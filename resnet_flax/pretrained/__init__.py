@@ -16,10 +16,7 @@ from resnet_flax.data import images
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.models.resnet import ResNet
-from resnet_flax.runs import weights
-from resnet_flax.runs.published import FOLDER as FOLDER
-from resnet_flax.runs.published import locate as locate
-from resnet_flax.runs.published import read_index as read_index
+from resnet_flax.runs import published, weights
 from resnet_flax.training import augment, inputs
 from resnet_flax.training.state import abstract_variables
 
@@ -28,8 +25,6 @@ BATCH = 32
 
 # Side, in pixels, of the images of CIFAR and the digits.
 _SIDE_IN_MEMORY = 32
-# No image of `images.MAX_PIXELS` needs a larger file, bytes.
-_LARGEST_FILE = 2**30
 
 Picture = str | os.PathLike | bytes | images.Image.Image | np.ndarray
 """A path, a file's content, an image of Pillow, or uint8 [H, W] or [H, W, 1 | 3 | 4]."""
@@ -37,30 +32,18 @@ Picture = str | os.PathLike | bytes | images.Image.Image | np.ndarray
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pretrained:
-    """A trained net with its preprocessing and class names.
+    """A trained net with its preprocessing and class names; see also `weights.Weights`."""
 
-    Attributes:
-      name: the published name, or the path of the file.
-      model: the net; it maps normalised images to logits.
-      variables: its `{"params": …, "batch_stats": …}`, float32, in the model's own layout
-        (canonical except for very deep nets, see `models.layout`).
-      mean: see `weights.Weights`, as for `std`, `class_names` and `training`.
-      size: side of the square images that the net takes, pixels.
-      short_side: length to which the shorter side of an image is resized before the central square
-        is cut out, pixels.
-      sha256: of the file.
-    """
-
-    name: str
-    model: ResNet
-    variables: dict[str, Any]
+    name: str  # the published name, or the path of the file
+    model: ResNet  # from normalised images to logits
+    variables: dict[str, Any]  # float32, in the model's layout (canonical unless `model.scan`)
     mean: np.ndarray
     std: np.ndarray
     class_names: tuple[str, ...]
     training: dict[str, Any]
-    size: int
-    short_side: int
-    sha256: str
+    size: int  # side of the square images that the net takes, pixels
+    short_side: int  # to which an image is resized before its centre is cut out, pixels
+    sha256: str  # of the file
 
     def __repr__(self) -> str:
         return f"Pretrained({self.name!r}, size={self.size}, {len(self.class_names)} classes)"
@@ -104,14 +87,14 @@ class Pretrained:
         shape = (self.size, self.size, 3)
         if crops.dtype != np.uint8 or crops.shape[1:] != shape:
             raise ValueError(f"images are {crops.dtype} {crops.shape}; must be uint8 [N, *{shape}]")
-        found = [np.zeros((0, len(self.class_names)), np.float32)]
         # The last batch is filled up, so that one program is enough.
-        batch = min(len(crops), BATCH)
-        for start in range(0, len(crops), BATCH):
+        count, batch = len(crops), min(len(crops), BATCH)
+        found = [np.zeros((0, len(self.class_names)), np.float32)]
+        for start in range(0, count, BATCH):
             part = crops[start : start + BATCH]
             filled = np.concatenate([part, np.zeros((batch - len(part), *shape), np.uint8)])
-            found.append(np.asarray(self._compiled(filled))[: len(part)])
-        return np.concatenate(found)
+            found.append(np.asarray(self._compiled(filled)))
+        return np.concatenate(found)[:count]
 
     def predict(
         self, pictures: Picture | Iterable[Picture], *, top: int = 5
@@ -126,10 +109,9 @@ class Pretrained:
         one = isinstance(pictures, (str, os.PathLike, bytes)) or not isinstance(pictures, Iterable)
         if one or getattr(pictures, "ndim", 4) < 4:
             pictures = [pictures]
-        crops = [self.crop(picture) for picture in pictures]
-        if not crops:
-            return []
-        return [self.rank(row, top=top) for row in self.probabilities(np.stack(crops))]
+        crops = np.array([self.crop(picture) for picture in pictures], np.uint8)
+        probabilities = self.probabilities(crops.reshape(-1, self.size, self.size, 3))
+        return [self.rank(row, top=top) for row in probabilities]
 
     def rank(self, probabilities: np.ndarray, *, top: int = 5) -> list[tuple[str, float]]:
         """The `top` likeliest classes of one image's probabilities [K]."""
@@ -145,8 +127,6 @@ def _decode(picture: Picture, *, least: int) -> images.Image.Image:
         # Opening a named pipe would wait for a writer.
         if not path.is_file():
             raise ValueError("it is not a file" if path.exists() else "there is no such file")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"it has more than {_LARGEST_FILE:,} bytes")
         picture = path.read_bytes()
     if isinstance(picture, bytes):
         return images.decode(picture, at_least=(least, least))
@@ -159,7 +139,7 @@ def _decode(picture: Picture, *, least: int) -> images.Image.Image:
             f"it is {array.dtype} {list(array.shape)}: give pixel values 0 to 255 as uint8 "
             "[H, W] or [H, W, 1 | 3 | 4]"
         )
-    grey = array.ndim == 3 and array.shape[2] == 1
+    grey = array.shape[2:] == (1,)
     return images.upright_rgb(images.Image.fromarray(array[..., 0] if grey else array))
 
 
@@ -172,7 +152,7 @@ def load_pretrained(source: str | os.PathLike) -> Pretrained:
     Raises:
       UserError: `source` is none of these (the message lists the names), or is damaged.
     """
-    path, digest = locate(source)
+    path, digest = published.locate(source)
     return assemble(str(source), weights.load(path), digest)
 
 
@@ -202,9 +182,8 @@ def assemble(name: str, loaded: weights.Weights, sha256: str) -> Pretrained:
     mean, std = loaded.mean, loaded.std
     size, short_side = _image_sizes(loaded)
     weights.check_preprocessing(mean, std, (size, size, 3), name)
-    training = loaded.training
     return Pretrained(
-        name, model, variables, mean, std, class_names, training, size, short_side, sha256
+        name, model, variables, mean, std, class_names, loaded.training, size, short_side, sha256
     )
 
 

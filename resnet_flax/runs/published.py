@@ -1,13 +1,12 @@
 """From what a user names (published weights, a weights file, a run's directory) to a file."""
 
-import hashlib
 import os
 import pathlib
 from typing import Any
 
 from resnet_flax import models
 from resnet_flax.errors import UserError, did_you_mean
-from resnet_flax.runs.files import read_json
+from resnet_flax.runs.files import read_json, sha256_of
 
 FOLDER = pathlib.Path(__file__).parents[1] / "pretrained"
 """The published weights and their `index.json`, which `tools.publish` writes."""
@@ -39,7 +38,7 @@ def locate(source: str | os.PathLike) -> tuple[pathlib.Path, str]:
             else _no_such(str(source), index)
         )
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = sha256_of(path)
     except OSError as error:
         raise UserError(f"weights file {path} cannot be read: {error.strerror}") from error
     if entry and digest != entry["sha256"]:
@@ -65,6 +64,7 @@ def _no_such(source: str, index: dict[str, dict[str, Any]]) -> str:
     if os.sep in source or source.endswith(".safetensors"):
         return f"weights file {source} does not exist; {known}"
     if source in models.ARCHITECTURES:
-        return f"no weights are published for {source}; {known}; or give a weights file"
-    hint = did_you_mean(source, index)
-    return f"no published weights are called {source!r}{hint}; {known}; or give a weights file"
+        what = f"no weights are published for {source}"
+    else:
+        what = f"no published weights are called {source!r}{did_you_mean(source, index)}"
+    return f"{what}; {known}; or give a weights file"

@@ -31,23 +31,14 @@ _DESCRIPTION = {"model": dict, "class_names": list, "training": dict}
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """The content of a weights file.
+    """The content of a weights file."""
 
-    Attributes:
-      model: arguments of `create_model`.
-      variables: `{"params": …, "batch_stats": …}`, float32 host arrays, canonical layout.
-      mean: float32 [H, W, C] or [C], subtracted from pixel values 0 to 255.
-      std: float32 [1] or [C], divided by.
-      class_names: one per class.
-      training: result and `config` of the run, or the source of converted weights.
-    """
-
-    model: dict[str, Any]
-    variables: dict[str, Any]
-    mean: np.ndarray
-    std: np.ndarray
+    model: dict[str, Any]  # arguments of `create_model`
+    variables: dict[str, Any]  # params and batch_stats: float32 host arrays, canonical layout
+    mean: np.ndarray  # float32 [H, W, C] or [C], subtracted from pixel values 0 to 255
+    std: np.ndarray  # float32 [1] or [C], divided by
     class_names: tuple[str, ...]
-    training: dict[str, Any]
+    training: dict[str, Any]  # result and `config` of the run, or the source of converted weights
 
 
 def save(path: pathlib.Path, weights: Weights) -> None:
@@ -56,8 +47,8 @@ def save(path: pathlib.Path, weights: Weights) -> None:
     tensors = {"preprocess/mean": weights.mean, "preprocess/std": weights.std}
     tensors |= flax.traverse_util.flatten_dict(tree, sep="/")
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    metadata = {"format": FORMAT}
-    metadata |= {key: json.dumps(getattr(weights, key)) for key in _DESCRIPTION}
+    description = {key: json.dumps(getattr(weights, key)) for key in _DESCRIPTION}
+    metadata = {"format": FORMAT, **description}
     metadata["sha256"] = _content_hash(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
 
@@ -82,10 +73,8 @@ def load(path: pathlib.Path) -> Weights:
     except (safetensors.SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or "no safetensors, or damaged"
         raise UserError(f"weights file {path} cannot be read: {reason}") from error
-    if metadata.get("format") != FORMAT:
-        raise UserError(
-            f"weights file {path} is of format {metadata.get('format')!r}, not {FORMAT!r}"
-        )
+    if (form := metadata.get("format")) != FORMAT:
+        raise UserError(f"weights file {path} is of format {form!r}, not {FORMAT!r}")
     # Older versions wrote no hash.
     if "sha256" in metadata and metadata["sha256"] != _content_hash(tensors, metadata):
         raise UserError(f"weights file {path} is damaged: its content does not match its SHA-256")
@@ -121,7 +110,7 @@ def check_preprocessing(
 
 
 def save_preprocessing(path: pathlib.Path, mean: np.ndarray, std: np.ndarray) -> None:
-    """Writes the mean and the standard deviation of a run's preprocessing."""
+    """Writes what `load_preprocessing` reads."""
     write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
 
 
@@ -137,7 +126,7 @@ def for_classes(weights: Weights, class_names: tuple[str, ...], source: str) -> 
     Weights whose class names are only numbers match a data set of as many classes by order.
 
     Raises:
-      UserError: the weights, called `source` in the message, lack a class of the data set.
+      UserError: the weights lack a class of the data set.
     """
     names, count = weights.class_names, len(weights.class_names)
     are_numbers = names == tuple(map(str, range(count)))
@@ -152,17 +141,13 @@ def for_classes(weights: Weights, class_names: tuple[str, ...], source: str) -> 
     ordered = tuple(dict.fromkeys([*class_names, *names]))
     outputs = [names.index(name) for name in ordered]
     params = weights.variables["params"]
-    head = jax.tree.map(lambda values: values[..., outputs], params["head"])
+    head = {name: values[..., outputs] for name, values in params["head"].items()}
     variables = weights.variables | {"params": params | {"head": head}}
     return dataclasses.replace(weights, variables=variables, class_names=ordered)
 
 
 def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
-    """Refuses weights of a net that computes something else, even where all arrays fit.
-
-    Raises:
-      UserError: names the first option in which `weights.model` differs from `model`.
-    """
+    """Raises a UserError where `weights.model` differs from `model`: the arrays may fit even so."""
     for key, value in model.items():
         own = weights.model.get(key, _DEFAULTS.get(key, value))
         if own != value:
@@ -171,8 +156,6 @@ def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
 
 def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:
     """Returns `variables` if their names, shapes and dtypes are those of `template`.
-
-    Both are `{"params": …, "batch_stats": …}` in the canonical layout.
 
     Raises:
       UserError: names the first array that is missing, foreign, or of another shape or dtype.

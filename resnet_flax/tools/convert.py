@@ -21,7 +21,7 @@ from resnet_flax import models, pretrained
 from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
 from resnet_flax.models.resnet import without_survival
-from resnet_flax.runs import weights
+from resnet_flax.runs import published, weights
 from resnet_flax.tools import entry, torch_file, torch_names
 from resnet_flax.training.state import abstract_variables
 
@@ -33,18 +33,13 @@ PREPROCESS = {
     "cifar100": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
 }
 
-_BLOCKS = (
-    blocks.BasicBlock,
-    blocks.BottleneckBlock,
-    blocks.PreactBasicBlock,
-    blocks.PreactBottleneckBlock,
-)
+_BLOCKS = "BasicBlock", "BottleneckBlock", "PreactBasicBlock", "PreactBottleneckBlock"
 
 
 def check_expressible(name: str) -> None:
     """Raises a UserError if there is no net of this name, or its arrays mean another in PyTorch."""
-    architecture = models.get_architecture(name)
-    if architecture.block not in _BLOCKS or architecture.shortcut not in (*models.OPTIONS, "none"):
+    net = models.get_architecture(name)
+    if net.block.__name__ not in _BLOCKS or net.shortcut not in (*models.OPTIONS, "none"):
         raise UserError(
             f"model {name!r} cannot be converted: no PyTorch project's net computes the same from "
             "its arrays. Plain, residual, bottleneck and pre-activation nets can"
@@ -57,7 +52,6 @@ def from_torch(
     *,
     mean: np.ndarray,
     std: np.ndarray,
-    shortcut: str | None = None,
     stride_in_3x3: bool | None = None,
     option_a_zeros: str | None = None,
     class_names: tuple[str, ...] = (),
@@ -65,9 +59,8 @@ def from_torch(
 ) -> weights.Weights:
     """Weights of the net called `name` from a PyTorch state dict.
 
-    Options that are not given follow the state dict, or torchvision (`stride_in_3x3`), or are the
-    usual ones ("split" zeros of option A, numbers for class names). `mean` and `std`, [C] or
-    [H, W, C], are in pixel values 0 to 255.
+    `mean` and `std`, [C] or [H, W, C], are in pixel values 0 to 255. `stride_in_3x3` is by default
+    as in torchvision.
 
     Raises:
       UserError: the state dict is of another net, or the net cannot be converted.
@@ -79,18 +72,16 @@ def from_torch(
         stride_in_3x3 = architecture.image_size == 224 and architecture.block.expansion == 4
     num_classes = len(arrays.get("linear.weight", ())) or architecture.num_classes
     try:
-        shortcut, variables = _fitted(arrays, name, num_classes, shortcut)
+        shortcut, variables = _fitted(arrays, name, num_classes)
     except UserError as error:
         fitting = list(_fitting(arrays, num_classes))
         if fitting and name not in fitting:
             raise UserError(f"{error}; it fits --model={' or '.join(fitting)}") from error
         raise
-    _check_zeros(option_a_zeros, name, shortcut)
-    if option_a_zeros == "after":
-        variables = torch_names.move_zeros(variables, "split")
+    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
+    variables = _move_zeros(variables, option_a_zeros, model, "split")
     if class_names and len(class_names) != num_classes:
         raise UserError(f"there are {len(class_names)} class names, but {num_classes} classes")
-    model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
     return weights.Weights(
         model | {"stride_in_3x3": stride_in_3x3},
         variables,
@@ -101,13 +92,12 @@ def from_torch(
     )
 
 
-def _fitted(
-    arrays: dict[str, np.ndarray], name: str, num_classes: int, shortcut: str | None = None
-) -> tuple[str, dict[str, Any]]:
-    if shortcut is None and models.get_architecture(name).shortcut in models.OPTIONS:
+def _fitted(arrays: dict[str, np.ndarray], name: str, num_classes: int) -> tuple[str, dict]:
+    shortcut = models.get_architecture(name).shortcut
+    if shortcut in models.OPTIONS:
         shortcut = torch_names.shortcut_option(arrays)
     template = abstract_variables(models.create_model(name, num_classes, shortcut=shortcut))
-    return models.resolve_shortcut(name, shortcut), torch_names.from_torch(arrays, template)
+    return shortcut, torch_names.from_torch(arrays, template)
 
 
 def _fitting(arrays: dict[str, np.ndarray], num_classes: int) -> Iterator[str]:
@@ -121,11 +111,13 @@ def _fitting(arrays: dict[str, np.ndarray], num_classes: int) -> Iterator[str]:
                 yield name
 
 
-def _check_zeros(option_a_zeros: str | None, name: str, shortcut: str) -> None:
-    if option_a_zeros and shortcut != "A":
+def _move_zeros(variables: dict, option_a_zeros: str | None, model: dict, to: str) -> dict:
+    if option_a_zeros and model["shortcut"] != "A":
         raise UserError(
-            f"--option_a_zeros means nothing to {name} with shortcut={shortcut}: leave it out"
+            f"--option_a_zeros means nothing to {model['name']} with shortcut={model['shortcut']}: "
+            "leave it out"
         )
+    return torch_names.move_zeros(variables, to) if option_a_zeros == "after" else variables
 
 
 def main(argv: list[str]) -> None:
@@ -142,7 +134,6 @@ def main(argv: list[str]) -> None:
     )
     only_from = [
         parser.add_argument("--model", help="the net's name"),
-        parser.add_argument("--shortcut", help="A, B or C; default: as the file has it"),
         parser.add_argument("--stride_in_3x3", choices=["true", "false"], help="of bottlenecks"),
         parser.add_argument("--preprocess", choices=PREPROCESS, help="what the net expects"),
         parser.add_argument("--mean", help="three numbers, of pixel values from 0 to 1"),
@@ -156,11 +147,9 @@ def main(argv: list[str]) -> None:
         if args.to_torch and getattr(args, flag.dest) is not None:
             raise UserError(f"--{flag.dest} means nothing to --to_torch: leave it out")
     model, notes = _from(args) if args.from_torch else _to(args)
-    print(f"wrote {args.out}")
-    for note in notes:
-        print(f"note: {note}")
     for assumption in _assumptions(model, args.option_a_zeros):
-        print(f"note: taken to {assumption}, which a state dict does not show")
+        notes.append(f"taken to {assumption}, which a state dict does not show")
+    print(f"wrote {args.out}", *notes, sep="\nnote: ")
 
 
 def _assumptions(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[str]:
@@ -187,24 +176,22 @@ def _assumptions(model: dict[str, Any], option_a_zeros: str | None) -> Iterator[
 def _from(args) -> tuple[dict[str, Any], list[str]]:
     if not args.model:
         raise UserError("--from_torch needs --model=NAME")
-    check_expressible(args.model)
     given = _given_preprocessing(args)
     state_dict, beside, notes = torch_file.read(args.from_torch)
-    if not given and beside:
+    if beside and not given:
         notes.append("took the preprocessing that the file has")
-    if args.class_names:
-        given["class_names"] = tuple(args.class_names.split(","))
     described = beside | given
     if "mean" not in described:
         raise UserError(
             "say what the net expects of images: --preprocess="
             f"{'|'.join(PREPROCESS)}, or --mean=R,G,B --std=R,G,B"
         )
+    if args.class_names:
+        described["class_names"] = tuple(args.class_names.split(","))
     converted = from_torch(
         state_dict,
         args.model,
         **described,
-        shortcut=args.shortcut,
         stride_in_3x3={"true": True, "false": False}.get(args.stride_in_3x3),
         option_a_zeros=args.option_a_zeros,
         source=args.from_torch.name,
@@ -225,10 +212,10 @@ def _given_preprocessing(args) -> dict[str, Any]:
         return {}
     pair = PREPROCESS.get(args.preprocess) or (args.mean.split(","), args.std.split(","))
     try:
-        mean, std = (np.array(values, np.float32) for values in pair)
+        mean, std = numbers = np.array(pair, np.float32).reshape(2, 3)
     except ValueError:
-        mean = std = np.zeros(0)
-    if mean.shape != (3,) or std.shape != (3,) or not np.isfinite([mean, std]).all():
+        numbers = np.nan
+    if not np.isfinite(numbers).all():
         raise UserError(f"--mean={args.mean} and --std={args.std} must be three numbers each")
     if (std <= 0).any():
         raise UserError(f"--std={args.std} must be three positive numbers")
@@ -236,27 +223,25 @@ def _given_preprocessing(args) -> dict[str, Any]:
 
 
 def _to(args) -> tuple[dict[str, Any], list[str]]:
-    path, _ = pretrained.locate(args.to_torch)
+    path, _ = published.locate(args.to_torch)
     loaded = weights.load(path)
     name = loaded.model["name"]
     check_expressible(name)
-    model, variables = pretrained.build(loaded, str(path))
-    variables = without_survival(model, variables)
+    net, variables = pretrained.build(loaded, str(path))
     shortcut = models.resolve_shortcut(name, loaded.model.get("shortcut"))
-    _check_zeros(args.option_a_zeros, name, shortcut)
-    if args.option_a_zeros == "after":
-        variables = torch_names.move_zeros(variables, "after")
+    model = {"name": name, "shortcut": shortcut, "stride_in_3x3": net.stride_in_3x3}
+    variables = without_survival(net, variables)
+    variables = _move_zeros(variables, args.option_a_zeros, model, "after")
     style = "cifar" if models.get_architecture(name).image_size == 32 else "torchvision"
-    arrays = torch_names.to_torch(variables, style)
     beside = {"mean": loaded.mean, "std": loaded.std, "class_names": list(loaded.class_names)}
     with entry.writing(args.out):
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        where = torch_file.write(args.out, arrays, beside)
+        where = torch_file.write(args.out, torch_names.to_torch(variables, style), beside)
     note = (
         "the net expects (pixels - mean) / std of pixel values 0 to 255; mean "
         f"{list(loaded.mean.shape)}, std and class names are in {where}"
     )
-    return {"name": name, "shortcut": shortcut, "stride_in_3x3": model.stride_in_3x3}, [note]
+    return model, [note]
 
 
 if __name__ == "__main__":

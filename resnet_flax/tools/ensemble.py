@@ -20,12 +20,7 @@ from resnet_flax.training.trained import Loader, Trained
 
 
 def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
-    """Scores nets alone and together.
-
-    Returns:
-      `members`, each with `source`, `model`, `seed`, `wrong`, `error` and `weights_sha256`;
-      `data`, `examples`, `wrong` and `error` of the ensemble, `mean_error` of the members, and the
-      environment.
+    """Scores nets alone and together; returns what `--out` writes.
 
     Raises:
       UserError: fewer than two nets, the same twice, or nets of different classes or data.
@@ -39,7 +34,7 @@ def evaluate(sources: list[pathlib.Path], loader: Loader) -> dict[str, Any]:
         if twin := nets.get(trained.sha256):
             raise UserError(f"{source} and {twin.source} are the same weights; name one")
         nets[trained.sha256] = trained
-    total, members = np.zeros(()), []
+    total, members = 0.0, []
     for trained in nets.values():
         probabilities, labels = outputs.probabilities(trained)
         total = total + probabilities.astype(np.float64)
@@ -68,29 +63,17 @@ def _scored(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def _check_alike(first: Trained, other: Trained) -> None:
-    for what, get in (
-        ("data set", lambda run: run.dataset.name),
-        ("number of outputs", lambda run: run.config.model.num_classes),
-        ("data set's fingerprint", lambda run: run.dataset.fingerprint),
+    one, two = first.run, other.run
+    for what, own, firsts in (
+        ("data set", two.dataset.name, one.dataset.name),
+        ("number of outputs", two.config.model.num_classes, one.config.model.num_classes),
+        ("data set's fingerprint", two.dataset.fingerprint, one.dataset.fingerprint),
     ):
-        if get(first.run) != get(other.run):
+        if own != firsts:
             raise UserError(
-                f"{other.source} does not go with {first.source}: its {what}: {get(other.run)}; "
-                f"the other's: {get(first.run)}"
+                f"{other.source} does not go with {first.source}: its {what}: {own}; the other's: "
+                f"{firsts}"
             )
-
-
-def _text(result: dict[str, Any]) -> str:
-    lines = [
-        f"{m['source']}: {m['model']}, error {100 * m['error']:.2f} % ({m['wrong']} wrong)"
-        for m in result["members"]
-    ]
-    lines.append(
-        f"ensemble of {len(lines)} on {result['data']}: error {100 * result['error']:.2f} % "
-        f"({result['wrong']} of {result['examples']} wrong); mean of the members "
-        f"{100 * result['mean_error']:.2f} %"
-    )
-    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
@@ -105,7 +88,17 @@ def main(argv: list[str]) -> None:
     if args.out:
         with entry.writing(args.out):
             files.write_json(args.out.expanduser(), result)
-    print(json.dumps(result, indent=2) if args.json else _text(result))
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    for net in result["members"]:
+        error = f"error {100 * net['error']:.2f} % ({net['wrong']} wrong)"
+        print(f"{net['source']}: {net['model']}, {error}")
+    print(
+        f"ensemble of {len(result['members'])} on {result['data']}: error "
+        f"{100 * result['error']:.2f} % ({result['wrong']} of {result['examples']} wrong); mean of "
+        f"the members {100 * result['mean_error']:.2f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -44,15 +44,13 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f"error: {error}")
     except BrokenPipeError:
         # The reader has closed the pipe; without this Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception:
         from resnet_flax.devices import hardware
 
-        if not (reason := hardware.why_none()):
-            raise
-        print(f"error: {reason}", file=sys.stderr)
-        sys.exit(1)
+        if reason := hardware.why_none():
+            sys.exit(f"error: {reason}")
+        raise

@@ -14,7 +14,6 @@ export with the oldest version that is to read it. `--check` tries the present o
 
 import hashlib
 import importlib.metadata
-import importlib.util
 import pathlib
 from typing import Any
 
@@ -44,13 +43,14 @@ def export_net(
       OSError: the directory cannot be written.
     """
 
+    @jax.jit
     def compute(images):
         logits = net.logits(images)
         return logits if output == "logits" else jax.nn.softmax(logits)
 
     def program(batch, platforms):
         images = jax.ShapeDtypeStruct((batch, net.size, net.size, 3), np.uint8)
-        return export.export(jax.jit(compute), platforms=platforms)(images)
+        return export.export(compute, platforms=platforms)(images)
 
     serialized = bytes(program(export.symbolic_shape("b")[0], PLATFORMS).serialize())
     # With several platforms a program has one more argument, and with any number of images
@@ -63,7 +63,7 @@ def export_net(
     ):
         random = np.random.RandomState(0)
         images = random.randint(0, 256, (batch, net.size, net.size, 3), np.uint8)
-        want, got = np.asarray(jax.jit(compute)(images)), np.asarray(run(images))
+        want, got = np.asarray(compute(images)), np.asarray(run(images))
         difference = float(np.max(np.abs(got - want)))
         if not np.allclose(got, want, rtol=_TOLERANCE, atol=_TOLERANCE):
             raise UserError(f"{name} differs from {net.name} by {difference:.3g}: not written")
@@ -115,8 +115,11 @@ def check(directory: pathlib.Path) -> dict[str, Any]:
     if description is None:
         raise UserError(f"{directory} holds no {DESCRIPTION}: export to it first")
     try:
-        contents = {name: (directory / name).read_bytes() for name in description["files"]}
-        digests = {name: file["sha256"] for name, file in description["files"].items()}
+        for name, file in description["files"].items():
+            if files.sha256_of(directory / name) != file["sha256"]:
+                raise UserError(
+                    f"{directory / name} is damaged: its SHA-256 is another; export it again"
+                )
         file, writer = description["files"][PROGRAM], description["versions"]["jax"]
         images = np.zeros((2, *file["input"]["shape"][1:]), np.uint8)
         shape = (2, *file["output"]["shape"][1:])
@@ -126,12 +129,7 @@ def check(directory: pathlib.Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    for name, content in contents.items():
-        if hashlib.sha256(content).hexdigest() != digests[name]:
-            raise UserError(
-                f"{directory / name} is damaged: its SHA-256 is another; export it again"
-            )
-    found = _run(contents[PROGRAM], images, directory / PROGRAM, writer)
+    found = _run((directory / PROGRAM).read_bytes(), images, directory / PROGRAM, writer)
     if found.shape != shape or not np.isfinite(found).all():
         raise UserError(f"{directory / PROGRAM} computes no {description['output']}")
     return description
@@ -146,16 +144,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=1, help=f"images of {PORTABLE}")
     parser.add_argument("--check", type=pathlib.Path, help="folder of an export to read and run")
     args = parser.parse_args(argv)
-    if not importlib.util.find_spec("flatbuffers"):
-        raise UserError("this needs flatbuffers: pip install flatbuffers")
     if args.check:
         if args.weights or args.out:
             raise UserError("--check goes without --weights and --out")
         description = check(args.check)
-        print(
-            f"{args.check}: {description['weights']}, written by jax "
-            f"{description['versions']['jax']}, runs with jax {jax.__version__}"
-        )
+        said = f"{description['weights']}, written by jax {description['versions']['jax']}"
+        print(f"{args.check}: {said}, runs with jax {jax.__version__}")
         return
     if not (args.weights and args.out):
         raise UserError("give --weights=NAME|FILE and --out=FOLDER, or --check=FOLDER")

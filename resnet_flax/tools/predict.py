@@ -37,12 +37,12 @@ def find_images(paths: Iterable[str]) -> Iterator[str]:
     A folder that cannot be listed is returned itself, and then cannot be read.
     """
     for path in paths:
-        if not os.path.isdir(path):
+        if os.path.isdir(path):
+            failed = []
+            yield from image_files.find(path, {os.path.realpath(path)}, failed.append)
+            yield from (error.filename for error in failed)
+        else:
             yield path
-            continue
-        failed = []
-        yield from image_files.find(path, {os.path.realpath(path)}, failed.append)
-        yield from (error.filename for error in failed)
 
 
 def predict(
@@ -59,34 +59,33 @@ def predict(
         crops = []
         for found in batch:
             try:
-                crops.append(net.crop(found["image"]))
+                crop = net.crop(found["image"])
                 if thumbnails:
-                    thumbnails -= 1
                     found["thumbnail"] = net.crop(found["image"], _SIDE)
+                    thumbnails -= 1
+                crops.append(crop)
             except UserError as error:
                 found["error"] = str(error)
         rows = iter(net.probabilities(np.stack(crops)) if crops else ())
         for found in batch:
             if "error" not in found:
-                ranked = net.rank(next(rows))
                 found["predictions"] = [
-                    {"class": name, "probability": round(p, 6)} for name, p in ranked
+                    {"class": name, "probability": round(p, 6)} for name, p in net.rank(next(rows))
                 ]
             yield found
 
 
 def draw_strip(found: list[dict[str, Any]]) -> bytes:
-    """A PNG of the thumbnails in what `predict` yields, with their likeliest classes."""
+    """A PNG of the thumbnails that `predict` yields, with their likeliest classes."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    shown = [f for f in found if "thumbnail" in f]
-    columns = min(len(shown), _COLUMNS)
-    rows = -(-len(shown) // columns)
+    columns = min(len(found), _COLUMNS)
+    rows = -(-len(found) // columns)
     figure = Figure(figsize=(1.4 * columns, 1.85 * rows), dpi=100, layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+    for number, item in enumerate(found, 1):
+        axes = figure.add_subplot(rows, columns, number)
         axes.axis("off")
-    for axes, item in zip(figure.axes, shown, strict=False):
         axes.imshow(item["thumbnail"])
         best = item["predictions"][0]
         lines = _short(best["class"]), f"{100 * best['probability']:.1f} %", _short(item["image"])
@@ -108,11 +107,6 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _line(found: dict[str, Any]) -> str:
-    each = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
-    return _printable(f"{found['image']}: {', '.join(each)}")
-
-
 def main(argv: list[str]) -> None:
     """Predicts the named images."""
     parser = entry.parser(__doc__)
@@ -125,21 +119,23 @@ def main(argv: list[str]) -> None:
     if strip and (strip.suffix.lower() != ".png" or not strip.parent.is_dir()):
         raise UserError(f"--strip={strip} must be a name ending in .png in a folder that exists")
     net = pretrained.load_pretrained(args.weights)
-    kept, unreadable, total = [], 0, 0
+    listed, shown, unreadable, total = [], [], 0, 0
     for found in predict(net, find_images(args.images), thumbnails=_STRIP if strip else 0):
         total += 1
+        if "thumbnail" in found:
+            shown.append(found)
         if "error" in found:
             unreadable += 1
             print(_printable(found["error"]), file=sys.stderr)
         elif not args.json:
-            print(_line(found))
-        if args.json or "thumbnail" in found:
-            kept.append(found)
-    if strip and any("thumbnail" in f for f in kept):
+            best = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
+            print(_printable(f"{found['image']}: {', '.join(best)}"))
+        if args.json:
+            listed.append({k: v for k, v in found.items() if k != "thumbnail"})
+    if shown:
         with entry.writing(strip):
-            write_atomically(strip, draw_strip(kept))
+            write_atomically(strip, draw_strip(shown))
     if args.json:
-        listed = [{k: v for k, v in f.items() if k != "thumbnail"} for f in kept]
         print(json.dumps(listed, indent=2))
     if not total:
         raise UserError(f"there are no images in {', '.join(args.images)}")

@@ -7,7 +7,6 @@ The results folder must hold the run's config.json, run.json, result.json and me
 of any other run are refused; nothing is evaluated again.
 """
 
-import hashlib
 import pathlib
 import re
 from typing import Any
@@ -29,8 +28,8 @@ def publish(
     """Publishes the weights `file` of the run recorded in `results`; returns its index entry.
 
     Raises:
-      UserError: the weights are not those of the run, the name is taken or does not begin with the
-        net's, or the published files would be too large.
+      UserError: the weights are of another run, the name is wrong or taken, or the published files
+        would be too large.
     """
     parts = results.resolve().parts
     if "results" not in parts[:-1]:
@@ -39,12 +38,11 @@ def publish(
         if not (results / needed).is_file():
             raise UserError(f"{results} holds no {needed}: give the folder of a recorded run")
     loaded = weights.load(file)
-    net = pretrained.assemble(str(file), loaded, "")  # Raises if it cannot be used.
+    net = pretrained.assemble(str(file), loaded, files.sha256_of(file))
     result, config = (files.read_json(results / f"{kind}.json") for kind in ("result", "config"))
-    # Durations, commit and errors to the last digit identify the run. The weights keep no copy of
-    # the confusion matrix.
-    recorded = {key: value for key, value in config.items() if key.startswith("optim.")}
-    recorded |= {key: value for key, value in result.items() if key != "test_confusion_last"}
+    # Durations, commit and errors to the last digit identify the run.
+    recorded = {key: value for key, value in config.items() if key.startswith("optim.")} | result
+    recorded.pop("test_confusion_last", None)  # Not in the weights.
     own = loaded.training.get("config", {}) | loaded.training
     own["class_names"] = list(loaded.class_names)
     for key, value in recorded.items():
@@ -61,23 +59,22 @@ def publish(
     index, folder = published.read_index(), published.FOLDER
     if name in index and not replace:
         raise UserError(f"{name} is published already, from {index[name]['results']}; --replace?")
-    content, path = file.read_bytes(), folder / f"{name}.safetensors"
-    others = sum(p.stat().st_size for p in folder.glob("*.safetensors") if p != path)
-    if others + len(content) > MOST_BYTES:
+    path, size = folder / f"{name}.safetensors", file.stat().st_size
+    if size + sum(p.stat().st_size for p in folder.glob("*.safetensors") if p != path) > MOST_BYTES:
         raise UserError(
-            f"with the {len(content):,} bytes of {name} the published files would have more than "
+            f"with the {size:,} bytes of {name} the published files would have more than "
             f"{MOST_BYTES:,}"
         )
     start = len(parts) - 1 - parts[::-1].index("results")
     index[name] = {
         "file": path.name,
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": net.sha256,
         **{key: result[key] for key in ("model", "data", "seed", "steps")},
         "parameters": sum(x.size for x in jax.tree.leaves(net.variables["params"])),
         "test_error": result["test_error_last"],
         "results": "/".join(parts[start:]),
     }
-    files.write_atomically(path, content)
+    files.write_atomically(path, file.read_bytes())
     files.write_json(folder / "index.json", dict(sorted(index.items())))
     return index[name]
 

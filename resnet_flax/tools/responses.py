@@ -3,8 +3,8 @@
     python -m resnet_flax.tools.responses runs/paper/plain20/seed0 runs/paper/resnet20/seed0
 
 A response is the standard deviation, over the test set, of the output of a 3x3 layer's batch
-normalisation before the addition and the ReLU, with the statistics used at test. They are written
-to responses.json in the run's directory. Nets with another order of layers, such as pre-activation
+normalisation before the addition and the ReLU, with the statistics used at test. It is written to
+responses.json in the run's directory. Nets with another order of layers, such as pre-activation
 nets, have no batch normalisation at that place.
 """
 
@@ -18,27 +18,31 @@ from resnet_flax.training import outputs
 from resnet_flax.training.trained import Loader
 
 
-def measure(directory: pathlib.Path, loader: Loader) -> dict:
-    """Measures a finished run's layers and writes responses.json, which it returns.
+def measure(directory: pathlib.Path, loader: Loader) -> str:
+    """Writes a finished run's responses.json; returns a line about it.
 
     Raises:
-      UserError: anything the user can mend.
+      UserError: the run cannot be measured, or the file not written.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory of a run")
     trained = loader.load(directory)
     deviations, images = outputs.response_deviations(trained)
+    name, path = trained.run.config.model.name, directory / "responses.json"
     content = {
-        "model": trained.run.config.model.name,
+        "model": name,
         "data": trained.run.dataset.name,
         "images": images,
         "weights_sha256": trained.sha256,
-        "layers": [{"name": name, "std": std} for name, std in deviations.items()],
+        "layers": [{"name": layer, "std": std} for layer, std in deviations.items()],
     }
-    path = directory / "responses.json"
     with entry.writing(path):
         files.write_json(path, content)
-    return content
+    values = deviations.values()
+    return (
+        f"{directory}: {name}, {len(values)} layers, standard deviations from {min(values):.3f} to "
+        f"{max(values):.3f}, mean {sum(values) / len(values):.3f}, on {images} images"
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -50,18 +54,10 @@ def main(argv: list[str]) -> None:
     loader, failed = Loader(args.data_dir), 0
     for directory in args.runs:
         try:
-            content = measure(directory.expanduser(), loader)
+            print(measure(directory.expanduser(), loader), flush=True)
         except UserError as error:
             failed += 1
             print(f"passed over: {error}", file=sys.stderr)
-            continue
-        values = [layer["std"] for layer in content["layers"]]
-        print(
-            f"{directory}: {content['model']}, {len(values)} layers, standard deviations from "
-            f"{min(values):.3f} to {max(values):.3f}, mean {sum(values) / len(values):.3f}, on "
-            f"{content['images']} images",
-            flush=True,
-        )
     if failed:
         raise UserError(f"{failed} of {len(args.runs)} runs could not be measured")
 

@@ -20,16 +20,9 @@ def summarize(
     stride_in_3x3: bool = False,
     image_size: int | None = None,
 ) -> dict:
-    """Totals and layers of a net, for one square image of `image_size` pixels a side.
+    """Totals and, as dicts, `count.layers` of a net, for a square image of `image_size` pixels.
 
     Options are those of `models.create_model`; the default size is that of the net's data set.
-
-    Returns:
-      `name`, `shortcut`, `num_classes`, `image_size`, `parameters`, `weighted_layers`,
-      `multiply_adds`, and `layers`: `name`, `kind`, `shape`, `parameters`, `multiply_adds` of each.
-
-    Raises:
-      UserError: unknown name or option.
     """
     architecture = models.get_architecture(name)
     model = models.create_model(name, num_classes, shortcut=shortcut, stride_in_3x3=stride_in_3x3)
@@ -51,14 +44,12 @@ def summarize(
 
 
 def _table(rows: list[dict]) -> str:
-    cells = [[key.replace("_", " ") for key in rows[0]]]
-    cells += [[_cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for first, *rest in cells:
-        aligned = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join(lines)
+    columns = []
+    for key in rows[0]:
+        cells = [key.replace("_", " "), *(_cell(row[key]) for row in rows)]
+        width = max(map(len, cells))
+        columns.append([c.rjust(width) if columns else c.ljust(width) for c in cells])
+    return "\n".join(map("  ".join, zip(*columns, strict=True)))
 
 
 def _cell(value) -> str:
@@ -81,12 +72,10 @@ def main(argv: list[str]) -> None:
     name, as_json = options.pop("model"), options.pop("json")
     if options.pop("list") == bool(name):
         raise UserError("give either --model=NAME or --list")
-    names = [name] if name else models.ARCHITECTURES
-    totals = [summarize(name, **options) for name in names]
+    totals = [summarize(name, **options) for name in ([name] if name else models.ARCHITECTURES)]
     layers = [total.pop("layers") for total in totals]
     if as_json:
-        content = {**totals[0], "layers": layers[0]} if name else totals
-        print(json.dumps(content, indent=2))
+        print(json.dumps(totals[0] | {"layers": layers[0]} if name else totals, indent=2))
         return
     if name:
         print(_table(layers[0]), end="\n\n")

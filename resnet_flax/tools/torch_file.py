@@ -33,11 +33,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any], lis
     """The state dict in a PyTorch or safetensors file.
 
     Returns:
-      Arrays by name, PyTorch's floats as float32; `mean`, `std` and `class_names` as in
+      Arrays by name, PyTorch's floats as float32; `mean`, `std` and `class_names` of
       `weights.Weights` if this package wrote the file; notes for the user.
 
     Raises:
-      UserError: there is none, or it holds more than plain tensors.
+      UserError: there is no state dict, or more than plain tensors.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -71,16 +71,16 @@ def _read_torch(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, An
     found = dict(_state_dicts(content, torch.Tensor))
     if not found:
         raise UserError(f"{path} holds no state dict")
-    taken = next((key for key in _KEYS if key in found), next(iter(found)))
+    taken = next(key for key in (*_KEYS, *found) if key in found)
     if len(found) > 1 and taken not in _KEYS:
         raise UserError(f"{path} holds several state dicts: {', '.join(found)}; save one alone")
     rest = ", ".join(key for key in found if key != taken)
     notes = [f"took {taken} of the file, not {rest}"] if rest else []
-    tensors = {k: v for k, v in found[taken].items() if isinstance(v, torch.Tensor)}
     try:
         arrays = {
             name: (value.detach().float() if value.is_floating_point() else value).numpy()
-            for name, value in tensors.items()
+            for name, value in found[taken].items()
+            if isinstance(value, torch.Tensor)
         }
     except (TypeError, RuntimeError, NotImplementedError) as error:
         raise UserError(

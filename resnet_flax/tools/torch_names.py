@@ -4,7 +4,6 @@ CIFAR projects (akamaster, chenyaofo, …) and torchvision agree on `conv1`, `bn
 `layer<stage>.<block>.conv<i>` / `bn<i>`.
 """
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,21 +61,18 @@ def blocks(names: Iterable[str], inside: str = "") -> set[tuple[int, int]]:
     return {(int(m[1]), int(m[2])) for m in found if m[3].startswith(inside)}
 
 
-def shortcut_option(names: Iterable[str]) -> str:
-    """Option A, B or C, by the blocks that have a projection in `canonical` names."""
-    names = list(names)
-    projected = blocks(names, "shortcut.")
-    if not projected:
+def shortcut_option(arrays: Mapping[str, Any]) -> str:
+    """Option A, B or C, by the blocks that have a projection in `canonical` arrays."""
+    if not (projected := blocks(arrays, "shortcut.")):
         return "A"
-    return "C" if projected == blocks(names) else "B"
+    return "C" if projected == blocks(arrays) else "B"
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict[str, Any]:
     """Variables in the canonical layout, of the shapes in `template`, from `canonical` arrays.
 
     Raises:
-      UserError: names the first array that is missing, foreign, of another shape or kind, or not
-        finite.
+      UserError: an array is missing, foreign, of another shape or kind, or not finite.
     """
     flat = flax.traverse_util.flatten_dict(template)
     paths = {_torch_name(path): path for path in flat}
@@ -120,22 +116,18 @@ def _torch_name(path: tuple[str, ...], style: str = "cifar") -> str:
 
 
 def move_zeros(variables: Mapping[str, Any], to: str) -> dict[str, Any]:
-    """Moves the zeros of option A's new channels; the outputs of the net stay the same.
+    """Moves the zeros of option A's new channels, by another order of the channels of the same net.
 
     This package puts the zeros half before and half after the old channels ("split"), some PyTorch
-    projects all of them "after". It is the same net with its channels in another order. `variables`
-    are canonical, and have their zeros where `to` does not say.
+    projects all of them "after". `variables` are canonical, with the zeros where `to` does not say.
     """
     params = variables["params"]
     last = "3" if "conv3" in params["stage1_block1"] else "2"
     preactivation = "final_bn" in params
     # The new order of the channels of the stem and of each stage.
     orders = [np.arange(params["stem_conv"]["kernel"].shape[-1])]
-    for stage in itertools.count(1):
-        if f"stage{stage}_block1" not in params:
-            break
-        width = params[f"stage{stage}_block1"][f"conv{last}"]["kernel"].shape[-1]
-        old = len(orders[-1])
+    while first := params.get(f"stage{len(orders)}_block1"):
+        old, width = len(orders[-1]), first[f"conv{last}"]["kernel"].shape[-1]
         before, after = np.split(np.arange(old, width), [(width - old) // 2])
         orders.append(np.concatenate([before, orders[-1], after]))
     if to == "after":

@@ -7,12 +7,11 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks, layout
+from resnet_flax.models import blocks
 from resnet_flax.models.layers import BatchNorm
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.training import augment, steps
@@ -21,43 +20,36 @@ from resnet_flax.training.trained import Trained
 
 def _each_batch(step: Callable, trained: Trained, variables: Any) -> Iterator[Any]:
     """`step(variables, images, labels, resident)` of each test batch, on the host; shows a bar."""
-    feed, batch_size = trained.test_feed(), trained.run.config.eval.batch_size
+    feed, mesh = trained.test_feed(), trained.run.mesh
 
-    def chunk(variables, resident, batches):
-        def one(batch):
-            split = sharding.split(trained.run.mesh)
-            return step(variables, *steps.examples(resident, batch, split), resident)
+    def at(variables, resident, batches, i):
+        batch = jax.tree.map(lambda x: x[i], batches)
+        examples = steps.examples(resident, batch, sharding.split(mesh))
+        return step(variables, *examples, resident)
 
-        # On a CPU a chunk is one batch, see `feed`, and XLA optimises less inside loops.
-        if jax.tree.leaves(batches)[0].shape[0] == 1:
-            return jax.tree.map(lambda x: x[None], one(jax.tree.map(lambda x: x[0], batches)))
-        return jax.lax.map(one, batches)
-
-    compiled = jax.jit(chunk, out_shardings=NamedSharding(trained.run.mesh, PartitionSpec()))
+    compiled = jax.jit(at, out_shardings=sharding.replicated(mesh))
+    batch_size = trained.run.config.eval.batch_size
     with tqdm(total=feed.size, unit=" images", disable=None, leave=False) as bar:
         for batches in feed.batches(batch_size):
-            out = jax.device_get(compiled(variables, feed.resident, batches))
-            for i in range(len(jax.tree.leaves(out)[0])):
+            for i in range(len(jax.tree.leaves(batches)[0])):
+                yield jax.device_get(compiled(variables, feed.resident, batches, i))
                 bar.update(min(batch_size, feed.size - bar.n))
-                yield jax.tree.map(lambda x, i=i: x[i], out)
 
 
 def probabilities(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
-    """Class probabilities of every test example that can be read, in the data set's order.
+    """Class probabilities, float32 [N, K], and labels, int32 [N], of the test examples in order.
 
-    Returns:
-      float32 [N, K] and the labels, int32 [N].
+    Unreadable examples are left out.
     """
-    run, variables = trained.run, trained.variables()
+    run = trained.run
     ten_crops = run.dataset.train.image_shape[0] if run.config.eval.crops == 10 else 0
     logits_of = steps.make_predict(run.model, ten_crops)
 
     def step(variables, images, labels, resident):
         return jax.nn.softmax(logits_of(variables, images, resident)), labels
 
-    variables = layout.to_scanned(variables) if run.model.scan else variables
-    found, labels = zip(*_each_batch(step, trained, variables), strict=True)
-    found, labels = np.concatenate(found), np.concatenate(labels)
+    batches = _each_batch(step, trained, trained.variables(scanned=run.model.scan))
+    found, labels = map(np.concatenate, zip(*batches, strict=True))
     return found[labels >= 0], labels[labels >= 0]
 
 
@@ -65,8 +57,7 @@ def response_layers(model: ResNet, name: str) -> list[str]:
     """The batch normalisations that follow the 3x3 convolutions of a net, in order [R, Fig. 7].
 
     Raises:
-      UserError: in this net, called `name`, none stands between a 3x3 convolution and the addition
-        or ReLU.
+      UserError: the net, called `name`, has its layers in another order.
     """
     if issubclass(model.block, blocks.BasicBlock):
         own = ("bn1", "bn2")
@@ -86,7 +77,7 @@ def response_layers(model: ResNet, name: str) -> list[str]:
 
 
 def response_deviations(trained: Trained) -> tuple[dict[str, float], int]:
-    """Responses by layer: standard deviations over all test examples, positions and channels.
+    """Standard deviation of each response over test examples, positions and channels.
 
     Returns:
       Deviations of the `response_layers`, and the number of examples.
