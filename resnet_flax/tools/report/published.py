@@ -1,4 +1,4 @@
-"""Published results on CIFAR-10; `published.toml` holds the numbers and their sources."""
+"""Published results on CIFAR-10, from `published.toml`."""
 
 import pathlib
 import tomllib

@@ -12,7 +12,7 @@ MISSING, NONE = "missing", "\N{EN DASH}"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; line breaks separate the entries of a cell, a wide one is set in small type."""
+    """Line breaks separate the entries of a cell; a wide table is set in small type."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,18 +35,14 @@ def comparisons(experiments: list[Experiment]) -> tuple[list[Table], list[str]]:
     comparable = [e for e in experiments if e.is_comparable]
     done = {e.model for e in comparable}.difference(TABLES[0]["models"])
     for table in TABLES:
-        if table["optional"] and done.isdisjoint(table["models"]):
+        if table.get("optional") and done.isdisjoint(table["models"]):
             absent.append(table["title"])
             continue
-        sources = [SOURCES[name] for name in table["sources"]]
         rows = []
         for model in table["models"]:
-            theirs = [source["errors"].get(model, NONE) for source in sources]
+            theirs = [SOURCES[name]["errors"].get(model, NONE) for name in table["sources"]]
             rows.append((model, _here(model, comparable), *theirs))
-        notes = tuple(
-            f"{name}: {source['where']}; {source['protocol']}."
-            for name, source in zip(table["sources"], sources, strict=True)
-        )
+        notes = tuple(f"{name}: {SOURCES[name]['note']}." for name in table["sources"])
         columns = ("net", "here, last step", *table["sources"])
         tables.append(Table(table["title"], columns, rows, notes, wide=False))
     return tables, absent
