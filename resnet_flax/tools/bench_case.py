@@ -19,7 +19,7 @@ from resnet_flax.training.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to measure, and how."""
+    """What to measure."""
 
     model: str
     batch_size: int  # examples a step, over all devices; 0: the recipe's
@@ -34,11 +34,7 @@ class Case:
 
 
 def make_config(case: Case) -> ConfigDict:
-    """The case's configuration, by the paper's recipe for the model's data set.
-
-    Raises:
-      UserError: it makes no sense.
-    """
+    """The case's configuration, by the paper's recipe for the model's data set."""
     large = models.get_architecture(case.model).image_size > 32
     config = imagenet_config() if large else base_config()
     config.model.name, config.model.dtype = case.model, case.dtype
@@ -60,13 +56,10 @@ class _Decoded(StreamedSplit):
 
 
 def make_setups(case: Case) -> list[Setup]:
-    """The case's setup on noise, or the ones of several seeds (`train.num_seeds`).
+    """The case's setup on noise, one for each seed (`train.num_seeds`).
 
     Images of CIFAR's size lie on the devices. Larger ones are streamed as in a run, but need no
     decoding.
-
-    Raises:
-      UserError: the case makes no sense, or there are too few devices.
     """
     config, architecture = make_config(case), models.get_architecture(case.model)
     mesh = hardware.choose_mesh(config)

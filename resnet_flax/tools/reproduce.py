@@ -144,8 +144,8 @@ class Runner:
                 env=shared | os.environ,
                 start_new_session=True,  # A terminal's Ctrl-C comes once, from here.
             )
-            log = first.directory / "log.txt"
-            self._processes.append(_Process(list(logs), popen, log, output.tell()))
+            place = first.directory / "log.txt"
+            self._processes.append(_Process(list(logs), popen, place, output.tell()))
         for run in logs:
             del self._left[run.name]
 

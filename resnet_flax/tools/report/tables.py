@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import statistics
 
-from resnet_flax.tools.report.published import PAPER_STEPS, SOURCES, TABLES
+from resnet_flax.tools.report.published import ERRORS, PAPER_STEPS, SOURCES, TABLES
 from resnet_flax.tools.report.runs import Experiment, Run, by_classes
 
 MISSING, NONE = "missing", "\N{EN DASH}"
@@ -40,9 +40,9 @@ def comparisons(experiments: list[Experiment]) -> tuple[list[Table], list[str]]:
             continue
         rows = []
         for model in table["models"]:
-            theirs = [SOURCES[name]["errors"].get(model, NONE) for name in table["sources"]]
+            theirs = [ERRORS.get(model, {}).get(name, NONE) for name in table["sources"]]
             rows.append((model, _here(model, comparable), *theirs))
-        notes = tuple(f"{name}: {SOURCES[name]['note']}." for name in table["sources"])
+        notes = tuple(f"{name}: {SOURCES[name]}." for name in table["sources"])
         columns = ("net", "here, last step", *table["sources"])
         tables.append(Table(table["title"], columns, rows, notes, wide=False))
     return tables, absent
@@ -78,7 +78,8 @@ def overview(experiments: list[Experiment]) -> Table:
     )  # fmt: skip
     rows = []
     for e in experiments:
-        published = SOURCES["[R]"]["errors"].get(e.model) or SOURCES["[I]"]["errors"].get(e.model)
+        theirs = ERRORS.get(e.model, {})
+        published = theirs.get("[R]") or theirs.get("[I]")
         seconds, speed = e.values("seconds"), e.values("images_per_second")
         unfinished = f"\n{len(e.unfinished)} unfinished" if e.unfinished else ""
         hardware = sorted({str(run.result.get("hardware")) for run in e.finished})
