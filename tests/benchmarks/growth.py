@@ -3,12 +3,12 @@
     python -m tests.benchmarks.growth --out=growth.json
     python -m tests.benchmarks.growth --parts=depth,batch --depth_batch=128 --out=growth.json
 
-Steps are measured as by `resnet_flax.tools.bench`, and what --out holds is not measured again.
-"power" is the exponent p of cost ~ size^p between a row and the one before: 1 is in proportion.
-Seeds train in one program (`config.train.num_seeds`); "nets an hour" is how many times as many one
-can train so as one after the other. The start is the time from the command of `resnet_flax.main` to
-the first line of metrics.jsonl, with an empty cache and with what that run has left there: by
-default of ResNet-20 on the digits, with --start_config=configs/resnet20.py on CIFAR-10.
+Steps are measured as by `resnet_flax.tools.bench`; what --out holds is not measured again. "power"
+is the exponent p of cost ~ size^p between a row and the one before: 1 is in proportion. Seeds train
+in one program (`config.train.num_seeds`); "nets an hour" compares that with one after the other.
+The start is the time from the command of `resnet_flax.main` to the first line of metrics.jsonl,
+with an empty cache and with what that run has left there: by default of ResNet-20 on the digits,
+with --start_config=configs/resnet20.py on CIFAR-10, which lies where $TFDS_DATA_DIR says.
 """
 
 import argparse
@@ -55,7 +55,6 @@ def table(title, sizes, rows):
 
 
 def nets_an_hour(seeds, rows):
-    """A line for each number of seeds after one: what is gained by training them together."""
     seconds = {
         n: statistics.median(row["measured"]["step_seconds"])
         for n, row in zip(seeds, rows, strict=True)
@@ -90,7 +89,7 @@ def start_seconds(flags, cache, folder):
                 first = time.perf_counter() - begin
             time.sleep(0.01)
         errors.seek(0)
-        said = (errors.read().strip().splitlines() or [""])[-1]
+        said = errors.read().strip().rpartition("\n")[2]
     if process.returncode or first is None:
         raise RuntimeError(f"status {process.returncode}: {said[:300]}")
     return first
@@ -126,11 +125,8 @@ def main(argv=None):
     add("--batch", type=int, default=128, help="examples a step (and net) of devices and seeds")
     add("--seeds", default="1,2,4,8,16", help="numbers of nets in one program")
     add("--start_config", default="configs/quickstart.py", help="of the start")
-    add("--data_dir", help="where TFDS has the start's data")
-    add("--dtype", default="auto")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=2.0, help="shortest timing")
-    add("--examples", type=int, default=50_000, help="training images")
     add("--out", type=pathlib.Path, required=True, help="JSON file")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
@@ -139,9 +135,10 @@ def main(argv=None):
 
     def case(model, batch, devices, seeds=1):
         overrides = {"train.num_seeds": str(seeds)} if seeds > 1 else {}
-        timing = args.repeats, args.seconds, max(args.examples, batch), 1, ["train"]
-        case = bench_case.Case(model, batch, args.dtype, devices, *timing, overrides)
-        return dataclasses.asdict(case)
+        timing = args.repeats, args.seconds, 50_000, 1, ["train"]
+        return dataclasses.asdict(
+            bench_case.Case(model, batch, "auto", devices, *timing, overrides)
+        )
 
     nets = args.depths.split(",")
     batches, devices, seeds = (
@@ -165,12 +162,11 @@ def main(argv=None):
             texts.append(nets_an_hour(seeds, rows))
     if "start" in parts:
         content = files.read_json(args.out) or {"rows": []}
-        flags = [f"--config={args.start_config}"]
-        flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
         starts = content.setdefault("start", {})
         found = starts.get(args.start_config, {"error": ""})
         if "error" in found:
-            found = starts[args.start_config] = measure_start(flags, args.repeats)
+            found = measure_start([f"--config={args.start_config}"], args.repeats)
+            starts[args.start_config] = found
             files.write_json(args.out, content)
         texts.append(f"seconds to the first record, {args.start_config}")
         is_error = "error" in found

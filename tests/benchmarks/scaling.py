@@ -130,7 +130,6 @@ def compile_step(model, each, group):
     (here,) = bench_case.make_setups(case)
     batch = each * jax.device_count()
     mesh = sharding.make_mesh(jax.devices(), batch)
-    # It is accelerators that this is about.
     compiled = bench_compile.lower(here, mesh, "tpu", 1, batch).compile()
     here.close()
     return compiled
