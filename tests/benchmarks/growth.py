@@ -8,7 +8,7 @@ is the exponent p of cost ~ size^p between a row and the one before: 1 is in pro
 in one program (`config.train.num_seeds`); "nets an hour" compares that with one after the other.
 The start is the time from the command of `resnet_flax.main` to the first line of metrics.jsonl,
 with an empty cache and with what that run has left there: by default of ResNet-20 on the digits,
-with --start_config=configs/resnet20.py on CIFAR-10, which lies where $TFDS_DATA_DIR says.
+with --start_config=configs/resnet20.py on CIFAR-10.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def main(argv=None):
     add("--batch", type=int, default=128, help="examples a step (and net) of devices and seeds")
     add("--seeds", default="1,2,4,8,16", help="numbers of nets in one program")
     add("--start_config", default="configs/quickstart.py", help="of the start")
+    add("--data_dir", help="where TFDS has the start's data")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=2.0, help="shortest timing")
     add("--out", type=pathlib.Path, required=True, help="JSON file")
@@ -135,10 +136,8 @@ def main(argv=None):
 
     def case(model, batch, devices, seeds=1):
         overrides = {"train.num_seeds": str(seeds)} if seeds > 1 else {}
-        timing = args.repeats, args.seconds, 50_000, 1, ["train"]
-        return dataclasses.asdict(
-            bench_case.Case(model, batch, "auto", devices, *timing, overrides)
-        )
+        rest = "auto", devices, args.repeats, args.seconds, 50_000, 1, ["train"], overrides
+        return dataclasses.asdict(bench_case.Case(model, batch, *rest))
 
     nets = args.depths.split(",")
     batches, devices, seeds = (
@@ -165,8 +164,9 @@ def main(argv=None):
         starts = content.setdefault("start", {})
         found = starts.get(args.start_config, {"error": ""})
         if "error" in found:
-            found = measure_start([f"--config={args.start_config}"], args.repeats)
-            starts[args.start_config] = found
+            flags = [f"--config={args.start_config}"]
+            flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
+            found = starts[args.start_config] = measure_start(flags, args.repeats)
             files.write_json(args.out, content)
         texts.append(f"seconds to the first record, {args.start_config}")
         is_error = "error" in found
