@@ -37,18 +37,18 @@ class Trainer:
         platform, config = sharding.platform(setups[0].mesh), setups[0].config
         self.length = feed.chunk_steps(self._feeds[0], config.train.chunk_steps, platform)
         self.states = [s.create_state() for s in setups]
-        self._groups = seeds.programs([s.mesh for s in setups])
         self.compile_seconds, self.programs = 0.0, {}
-        for group in self._groups:
-            key = setups[group[0]].mesh, len(group)
-            if key not in self.programs:
-                chunk = setups[group[0]].make_train_chunk(several=len(group) > 1)
+        self._groups = []  # of nets, each with its program
+        for group in seeds.programs([s.mesh for s in setups]):
+            first = setups[group[0]]
+            if first.mesh not in self.programs:
+                chunk = first.make_train_chunk(several=len(group) > 1)
                 lowered = chunk.lower(*self._arguments(group))
                 begin = time.perf_counter()
-                self.programs[key] = lowered.compile()
+                self.programs[first.mesh] = lowered.compile()
                 self.compile_seconds += time.perf_counter() - begin
-                cpu.limit_kept_memory(self.programs[key])
-        self._programs = [self.programs[setups[g[0]].mesh, len(g)] for g in self._groups]
+                cpu.limit_kept_memory(self.programs[first.mesh])
+            self._groups.append((group, self.programs[first.mesh]))
 
     def _arguments(self, group: Sequence[int]):
         feeds = [self._feeds[i] for i in group]
@@ -58,11 +58,13 @@ class Trainer:
 
     def _dispatch(self) -> list[Any]:
         found = []
-        for group, program in zip(self._groups, self._programs, strict=True):
+        for group, program in self._groups:
             states, sums = program(*self._arguments(group))
-            for i, state in zip(group, states if len(group) > 1 else [states], strict=True):
+            if len(group) == 1:
+                states, sums = [states], [sums]
+            for i, state in zip(group, states, strict=True):
                 self.states[i] = state
-            found.append(sums)
+            found += sums
         self._step += self.length
         return found
 
@@ -73,8 +75,7 @@ class Trainer:
             before, pending = pending, self._dispatch()
             if before is not None:
                 jax.device_get(before)
-        sums = jax.tree.leaves(jax.device_get(pending), is_leaf=lambda x: isinstance(x, dict))
-        self.loss = float(np.mean([x["loss"][-1] for x in sums]))
+        self.loss = float(np.mean([sums["loss"][-1] for sums in jax.device_get(pending)]))
         jax.block_until_ready(self.states)
         return (time.perf_counter() - begin) / (chunks * self.length)
 
