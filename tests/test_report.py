@@ -41,11 +41,9 @@ def write_run(directory, error=0.1, *, finished=True, seed=0, shortcut=None, inf
         (directory / f"{file}.json").write_text(json.dumps(content))
     points = [("test", total * i // 4, error * (5 - i)) for i in range(1, 5)]
     points += [("train", total * i // 500, error * (1 - i / 1000)) for i in range(1, 501)]
-    with open(directory / "metrics.jsonl", "w") as log:
-        for split, step, value in points:
-            print(
-                json.dumps({"split": split, "step": step, "error": value, "examples": 1}), file=log
-            )
+    keys = "split", "step", "error", "examples"
+    log = [json.dumps(dict(zip(keys, (*point, 1), strict=True))) for point in points]
+    (directory / "metrics.jsonl").write_text("\n".join(log))
     return directory
 
 
