@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 import timeit
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from tests.benchmarks import pytorch_step
@@ -185,35 +186,37 @@ def build(name, args):
     return *pytorch_step.make(args.depth, args.batch, dtype, options, device), 1
 
 
-def prepare(name, args):
-    """A variant's function, and what is known before its first turn."""
-    run, parameters, about, unit = build(name, args)
-    run(math.ceil(5 / unit) * unit)
-    number, seconds = timeit.Timer(lambda: run(unit)).autorange()
-    steps = unit * max(1, round(args.seconds * number / seconds))
-    return run, {"steps": steps, "parameters": parameters, "about": about}
-
-
-def serve(connection, name, args):
-    """A variant's process: gets ready at the first message, and takes a turn at each later one."""
+def load(name, platform):
+    """The first task of a variant's process; all load at once."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.12")
-    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
-    with contextlib.suppress(ImportError):  # All load at once.
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[platform]
+    with contextlib.suppress(ImportError):
         importlib.import_module("torch" if VARIANTS[name].kind == "torch" else "flax")
-    run = None
-    while True:
-        connection.recv()
-        try:
-            if run is None:
-                run, ready = prepare(name, args)
-                answer, steps = ready, ready["steps"]
-            else:
-                begin = time.perf_counter()
-                loss = run(steps)
-                answer = {"seconds": (time.perf_counter() - begin) / steps, "loss": loss}
-        except Exception as error:
-            answer = {"cannot": f"{type(error).__name__}: {str(error)[:300]}"}
-        connection.send(answer)
+
+
+def prepare(name, args):
+    """The second: builds the variant; returns its row of the results."""
+    global _run
+    _run, parameters, about, unit = build(name, args)
+    _run(math.ceil(5 / unit) * unit)
+    number, seconds = timeit.Timer(lambda: _run(unit)).autorange()
+    steps = unit * max(1, round(args.seconds * number / seconds))
+    return {"steps": steps, "parameters": parameters, "about": about, "seconds": []}
+
+
+def take_turn(steps):
+    """Every later one; returns the seconds a step, and the loss."""
+    begin = time.perf_counter()
+    loss = _run(steps)
+    return (time.perf_counter() - begin) / steps, loss
+
+
+def attempt(task, *arguments):
+    """What `task` returns, or the reason why not, as text: not every exception can be sent."""
+    try:
+        return task(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def measure(names, args):
@@ -222,44 +225,36 @@ def measure(names, args):
     found, not_run, workers = {}, {}, {}
     for name in names:
         if args.platform in (known := VARIANTS[name].platforms):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, name, args), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = process, here
+            workers[name] = futures.ProcessPoolExecutor(1, context)
+            workers[name].submit(load, name, args.platform)
         else:
             not_run[name] = f"exists on {' and '.join(known)} only"
 
-    def ask(name):
-        process, connection = workers[name]
+    def ask(name, *task):
         try:
-            connection.send(None)
-            answer = connection.recv()
-        except (EOFError, OSError):
-            process.join()
-            answer = {"cannot": f"exit status {process.exitcode}"}
-        if "cannot" not in answer:
-            return answer
-        not_run[name] = answer["cannot"]
-        found.pop(name, None)
-        workers.pop(name)[0].kill()
-        return None
+            answer = workers[name].submit(attempt, *task).result()
+        except futures.BrokenExecutor as error:
+            answer = str(error)
+        if isinstance(answer, str):
+            not_run[name] = answer
+            found.pop(name, None)
+            workers.pop(name).shutdown()
+            return None
+        return answer
 
-    try:
-        # One by one, for compilers time candidates on the device.
-        for name in list(workers):
-            print(f"starting {name}", file=sys.stderr, flush=True)
-            if ready := ask(name):
-                found[name] = ready | {"seconds": []}
-        for number in range(args.rounds):
-            # There and back, so that nobody always follows the same one.
-            for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                if done := ask(name):
-                    found[name]["seconds"].append(done["seconds"])
-                    found[name]["loss"] = done["loss"]
-    finally:
-        for process, _ in workers.values():
-            process.kill()
+    # One by one, for compilers time candidates on the device.
+    for name in list(workers):
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        if row := ask(name, prepare, name, args):
+            found[name] = row
+    for number in range(args.rounds):
+        # There and back, so that nobody always follows the same one.
+        for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
+            if turn := ask(name, take_turn, found[name]["steps"]):
+                found[name]["seconds"].append(turn[0])
+                found[name]["loss"] = turn[1]
+    for worker in workers.values():
+        worker.shutdown()
     for name in [n for n, f in found.items() if not math.isfinite(f["loss"])]:
         not_run[name] = f"its loss is {found.pop(name)['loss']}"
     counts = {f["parameters"] for f in found.values()}
