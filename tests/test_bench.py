@@ -67,7 +67,7 @@ def test_images_of_imagenets_size_are_streamed():
         ("--parts=training", "'training' must be one of train, eval"),
         ("--repeats=0", "--repeats=0 and --seconds=2 must be above 0"),
         ("--set=model.remat", "config.model.remat= must be true or false"),
-        ("--set=model.rematt=True", "no such config key (did you mean 'model.remat'?)"),
+        ("--set=model.rematt=True", "is no config key (did you mean --config.model.remat?)"),
         ("--set=optim.learning_rate=-1", "config.optim.learning_rate=-1"),
         ("--out=/nowhere/at/all/x.json", "there is no directory /nowhere/at/all"),
         ("--model=resnet20", "unrecognized arguments"),

@@ -22,10 +22,11 @@ from resnet_flax.runs import metrics
 from resnet_flax.runs.directory import Directory
 
 _DEPTHS = 20, 32, 44, 56, 110
-_SHORTCUTS = "constant_scaling exclusive_gating shortcut_gating-bias0 shortcut_gating " + (
-    "conv_shortcut dropout_shortcut"
-)
-_ACTIVATIONS = "bn_after_addition relu_before_addition relu_only_preact preact"
+_SHORTCUTS = (
+    "constant_scaling", "exclusive_gating", "shortcut_gating-bias0", "shortcut_gating",
+    "conv_shortcut", "dropout_shortcut",
+)  # fmt: skip
+_ACTIVATIONS = "bn_after_addition", "relu_before_addition", "relu_only_preact", "preact"
 
 # The rows of each table. A row is a net with its own config; "-B", "-C" and "-bias0" change a key
 # of it, "modern-" takes configs/modern.py.
@@ -41,8 +42,8 @@ EXPERIMENTS: dict[str, list[str]] = {
     # [I, Table 3]
     "preact": ["resnet110", "resnet110_preact", "resnet164_bottleneck", "resnet164_preact"],
     # [I, Tables 1 and 2]
-    "shortcuts": ["resnet110", *(f"resnet110_{kind}" for kind in _SHORTCUTS.split())],
-    "activations": ["resnet110", *(f"resnet110_{kind}" for kind in _ACTIVATIONS.split())],
+    "shortcuts": ["resnet110", *(f"resnet110_{kind}" for kind in _SHORTCUTS)],
+    "activations": ["resnet110", *(f"resnet110_{kind}" for kind in _ACTIVATIONS)],
     # The nets of Table 6 with later training habits.
     "modern": [f"modern-resnet{depth}" for depth in _DEPTHS],
 }
