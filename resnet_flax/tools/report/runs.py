@@ -87,17 +87,18 @@ def read(roots: list[pathlib.Path]) -> tuple[list[Run], list[str]]:
 
 
 def _load(directory: pathlib.Path) -> Run:
-    names = (*_CHECKS, "responses.json")
-    config, info, result, responses = (files.read_json(directory / name) for name in names)
+    config, info, result = (files.read_json(directory / name) for name in _CHECKS)
     if config is None or info is None:
         raise UserError(f"{directory} holds no {'run' if config else 'config'}.json")
     config = DEFAULTS | config
-    for name, content in zip(_CHECKS, (config, info, result), strict=True):
-        if content is not None:
-            _check(name, content)
-    if result and result["steps"] != info["total_steps"]:
-        raise ValueError(f"result.json has {result['steps']} steps, not {info['total_steps']}")
-    deviations = [float(layer["std"]) for layer in responses["layers"]] if responses else []
+    _check("config.json", config)
+    _check("run.json", info)
+    if result is not None:
+        _check("result.json", result)
+        if result["steps"] != info["total_steps"]:
+            raise ValueError(f"result.json has {result['steps']} steps, not {info['total_steps']}")
+    responses = files.read_json(directory / "responses.json") or {"layers": []}
+    deviations = [float(layer["std"]) for layer in responses["layers"]]
     if not np.isfinite(deviations).all():
         raise ValueError("responses.json has a number that is not finite")
     log = metrics.read_records(directory / "metrics.jsonl")
