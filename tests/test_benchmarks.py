@@ -107,7 +107,7 @@ def test_growth_is_measured_once(tmp_path, capsys, monkeypatch):
     assert calls == ["resnet8"] + ["resnet20"] * 5
     content = json.loads(out.read_text())
     assert len(content["rows"]) == 6
-    assert content["rows"][1]["case"]["overrides"] == {"train.num_seeds": "2"}
+    assert content["rows"][-1]["case"]["overrides"] == {"train.num_seeds": "2"}
     assert content["start"] == {"configs/quickstart.py": {"cold": [1.0], "cached": [0.5]}}
     printed = capsys.readouterr().out
     # As long a step for two nets as for one.

@@ -92,19 +92,18 @@ def run_cases(cases: Sequence[Row], path: pathlib.Path | None, target: str | Non
     failed; its other content stays.
     """
     content = (files.read_json(path) if path else None) or {}
-    old, rows = content.get("rows", []), []
+    known = {json.dumps(row["case"]): row for row in content.get("rows", [])}
     command = shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]])
     for number, case in enumerate(cases, 1):
-        row = next((r for r in old if r["case"] == case and "error" not in r), None)
-        if row is None:
+        key = json.dumps(case)
+        if key not in known or "error" in known[key]:
             what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
             print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
-            row = run_case(case, target)
-        rows.append(row)
-        if path:
-            others = [r for r in old if r["case"] not in [x["case"] for x in rows]]
-            files.write_json(path, content | {"command": command, "rows": rows + others})
-    return {"command": command, "rows": rows}
+            known[key] = run_case(case, target)
+            if path:
+                rows = list(known.values())
+                files.write_json(path, content | {"command": command, "rows": rows})
+    return {"command": command, "rows": [known[json.dumps(case)] for case in cases]}
 
 
 def table(rows: Sequence[Row], keys: Sequence[str]) -> str:
