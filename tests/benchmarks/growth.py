@@ -13,8 +13,6 @@ with --start_config=configs/resnet20.py on CIFAR-10.
 
 import argparse
 import dataclasses
-import itertools
-import math
 import os
 import pathlib
 import statistics
@@ -22,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import numpy as np
 
 from resnet_flax import models
 from resnet_flax.runs import files
@@ -33,8 +33,8 @@ DEPTHS = "resnet20,resnet32,resnet44,resnet56,resnet110,resnet1202"
 
 def power(sizes, costs):
     """The exponent between each point and the one before; None for the first."""
-    points = itertools.pairwise(zip(sizes, costs, strict=True))
-    return [None] + [math.log(c1 / c0) / math.log(s1 / s0) for (s0, c0), (s1, c1) in points]
+    exponents = np.diff(np.log(costs)) / np.diff(np.log(sizes))
+    return [None, *exponents.tolist()][: len(sizes)]
 
 
 def table(title, sizes, rows):
