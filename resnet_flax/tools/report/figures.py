@@ -166,10 +166,9 @@ def _parameters(experiments: list[Experiment]) -> Iterator[Picture]:
     if not colors:
         return
     paper = [(size, published.paper_error(model)) for model, size in published.PARAMETERS.items()]
-    highway = [(net["parameters"], net["error"]) for net in published.HIGHWAY.values()]
-    ink = matplotlib.rcParams["text.color"]
-    for points, marker, label in ((paper, "D", "published [R]"), (highway, "s", "Highway nets")):
-        axes.plot(*zip(*points, strict=True), marker, color=ink, fillstyle="none", label=label)
+    style = {"color": matplotlib.rcParams["text.color"], "fillstyle": "none"}
+    axes.plot(*zip(*paper, strict=True), "D", label="published [R]", **style)
+    axes.plot(*zip(*published.HIGHWAY, strict=True), "s", label="Highway nets", **style)
     axes.set(xscale="log", xlabel="parameters", ylabel="test error, last step (%)")
     axes.legend()
     caption = "Mean and standard deviation; published numbers hollow."

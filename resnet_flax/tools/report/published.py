@@ -11,7 +11,7 @@ ERRORS: dict[str, dict[str, str]] = _DATA["errors"]
 TABLES: list[dict] = _DATA["tables"]
 TRAINING_ERRORS: dict[str, float] = _DATA["fig6_training_errors"]
 PARAMETERS: dict[str, int] = _DATA["parameters"]
-HIGHWAY: dict[str, dict] = _DATA["highway"]
+HIGHWAY: list[list[float]] = _DATA["highway"]
 
 
 def paper_error(model: str) -> float:
