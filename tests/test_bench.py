@@ -67,7 +67,7 @@ def test_images_of_imagenets_size_are_streamed():
         ("--parts=training", "'training' must be one of train, eval"),
         ("--repeats=0", "--repeats=0 and --seconds=2 must be above 0"),
         ("--set=model.remat", "config.model.remat= must be true or false"),
-        ("--set=model.rematt=True", "no such config key (did you mean 'model.remat'?)"),
+        ("--set=model.rematt=True", "is no config key (did you mean --config.model.remat?)"),
         ("--set=optim.learning_rate=-1", "config.optim.learning_rate=-1"),
         ("--out=/nowhere/at/all/x.json", "there is no directory /nowhere/at/all"),
         ("--model=resnet20", "unrecognized arguments"),
@@ -300,21 +300,19 @@ def test_loops_inside_a_step_count_as_often_as_they_turn():
     assert found["cycles_per_step"] == found["cycles_per_chunk"] == 180
 
 
+CONVOLUTION = 'convolution(%p.4), backend_config={"estimated_cycles":"100"}'
+
+
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
         ('"known_trip_count":{"n":"3"}', "", "how often a loop of the program turns"),
         ("constant(2)", "constant(3)", "no loop of 2 turns"),
         (" while(", " call(", "no loop of 2 turns"),
-        # A conditional that the compiler gives no cycles.
-        (
-            'convolution(%p.4), backend_config={"estimated_cycles":"100"}',
-            "conditional(%p.4)",
-            "branch",
-        ),
+        (CONVOLUTION, "conditional(%p.4)", "branch"),
     ],
 )
-def test_what_cannot_be_told_of_a_program_has_a_reason(old, new, reason):
+def test_programs_that_cannot_be_counted(old, new, reason):
     assert old in HLO
     for platform in ("tpu", "gpu"):
         found = bench_program.count(HLO.replace(old, new), THUNKS, platform, 2)

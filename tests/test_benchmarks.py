@@ -30,29 +30,24 @@ def test_ratios_are_paired_and_of_one_dtype():
 
 
 def test_the_net_in_pytorch_is_the_same_and_learns():
-    torch = pytest.importorskip("torch")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # Tests share the cores.
-    try:
-        run, parameters, _ = pytorch_step.make(8, BATCH, "bfloat16", ("channels-last",), "cpu")
-        assert parameters == PARAMETERS
-        first = run(pytorch_step.BATCHES)
-        # The same eight batches, again and again.
-        assert 0 < run(4 * pytorch_step.BATCHES) < first
-    finally:
-        torch.set_num_threads(threads)
+    pytest.importorskip("torch").set_num_threads(1)  # Tests share the cores.
+    run, parameters, _ = pytorch_step.make(8, BATCH, "bfloat16", ("channels-last",), "cpu")
+    assert parameters == PARAMETERS
+    first = run(pytorch_step.BATCHES)
+    # The same eight batches, again and again.
+    assert 0 < run(4 * pytorch_step.BATCHES) < first
 
 
 def test_variants_take_turns_and_those_that_cannot_are_named(tmp_path, capsys):
     out, graph = tmp_path / "turns.json", "PyTorch float32 whole-step graph"
     names = [FLAX, "this package float32 on one device"]
-    flags = "--model=resnet8 --batch=16 --rounds=2 --steps=1".split()
+    flags = "--model=resnet8 --batch=16 --rounds=2 --seconds=1e-9".split()
     side_by_side.main([*flags, f"--variants={','.join(names)},*float32 whole*", f"--out={out}"])
     result = json.loads(out.read_text())
     assert list(result["variants"]) == names
     for row in result["variants"].values():
         assert row["parameters"] == PARAMETERS
-        assert row["steps"] == row["unit"] == 1
+        assert row["steps"] == 1
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) > 0
         assert math.isfinite(row["loss"])
@@ -74,14 +69,9 @@ def test_wrong_arguments(wrong, capsys):
 
 
 def growth_row(seconds):
-    return {
-        "measured": {
-            "step_seconds": [seconds, seconds, 2 * seconds],
-            "train_images_per_second": [10 / seconds],
-            "compile_seconds": 4 * seconds,
-            "temporary_bytes": 5_000_000,
-        },
-    }
+    measured = {"step_seconds": [seconds, seconds, 2 * seconds], "compile_seconds": 4 * seconds}
+    measured |= {"train_images_per_second": [10 / seconds], "temporary_bytes": 5_000_000}
+    return {"measured": measured}
 
 
 def test_a_table_of_growth():
@@ -117,7 +107,7 @@ def test_growth_is_measured_once(tmp_path, capsys, monkeypatch):
     assert calls == ["resnet8"] + ["resnet20"] * 5
     content = json.loads(out.read_text())
     assert len(content["rows"]) == 6
-    assert content["rows"][1]["case"]["overrides"] == {"train.num_seeds": "2"}
+    assert content["rows"][-1]["case"]["overrides"] == {"train.num_seeds": "2"}
     assert content["start"] == {"configs/quickstart.py": {"cold": [1.0], "cached": [0.5]}}
     printed = capsys.readouterr().out
     # As long a step for two nets as for one.

@@ -41,11 +41,9 @@ def write_run(directory, error=0.1, *, finished=True, seed=0, shortcut=None, inf
         (directory / f"{file}.json").write_text(json.dumps(content))
     points = [("test", total * i // 4, error * (5 - i)) for i in range(1, 5)]
     points += [("train", total * i // 500, error * (1 - i / 1000)) for i in range(1, 501)]
-    with open(directory / "metrics.jsonl", "w") as log:
-        for split, step, value in points:
-            print(
-                json.dumps({"split": split, "step": step, "error": value, "examples": 1}), file=log
-            )
+    keys = "split", "step", "error", "examples"
+    log = [json.dumps(dict(zip(keys, (*point, 1), strict=True))) for point in points]
+    (directory / "metrics.jsonl").write_text("\n".join(log))
     return directory
 
 
@@ -167,7 +165,7 @@ def test_published_numbers_are_of_models_that_exist():
     for table in published.TABLES:
         assert {model.partition("-")[0] for model in table["models"]} <= models.ARCHITECTURES.keys()
         for source in table["sources"]:
-            assert published.SOURCES[source]["errors"].keys() & set(table["models"])
+            assert any(source in published.ERRORS.get(model, ()) for model in table["models"])
     errors = [published.paper_error(f"resnet{n}") for n in (20, 32, 44, 56, 110, 1202)]
     assert errors == [8.75, 7.51, 7.17, 6.97, 6.43, 7.93]
 

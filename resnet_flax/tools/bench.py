@@ -4,18 +4,18 @@ python -m resnet_flax.tools.bench
 python -m resnet_flax.tools.bench --models=resnet20,resnet110 --batch_sizes=128,1024 \
     --dtypes=float32,bfloat16 --devices=1,2 --out=bench.json
 
-Every combination runs in a process of its own, on random images, without programs that earlier runs
-have compiled, and executes what a training run does. With --out, what that file holds already is
-not measured again. "matmul_share" is the multiply-adds of convolutions and dense layers, three
-times for forwards and backwards, as a share of the rate of a product of large matrices ("ceiling").
+Every combination executes what a training run does, in a process of its own, on random images,
+with no programs compiled by earlier runs. What the file --out holds already is not measured again.
+"matmul_share" is the multiply-adds of convolutions and dense layers, three times for forwards and
+backwards, as a share of the rate of a product of large matrices ("ceiling").
 
 python -m resnet_flax.tools.bench --compile_for=h100 --models=resnet20,resnet110
 python -m resnet_flax.tools.bench --compile_for=v5e --devices=8 --json
 
-Compiles the steps that a run would dispatch at once, with the compiler of devices that are not here
-(h100, v5e, v6e), and executes nothing. Of a GPU it counts what a step launches, inside CUDA graphs
-too, and what the host submits, where a graph is one. Of a TPU it adds up the cycles that the
-compiler expects.
+Compiles the steps that a run would dispatch at once, for devices that are not here (h100, v5e,
+v6e), and executes nothing. For a GPU it counts what a step launches, inside CUDA graphs too, and
+what the host submits, where a graph is one. For a TPU it adds up the cycles that the compiler
+expects.
 """
 
 import argparse
@@ -54,9 +54,9 @@ _COMPILERS = {"gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu
 
 
 def run_case(case: Row, target: str | None = None) -> Row:
-    """The row of a `bench_case.Case`: `case` and `measured`, or for a target `COMPILED`.
+    """The row of a `bench_case.Case`: `case` and `measured`, or the keys `COMPILED` for a target.
 
-    Where it failed, or something cannot be told, there is `error`.
+    `error` says why something is missing.
     """
     with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as folder:
         # Programs in the user's cache would hide how long compiling takes.
@@ -86,25 +86,24 @@ def run_case(case: Row, target: str | None = None) -> Row:
 
 
 def run_cases(cases: Sequence[Row], path: pathlib.Path | None, target: str | None = None) -> Row:
-    """`command`, and `rows`: of each case, see `run_case`. Announces each on stderr.
+    """`command`, and `rows`: of each case, see `run_case`.
 
     The JSON file `path` is updated row by row. Cases that it holds are not run again unless they
     failed; its other content stays.
     """
     content = (files.read_json(path) if path else None) or {}
-    old, rows = content.get("rows", []), []
+    known = {json.dumps(row["case"]): row for row in content.get("rows", [])}
     command = shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]])
     for number, case in enumerate(cases, 1):
-        row = next((r for r in old if r["case"] == case and "error" not in r), None)
-        if row is None:
+        key = json.dumps(case)
+        if key not in known or "error" in known[key]:
             what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
             print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
-            row = run_case(case, target)
-        rows.append(row)
-        if path:
-            others = [r for r in old if r["case"] not in [x["case"] for x in rows]]
-            files.write_json(path, content | {"command": command, "rows": rows + others})
-    return {"command": command, "rows": rows}
+            known[key] = run_case(case, target)
+            if path:
+                rows = list(known.values())
+                files.write_json(path, content | {"command": command, "rows": rows})
+    return {"command": command, "rows": [known[json.dumps(case)] for case in cases]}
 
 
 def table(rows: Sequence[Row], keys: Sequence[str]) -> str:
@@ -152,8 +151,8 @@ def _make_cases(args: argparse.Namespace) -> list[Row]:
     return cases
 
 
-def whole_numbers(text: str) -> list[int]:
-    """Those of a flag, separated by commas."""
+def whole_numbers(text: str) -> list[int]:  # its name is in argparse's message
+    """Parses numbers separated by commas."""
     return [int(x) for x in text.split(",")]
 
 
@@ -177,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str]) -> None:
-    """Measures or compiles what the flags ask for, and prints it."""
+    """Measures or compiles, and prints the rows."""
     args = _parser().parse_args(argv)
     cases, target = _make_cases(args), args.compile_for
     platform = bench_compile.TARGETS.get(target)

@@ -38,10 +38,10 @@ def _devices(target: str, count: int) -> list[Any]:
 def lower(
     here: Setup, mesh: Mesh, platform: str, steps: int, batch_size: int, nets: int = 1
 ) -> jax.stages.Lowered:
-    """A chunk of `steps` training steps of `batch_size` examples, for devices that are not here.
+    """A chunk of `steps` training steps of `batch_size` examples on the devices of `mesh`.
 
     `here` is the setup on a CPU, with any batch size. `platform` chooses the model, see
-    `setup.make_model`. Of several `nets` the chunk has one branch each.
+    `setup.make_model`. The chunk has a branch for each of several `nets`.
     """
     run = dataclasses.replace(here, mesh=mesh, model=setup.make_model(here.config, platform))
 
@@ -68,9 +68,6 @@ def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
     """What a chunk of training steps consists of on one of `TARGETS`, see `bench_program.count`.
 
     `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
-
-    Raises:
-      UserError: the case makes no sense, or does not compile.
     """
     (here, *others), platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
     if others and platform != "gpu":

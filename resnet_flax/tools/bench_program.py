@@ -110,18 +110,18 @@ def _launches(thunks: Sequence[_Thunk], program: _Program, name: str) -> tuple[i
 
 
 def count(text: str, thunk_text: str, platform: str, steps: int) -> dict[str, Any]:
-    """What a training step executes; loops inside it count as often as they turn.
+    """What one of the `steps` of a chunk executes; loops inside it count as often as they turn.
 
     Args:
-      text: `compiled.as_text()` of a chunk of training steps.
-      thunk_text: of a GPU, XLA's list of what the chunk launches.
+      text: `compiled.as_text()` of the chunk.
+      thunk_text: XLA's list of what the chunk launches on a GPU.
       platform: "gpu" or "tpu".
       steps: of the chunk.
 
     Returns:
       `all_reduces`; for a GPU `launches` (kernels, library calls, copies and memory fills, inside
       CUDA graphs too) and `host_submissions` (a CUDA graph is one); for a TPU `cycles_per_step` and
-      `cycles_per_chunk`, as its compiler estimates them. `error`: why the rest is missing.
+      `cycles_per_chunk`, as its compiler estimates them. `error` says why the rest is missing.
     """
     program, found, step, thunks = _Program(text), {}, "ENTRY", _read_thunks(thunk_text)
     try:

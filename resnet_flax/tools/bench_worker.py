@@ -1,8 +1,6 @@
-"""Measures or compiles one case of `tools.bench`, in a process of its own: prints a JSON object.
+"""Measures or compiles one case of `tools.bench`, in a process of its own; prints a JSON object.
 
 python -m resnet_flax.tools.bench_worker CASE [TARGET FOLDER]     (CASE: a `Case` as JSON)
-
-What is timed or compiled is what a training run executes, in the order of its loop.
 """
 
 import json
@@ -11,7 +9,8 @@ import pathlib
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import timeit
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -33,23 +32,23 @@ class Trainer:
     """Chunks of training steps, dispatched and read as `loop.Loop` does."""
 
     def __init__(self, setups: Sequence[Setup]):
-        """Compiles, and notes how long that took."""
+        """Compiles the programs, and measures how long that takes."""
         self._feeds, self._step, self.loss = [s.train_feed for s in setups], 0, math.nan
         platform, config = sharding.platform(setups[0].mesh), setups[0].config
         self.length = feed.chunk_steps(self._feeds[0], config.train.chunk_steps, platform)
         self.states = [s.create_state() for s in setups]
-        self._groups = seeds.programs([s.mesh for s in setups])
         self.compile_seconds, self.programs = 0.0, {}
-        for group in self._groups:
-            key = setups[group[0]].mesh, len(group)
-            if key not in self.programs:
-                chunk = setups[group[0]].make_train_chunk(several=len(group) > 1)
+        self._groups = []  # of nets, each with its program
+        for group in seeds.programs([s.mesh for s in setups]):
+            first = setups[group[0]]
+            if first.mesh not in self.programs:
+                chunk = first.make_train_chunk(several=len(group) > 1)
                 lowered = chunk.lower(*self._arguments(group))
                 begin = time.perf_counter()
-                self.programs[key] = lowered.compile()
+                self.programs[first.mesh] = lowered.compile()
                 self.compile_seconds += time.perf_counter() - begin
-                cpu.limit_kept_memory(self.programs[key])
-        self._programs = [self.programs[setups[g[0]].mesh, len(g)] for g in self._groups]
+                cpu.limit_kept_memory(self.programs[first.mesh])
+            self._groups.append((group, self.programs[first.mesh]))
 
     def _arguments(self, group: Sequence[int]):
         feeds = [self._feeds[i] for i in group]
@@ -59,11 +58,13 @@ class Trainer:
 
     def _dispatch(self) -> list[Any]:
         found = []
-        for group, program in zip(self._groups, self._programs, strict=True):
+        for group, program in self._groups:
             states, sums = program(*self._arguments(group))
-            for i, state in zip(group, states if len(group) > 1 else [states], strict=True):
+            if len(group) == 1:
+                states, sums = [states], [sums]
+            for i, state in zip(group, states, strict=True):
                 self.states[i] = state
-            found.append(sums)
+            found += sums
         self._step += self.length
         return found
 
@@ -74,14 +75,9 @@ class Trainer:
             before, pending = pending, self._dispatch()
             if before is not None:
                 jax.device_get(before)
-        losses = [x["loss"][-1] for x in jax.tree.leaves(jax.device_get(pending), is_leaf=_is_sums)]
-        self.loss = float(np.mean(losses))
+        self.loss = float(np.mean([sums["loss"][-1] for sums in jax.device_get(pending)]))
         jax.block_until_ready(self.states)
         return (time.perf_counter() - begin) / (chunks * self.length)
-
-
-def _is_sums(node: Any) -> bool:
-    return isinstance(node, dict)
 
 
 def _peak_bytes(mesh: Mesh) -> int | None:
@@ -94,15 +90,6 @@ def _peak_bytes(mesh: Mesh) -> int | None:
     return 1024 * int(found[1]) if found else None
 
 
-def _times(repeats: int, function: Callable[[], Any]) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return times
-
-
 def _matmul_rate(mesh: Mesh, dtype: Any, repeats: int) -> float:
     side, products = 1024 if sharding.platform(mesh) == "cpu" else 8192, 10
     shape, where = (mesh.size, side, side), sharding.split(mesh)
@@ -110,18 +97,20 @@ def _matmul_rate(mesh: Mesh, dtype: Any, repeats: int) -> float:
     draw = jax.jit(lambda key: jax.random.normal(key, shape, dtype), out_shardings=where)
     a, b = (draw(key) for key in jax.random.split(jax.random.key(0)))
     product = jax.jit(jnp.matmul, out_shardings=where)
-    # The first timing compiles.
-    times = _times(
-        1 + repeats, lambda: jax.block_until_ready([product(a, b) for _ in range(products)])
-    )
-    return products * 2 * side**3 * mesh.size / min(times[1:])
+
+    def multiply():
+        jax.block_until_ready([product(a, b) for _ in range(products)])
+
+    multiply()  # compiles
+    seconds = min(timeit.repeat(multiply, number=1, repeat=repeats))
+    return products * 2 * side**3 * mesh.size / seconds
 
 
 def measure(case: Case) -> dict[str, Any]:
     """The parts of a case: times in seconds and rates a second, a list of one for each repeat.
 
-    `xla` is the compiler's own count for the chunk of training steps, for a device, as it is: the
-    body of a loop once, and nothing for calls of a library such as cuDNN.
+    `xla` is the compiler's own count for a device's chunk of training steps. It counts the body of
+    a loop once, and calls of a library such as cuDNN not at all.
     """
     setups = make_setups(case)
     run, trainer = setups[0], Trainer(setups)
@@ -152,7 +141,7 @@ def measure(case: Case) -> dict[str, Any]:
     if "eval" in case.parts:
         variables = trainer.states[0].evaluated()
         examples = run.score(variables)["test"].examples
-        times = _times(case.repeats, lambda: run.score(variables))
+        times = timeit.repeat(lambda: run.score(variables), number=1, repeat=case.repeats)
         found["eval_images_per_second"] = [examples / t for t in times]
     if "ceiling" in case.parts:
         rate = _matmul_rate(run.mesh, run.model.dtype, case.repeats)
@@ -165,9 +154,8 @@ def measure(case: Case) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    """Prints what was found."""
-    # As `main` does, before anything large is allocated.
-    cpu.keep_freed_memory()
+    """Runs the case."""
+    cpu.keep_freed_memory()  # as a run does, before anything large is allocated
     case = Case(**json.loads(argv[0]))
     print(json.dumps(compile_chunk(case, *argv[1:]) if argv[1:] else measure(case)))
 

@@ -22,10 +22,11 @@ from resnet_flax.runs import metrics
 from resnet_flax.runs.directory import Directory
 
 _DEPTHS = 20, 32, 44, 56, 110
-_SHORTCUTS = "constant_scaling exclusive_gating shortcut_gating-bias0 shortcut_gating " + (
-    "conv_shortcut dropout_shortcut"
-)
-_ACTIVATIONS = "bn_after_addition relu_before_addition relu_only_preact preact"
+_SHORTCUTS = (
+    "constant_scaling", "exclusive_gating", "shortcut_gating-bias0", "shortcut_gating",
+    "conv_shortcut", "dropout_shortcut",
+)  # fmt: skip
+_ACTIVATIONS = "bn_after_addition", "relu_before_addition", "relu_only_preact", "preact"
 
 # The rows of each table. A row is a net with its own config; "-B", "-C" and "-bias0" change a key
 # of it, "modern-" takes configs/modern.py.
@@ -40,26 +41,16 @@ EXPERIMENTS: dict[str, list[str]] = {
     "bottleneck": ["resnet47_bottleneck", "resnet164_bottleneck"],
     # [I, Table 3]
     "preact": ["resnet110", "resnet110_preact", "resnet164_bottleneck", "resnet164_preact"],
-    # [I, Table 1]
-    "shortcuts": ["resnet110", *(f"resnet110_{kind}" for kind in _SHORTCUTS.split())],
-    # [I, Table 2], ResNet-110
-    "activations": ["resnet110", *(f"resnet110_{kind}" for kind in _ACTIVATIONS.split())],
+    # [I, Tables 1 and 2]
+    "shortcuts": ["resnet110", *(f"resnet110_{kind}" for kind in _SHORTCUTS)],
+    "activations": ["resnet110", *(f"resnet110_{kind}" for kind in _ACTIVATIONS)],
     # The nets of Table 6 with later training habits.
     "modern": [f"modern-resnet{depth}" for depth in _DEPTHS],
-}
-_OPTIONS = {
-    "B": {"model.shortcut": "B"},
-    "C": {"model.shortcut": "C"},
-    "bias0": {"model.gate_bias": "0"},
 }
 
 
 def rows_of(experiment: str, *, with_1202: bool = False) -> list[str]:
-    """The rows of an experiment, or of "all", each once; ResNet-1202 only where asked for.
-
-    Raises:
-      UserError: there is no such experiment.
-    """
+    """The rows of an experiment, or of "all", each once; ResNet-1202 only where asked for."""
     if experiment not in (*EXPERIMENTS, "all"):
         known = ", ".join([*EXPERIMENTS, "all"])
         raise UserError(f"unknown experiment {experiment!r}; known: {known}")
@@ -70,19 +61,12 @@ def rows_of(experiment: str, *, with_1202: bool = False) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One row with one seed.
-
-    Attributes:
-      row: for example "resnet20-B".
-      directory: <workdir>/<row>/seed<k>.
-      config: its whole configuration.
-      flags: of `python -m resnet_flax.main`, except --workdir.
-    """
+    """One row with one seed."""
 
     row: str
-    directory: pathlib.Path
+    directory: pathlib.Path  # WORKDIR/<row>/seed<k>
     config: ConfigDict
-    flags: tuple[str, ...]
+    flags: tuple[str, ...]  # of `resnet_flax.main`, --config first, without --workdir
 
     @property
     def name(self) -> str:
@@ -90,7 +74,7 @@ class Run:
         return f"{self.row}/{self.directory.name}"
 
     def command(self, seeds: int = 1) -> list[str]:
-        """Trains it, or `seeds` runs: it and the seeds after it."""
+        """Trains the run and, in the same process, the next `seeds` - 1."""
         place = self.directory if seeds == 1 else self.directory.parent
         several = [f"--config.train.num_seeds={seeds}"] if seeds > 1 else []
         file, *settings = self.flags
@@ -100,7 +84,7 @@ class Run:
         """What result.json holds if the run is finished.
 
         Raises:
-          UserError: the directory belongs to another run.
+          UserError: the directory belongs to a run of another configuration.
         """
         directory = Directory(self.directory)
         directory.check_config(flatten(self.config))
@@ -118,7 +102,7 @@ class Run:
         return False
 
     def cost(self) -> int:
-        """Layers computed in a forward pass over all examples of the run."""
+        """Layers times training examples."""
         examples = self.config.train.total_steps * self.config.data.batch_size
         return models.get_architecture(self.config.model.name).weighted_layers * examples
 
@@ -131,14 +115,9 @@ def make_runs(
     scale: float = 1.0,
     overrides: Mapping[str, str],
 ) -> list[Run]:
-    """Every row with the seeds 0, 1, …: first all rows with seed 0, and so on.
+    """All rows with seed 0, then all with seed 1, up to `seeds` of them.
 
-    Args:
-      rows: see `rows_of`.
-      workdir: of all runs.
-      seeds: how many.
-      scale: multiplies all durations that are not in `overrides`, see `scaled`.
-      overrides: values as text, by flat key, for all runs.
+    `scale` shortens all durations that are not in `overrides`, see `scaled`.
 
     Raises:
       UserError: an override or the scale makes no sense, or there is no `configs/`.
@@ -167,7 +146,7 @@ def make_runs(
 
 
 def _config_of(row: str) -> tuple[pathlib.Path, list[str], dict[str, str]]:
-    """File, its argument if it takes one, and changes."""
+    # The file, its argument if it takes one, and changes of it.
     folder = pathlib.Path(resnet_flax.__file__).resolve().parent.parent / "configs"
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: install the project from a clone (pip install -e)")
@@ -178,21 +157,20 @@ def _config_of(row: str) -> tuple[pathlib.Path, list[str], dict[str, str]]:
         file = "identity_mappings"
     else:
         file = net if (folder / f"{net}.py").exists() else "paper"
-    changes = dict(_OPTIONS[option]) if option else {}
-    return folder / f"{file}.py", [net] if file != net else [], changes
+    changes = {"model.gate_bias": "0"} if option == "bias0" else {"model.shortcut": option}
+    return folder / f"{file}.py", [net] if file != net else [], changes if option else {}
 
 
 def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
     """The values, as text by flat key, that multiply every duration of a run by `scale`.
 
-    Lengths and boundaries are rounded to whole steps, at least one, and boundaries still rise.
-    Evaluations and checkpoints stay at least 50 steps or a quarter of the run apart.
-
-    Raises:
-      UserError: the scale is not above 0 and at most 1.
+    Durations are at least one step, and boundaries still rise. Evaluations and checkpoints stay at
+    least 50 steps or a quarter of the run apart.
     """
     if not 0 < scale <= 1:
         raise UserError(f"--scale={scale:g} must be above 0 and at most 1")
+    if scale == 1:
+        return {}
 
     def shorten(steps: int) -> int:
         return max(1, round(steps * scale))
@@ -200,7 +178,7 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
     total = shorten(config.train.total_steps)
     changes: dict[str, str] = {}
     for key, value in flatten(config).items():
-        if scale == 1 or not key.endswith("_steps") or not value:
+        if not key.endswith("_steps") or not value:
             continue
         if isinstance(value, tuple):
             rising = itertools.accumulate(map(shorten, value), lambda a, b: max(a + 1, b))
@@ -214,16 +192,12 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
 
 
 def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str, str], str]:
-    """How far each run is and the time that is left, by name; the sum of all.
+    """How far each run is, by name, and a line on all of them, with the time left.
 
-    Times go by finished runs: of the same row if there are any, else by all and their depths.
-
-    Args:
-      runs: all of them.
-      results: of finished runs, by name.
-      jobs: how many run side by side.
+    Times are estimated from `results`, of finished runs by name: from the same row if there are
+    any, else from all rows and their depths. `jobs` runs are made side by side.
     """
-    # What several seeds in one program took, they took together.
+    # Seeds in one program took their time together.
     seconds = {name: r["seconds"] / r.get("seeds_in_program", 1) for name, r in results.items()}
     finished = [run for run in runs if run.name in results]
     status, times = {}, []

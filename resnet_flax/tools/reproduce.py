@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.signals import answered_by
@@ -35,7 +35,7 @@ from resnet_flax.tools import entry
 from resnet_flax.tools.experiments import Run, lock, make_runs, plan, rows_of
 from resnet_flax.training import inputs
 
-# Seconds between looks at our own processes, at all runs, and between lines that sum them up.
+# Seconds between looks at our own processes, between looks at all runs, and between summaries.
 _LOOK, _LOOK_AT_ALL, _SUM_UP = 0.2, 5.0, 60.0
 
 
@@ -46,36 +46,30 @@ def _say(line: str) -> None:
 class _Process(NamedTuple):
     runs: list[Run]  # one, or several seeds of a row
     popen: subprocess.Popen
-    logs: contextlib.ExitStack
-    output: IO
+    log: pathlib.Path
     start: int  # of its own output there, bytes
 
 
 class Runner:
-    """Makes runs, a number of them side by side, and keeps account of how each ends.
+    """Makes runs in order, `jobs` processes side by side, and records how each ends.
 
     A process that makes a run inherits the lock on the run's log.txt, and keeps it even if this
-    one is killed. A run that another process is at is looked at again until it is finished, or
-    free and resumed here. So each of several runners ends when all runs are finished.
-
-    Attributes:
-      done: results of finished runs, by name.
-      failed: why, with the end of the log, by name.
-      stop_signal: the signal that stopped everything, or 0.
+    one is killed. A run held by another process is looked at again until it is finished, or free
+    and resumed here. So each of several runners ends when all runs are finished.
     """
 
     def __init__(self, runs: list[Run], *, jobs: int = 1, seeds_per_run: int = 1):
-        """Starts nothing yet: runs begin in this order, `seeds_per_run` at most in a process."""
-        self.done: dict[str, dict] = {}
-        self.failed: dict[str, str] = {}
-        self.stop_signal = 0
+        """Starts nothing yet."""
+        self.done: dict[str, dict] = {}  # results of finished runs, by name
+        self.failed: dict[str, str] = {}  # why, with the end of the log, by name
+        self.stop_signal = 0  # the signal that stopped everything
         self._runs, self._jobs, self._seeds_per_run = runs, jobs, seeds_per_run
         self._left, self._processes = {run.name: run for run in runs}, list[_Process]()
         self._signals, self._say_once = deque[int](), functools.cache(_say)
         self._next_look, self._next_sum = 0.0, time.monotonic() + _SUM_UP
 
     def run(self) -> None:
-        """Returns when every run has ended, or, after a signal, has saved and stopped."""
+        """Returns when every run has ended, or has saved and stopped after a signal."""
         with answered_by(self._stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             while self._processes or (self._left and not self.stop_signal):
                 while self._signals:
@@ -106,7 +100,8 @@ class Runner:
         for run in list(self._left.values()):
             try:
                 if result := run.result():
-                    self._note_done(run, result)
+                    del self._left[run.name]
+                    self.done[run.name] = result
             except UserError as error:
                 self._note_failed(run, str(error))
         for run in list(self._left.values()):
@@ -117,7 +112,7 @@ class Runner:
                     self._note_failed(run, f"{error.filename}: {first_line(error)}")
 
     def _start(self, first: Run) -> None:
-        """Starts a process for a run and the seeds after it, as far as they are free."""
+        # In one process: the run, and the seeds after it as far as they are free.
         with contextlib.ExitStack() as stack:
             logs = {}
             for seed in range(first.config.seed, first.config.seed + self._seeds_per_run):
@@ -149,9 +144,9 @@ class Runner:
                 env=shared | os.environ,
                 start_new_session=True,  # A terminal's Ctrl-C comes once, from here.
             )
-            process = _Process(list(logs), popen, stack.pop_all(), output, output.tell())
-        self._processes.append(process)
-        for run in process.runs:
+            place = first.directory / "log.txt"
+            self._processes.append(_Process(list(logs), popen, place, output.tell()))
+        for run in logs:
             del self._left[run.name]
 
     def _reap(self, process: _Process) -> None:
@@ -159,12 +154,11 @@ class Runner:
         self._next_look = 0.0
         status = process.popen.returncode
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        said = pathlib.Path(process.output.name).read_bytes()[process.start :]
-        lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
-        process.logs.close()
+        said = process.log.read_bytes()[process.start :].decode(errors="replace")
+        lines = [line for line in said.splitlines() if line.strip()]
         for run in process.runs:
             if result := run.result():
-                self._note_done(run, result)
+                self.done[run.name] = result
                 _say(f"{run.name}: done, test error {100 * result['test_error_last']:.2f} %")
             elif run.is_running():
                 self._left[run.name] = run  # Another process was faster.
@@ -173,10 +167,6 @@ class Runner:
             else:
                 self._note_failed(run, "\n".join([how, *lines[-12:]]))
 
-    def _note_done(self, run: Run, result: dict) -> None:
-        self._left.pop(run.name, None)
-        self.done[run.name] = result
-
     def _note_failed(self, run: Run, reason: str) -> None:
         self._left.pop(run.name, None)
         self.failed[run.name] = reason
@@ -184,7 +174,7 @@ class Runner:
 
 
 def finish(runner: Runner, workdir: pathlib.Path) -> None:
-    """Says how it all ended; exits with a status other than 0 unless all runs are finished."""
+    """Prints how it all ended; exits with a status other than 0 unless all runs are finished."""
     if runner.stop_signal:
         print("Stopped; all is saved. The same command goes on from there.")
         sys.exit(128 + runner.stop_signal)
@@ -198,11 +188,9 @@ def finish(runner: Runner, workdir: pathlib.Path) -> None:
 
 
 def _choose_jobs(asked: int | None) -> int:
-    """How many runs share the machine; on a GPU, says how they do so best."""
-    # Another process asks jax: here it would keep a part of the GPU.
-    script = "import jax; print(jax.default_backend())"
+    # Another process asks jax: in this one it would keep a part of the GPU.
+    asking = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    asking = [sys.executable, "-c", script]
     found = subprocess.run(asking, env=environment, capture_output=True, check=False).stdout
     if found.strip() != b"gpu":
         return asked or 1
@@ -252,7 +240,7 @@ def _part(runs: list[Run], text: str) -> list[Run]:
 
 
 def main(argv: list[str]) -> None:
-    """Makes, or lists, what the flags ask for."""
+    """Makes the runs, or lists them."""
     args, overrides = _parse(argv)
     rows = rows_of(args.experiment, with_1202=args.with_1202)
     workdir = pathlib.Path(args.workdir).expanduser()
@@ -260,17 +248,7 @@ def main(argv: list[str]) -> None:
     runs = _part(runs, args.part)
     jobs = _choose_jobs(args.jobs)
     if args.dry_run:
-        results = {}
-        for run in runs:
-            try:
-                if result := run.result():
-                    results[run.name] = result
-            except UserError as error:
-                _say(f"{run.name} cannot be made: {error}")
-        status, total = plan(runs, results, jobs)
-        for run in runs:
-            print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
-        print(total)
+        _list(runs, jobs)
         return
     if not all((run.directory / "result.json").exists() for run in runs):
         # What is wrong with the data is said once, before anything begins.
@@ -278,6 +256,20 @@ def main(argv: list[str]) -> None:
     runner = Runner(runs, jobs=jobs, seeds_per_run=args.seeds_per_run)
     runner.run()
     finish(runner, workdir)
+
+
+def _list(runs: list[Run], jobs: int) -> None:
+    results = {}
+    for run in runs:
+        try:
+            if result := run.result():
+                results[run.name] = result
+        except UserError as error:
+            _say(f"{run.name} cannot be made: {error}")
+    status, total = plan(runs, results, jobs)
+    for run in runs:
+        print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
+    print(total)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 #!/bin/bash
-# The speed tables of a GPU, most important first, in parts: what is done already in OUT is not done
-# again, and what there is no time for is left to the next call.
+# Measures the speed tables of a GPU, most important first. A second call with the same OUT does what
+# the first had no time for (exit status 75: something is left).
 #
 #     tests/benchmarks/gpu_session.sh OUT [SECONDS]
 #
 # The first parts, three minutes of an H100, say whether `model.kernels` may be on: it is where the
-# kernels are right and faster. PLATFORM=cpu tries the same commands without a GPU.
-#
-# Needs a Python (default python3, else $PYTHON) with jax for the GPU and what the package imports;
-# PyTorch where it is to be compared with. Leaves JSON files and log.txt in OUT. Exit status 75:
-# something is left to do.
+# kernels are right and faster. PLATFORM=cpu tries the same commands without a GPU. $PYTHON (python3)
+# needs jax for the GPU, what the package imports, and PyTorch to be compared with. Leaves JSON files
+# and log.txt in OUT.
 set -u
 out=$(mkdir -p "${1:?usage: $0 OUT [SECONDS]}" && cd "$1" && pwd) || exit 1
 limit=${2:-460}
@@ -27,7 +25,6 @@ part() {  # NAME MODULE FLAGS...
         return
     fi
     echo "== $name: python -m $*" | tee -a "$log"
-    # Ends the processes that a part has started, too.
     timeout -k 5 "$rest" "${PYTHON:-python3}" -m "$@" 2>&1 | tee -a "$log"
     local status=${PIPESTATUS[0]}
     ((status == 0)) || left=1

@@ -3,18 +3,16 @@
     python -m tests.benchmarks.growth --out=growth.json
     python -m tests.benchmarks.growth --parts=depth,batch --depth_batch=128 --out=growth.json
 
-Steps are measured as by `resnet_flax.tools.bench`, and what --out holds is not measured again.
-"power" is the exponent p of cost ~ size^p between a row and the one before: 1 is in proportion.
-Seeds train in one program (`config.train.num_seeds`); "nets an hour" is how many times as many one
-can train so as one after the other. The start is the time from the command of `resnet_flax.main` to
-the first line of metrics.jsonl, with an empty cache and with what that run has left there: by
-default of ResNet-20 on the digits, with --start_config=configs/resnet20.py on CIFAR-10.
+Steps are measured as by `resnet_flax.tools.bench`; what --out holds is not measured again. "power"
+is the exponent p of cost ~ size^p between a row and the one before: 1 is in proportion. Seeds train
+in one program (`config.train.num_seeds`); "nets an hour" compares that with one after the other.
+The start is the time from the command of `resnet_flax.main` to the first line of metrics.jsonl,
+with an empty cache and with what that run has left there: by default of ResNet-20 on the digits,
+with --start_config=configs/resnet20.py on CIFAR-10.
 """
 
 import argparse
 import dataclasses
-import itertools
-import math
 import os
 import pathlib
 import statistics
@@ -22,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+import numpy as np
 
 from resnet_flax import models
 from resnet_flax.runs import files
@@ -33,8 +33,8 @@ DEPTHS = "resnet20,resnet32,resnet44,resnet56,resnet110,resnet1202"
 
 def power(sizes, costs):
     """The exponent between each point and the one before; None for the first."""
-    points = itertools.pairwise(zip(sizes, costs, strict=True))
-    return [None] + [math.log(c1 / c0) / math.log(s1 / s0) for (s0, c0), (s1, c1) in points]
+    exponents = np.diff(np.log(costs)) / np.diff(np.log(sizes))
+    return [None, *exponents.tolist()][: len(sizes)]
 
 
 def table(title, sizes, rows):
@@ -55,7 +55,6 @@ def table(title, sizes, rows):
 
 
 def nets_an_hour(seeds, rows):
-    """A line for each number of seeds after one: what is gained by training them together."""
     seconds = {
         n: statistics.median(row["measured"]["step_seconds"])
         for n, row in zip(seeds, rows, strict=True)
@@ -90,7 +89,7 @@ def start_seconds(flags, cache, folder):
                 first = time.perf_counter() - begin
             time.sleep(0.01)
         errors.seek(0)
-        said = (errors.read().strip().splitlines() or [""])[-1]
+        said = errors.read().strip().rpartition("\n")[2]
     if process.returncode or first is None:
         raise RuntimeError(f"status {process.returncode}: {said[:300]}")
     return first
@@ -127,10 +126,8 @@ def main(argv=None):
     add("--seeds", default="1,2,4,8,16", help="numbers of nets in one program")
     add("--start_config", default="configs/quickstart.py", help="of the start")
     add("--data_dir", help="where TFDS has the start's data")
-    add("--dtype", default="auto")
     add("--repeats", type=int, default=3)
     add("--seconds", type=float, default=2.0, help="shortest timing")
-    add("--examples", type=int, default=50_000, help="training images")
     add("--out", type=pathlib.Path, required=True, help="JSON file")
     args = parser.parse_args(argv)
     parts = args.parts.split(",")
@@ -139,9 +136,8 @@ def main(argv=None):
 
     def case(model, batch, devices, seeds=1):
         overrides = {"train.num_seeds": str(seeds)} if seeds > 1 else {}
-        timing = args.repeats, args.seconds, max(args.examples, batch), 1, ["train"]
-        case = bench_case.Case(model, batch, args.dtype, devices, *timing, overrides)
-        return dataclasses.asdict(case)
+        rest = "auto", devices, args.repeats, args.seconds, 50_000, 1, ["train"], overrides
+        return dataclasses.asdict(bench_case.Case(model, batch, *rest))
 
     nets = args.depths.split(",")
     batches, devices, seeds = (
@@ -165,11 +161,11 @@ def main(argv=None):
             texts.append(nets_an_hour(seeds, rows))
     if "start" in parts:
         content = files.read_json(args.out) or {"rows": []}
-        flags = [f"--config={args.start_config}"]
-        flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
         starts = content.setdefault("start", {})
         found = starts.get(args.start_config, {"error": ""})
         if "error" in found:
+            flags = [f"--config={args.start_config}"]
+            flags += [f"--config.data.data_dir={args.data_dir}"] if args.data_dir else []
             found = starts[args.start_config] = measure_start(flags, args.repeats)
             files.write_json(args.out, content)
         texts.append(f"seconds to the first record, {args.start_config}")

@@ -1,10 +1,8 @@
-"""Whether `models.fused` computes right on this machine's device.
+"""Checks `models.fused` on this machine's device: python -m tests.benchmarks.kernel_check
 
-python -m tests.benchmarks.kernel_check
-
-Each layer of a CIFAR net at a batch of 128 (on a CPU 2, interpreted) beside XLA's convolution in
-float32: values and gradients must agree to bfloat16's rounding, and be the same to the bit when
-computed twice. Else the exit status is 1.
+Compares each layer of a CIFAR net at a batch of 128 (on a CPU 2, interpreted) with XLA's
+convolution in float32: values and gradients must agree to bfloat16's rounding, and be the same to
+the bit when computed twice. Else the exit status is 1.
 """
 
 import functools

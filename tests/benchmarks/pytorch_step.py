@@ -8,15 +8,11 @@ BATCHES, RATE, MOMENTUM, DECAY = 8, 1e-3, 0.9, 1e-4
 
 
 def make(depth, batch, dtype, options, device_name):
-    """The step, with TF32, cuDNN's search for kernels, and a fused optimizer.
+    """A function from a number of steps to the last loss; the number of parameters; versions.
 
-    dtype "bfloat16" is by autocast. The options are none or one of "channels-last", "compiled", and
-    "whole-step graph": a CUDA graph of the compiled net's forwards, backwards and update. The last
-    two are channels-last as well.
-
-    Returns:
-      A function from a number of steps to the last loss, which waits for it; the number of trained
-      parameters; versions and hardware.
+    The step uses TF32, cuDNN's search for kernels, a fused optimizer, and autocast for bfloat16.
+    `options` has none or one of "channels-last", "compiled" and "whole-step graph", a CUDA graph of
+    the compiled net's forwards, backwards and update. The last two are channels-last as well.
     """
     import torch
     from torch.nn import functional
@@ -67,7 +63,6 @@ def make(depth, batch, dtype, options, device_name):
 
 
 def _as_graph(torch, step, x, y):
-    """`step` captured once, to be replayed with other images and labels copied into its own."""
     x, y = x.clone(), y.clone()
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -15,6 +15,7 @@ Time is then modelled as
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -130,7 +131,6 @@ def compile_step(model, each, group):
     (here,) = bench_case.make_setups(case)
     batch = each * jax.device_count()
     mesh = sharding.make_mesh(jax.devices(), batch)
-    # It is accelerators that this is about.
     compiled = bench_compile.lower(here, mesh, "tpu", 1, batch).compile()
     here.close()
     return compiled
@@ -176,39 +176,35 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="nets whose names hold this")
-    parser.add_argument(
-        "--utilisation", type=float, nargs="+", default=[0.4, 0.1], help="of the peak rate, 0 to 1"
-    )
+    add = parser.add_argument
+    add("--only", default="", help="nets whose names hold this")
+    add("--utilisation", type=float, nargs="+", default=[0.4, 0.1], help="of the peak rate, 0 to 1")
     args = parser.parse_args()
     import jax
 
-    print(f"jax {jax.__version__}; computed, not measured")
-    head = f"{'net':<10}{'devices':>8}{'each':>6}{'bn':>8}"
-    print(f"{head}{'GFLOP':>9}{'statistics':>12}{'KB':>8}{'gradients':>11}{'MB':>8}{'others':>8}")
-    rows = {}
+    from resnet_flax.tools import bench
+
+    lines = []
     for name, splits in CASES:
         for devices, each in zip(COUNTS, splits, strict=True):
-            if args.only not in name or not each:
-                continue
-            for grouped in (False, True):
+            for grouped in (False, True) if each and args.only in name else ():
                 counts = count(name, each, devices, grouped)
-                row = f"{name:<10}{devices:>8}{each:>6}{each if grouped else 'global':>8}"
-                rows[row] = counts, devices
-                found = dict(counts["collectives"])
-                statistics, gradients = found.pop("statistics"), found.pop("gradients")
-                print(
-                    f"{row}{counts['flops'] / 1e9:>9.1f}{len(statistics):>12}"
-                    f"{sum(statistics) / 1e3:>8.1f}{len(gradients):>11}"
-                    f"{sum(gradients) / 1e6:>8.1f}{sum(map(len, found.values())):>8}",
-                    flush=True,
-                )
+                statistics, gradients, *others = counts["collectives"].values()
+                line = {"net": name, "devices": devices, "each": each}
+                line |= {"bn": each if grouped else "global", "GFLOP": counts["flops"] / 1e9}
+                line |= {"statistics": len(statistics), "KB": sum(statistics) / 1e3}
+                line |= {"gradients": len(gradients), "MB": sum(gradients) / 1e6}
+                lines.append(line | {"others": sum(map(len, others)), "counts": counts})
+    if not lines:
+        parser.error(f"--only={args.only} is in no name of {', '.join(dict(CASES))}")
+    print(f"jax {jax.__version__}; computed, not measured")
+    print(bench.table(lines, list(lines[0])[:-1]))
     for utilisation in args.utilisation:
+        for line, chip in itertools.product(lines, HARDWARE):
+            share = efficiency(line["counts"], chip, line["devices"], utilisation)
+            line[chip.name] = f"{share:.1%}"
         print(f"\nexpected efficiency where a device computes at {utilisation:.0%} of its peak")
-        print(head + "".join(f"{h.name:>11}" for h in HARDWARE))
-        for row, (counts, devices) in rows.items():
-            shares = (efficiency(counts, h, devices, utilisation) for h in HARDWARE)
-            print(row + "".join(f"{share:>11.1%}" for share in shares))
+        print(bench.table(lines, ["net", "devices", "each", "bn", *(h.name for h in HARDWARE)]))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,16 @@
-"""Times the training step of this package, of the usual Flax way, and of PyTorch, in turns.
+"""Times the training steps of this package, of the usual Flax way and of PyTorch, in turns.
 
     python -m tests.benchmarks.side_by_side --model=resnet20 --rounds=10
     python -m tests.benchmarks.side_by_side --platform=gpu --variants='*bfloat16*' --out=gpu.json
 
-Each variant is a process of its own. They take turns, so that a change of the machine's speed meets
-all alike. A turn is a number of steps, timed from the dispatch of the first to the results of the
-last, without waiting in between. Ratios are paired: medians and ranges over rounds, each of turns
-of the same round.
+Each variant is a process of its own. They take turns, so that a change of the machine's speed
+affects all alike. A turn is a number of steps, timed from the dispatch of the first to the results
+of the last, without waiting in between. Ratios are medians and ranges over rounds.
 
 All variants train the CIFAR net of [R §4.2] with option A, SGD with momentum 0.9 and weight decay
-1e-4 on every parameter, and cross-entropy. This package picks, crops, mirrors and normalises uint8
-images from the whole data set besides; the others are handed float32 batches that lie on the
-device. float32 is what each framework's convolutions make of it: TF32 on recent NVIDIA GPUs.
-PyTorch is an extra of the package: pip install -e '.[torch]'.
+1e-4 on every parameter. This package also picks, crops, mirrors and normalises uint8 images from
+the whole data set; the others get float32 batches that lie on the device. float32 is TF32 on recent
+NVIDIA GPUs. PyTorch is an extra of the package: pip install -e '.[torch]'.
 """
 
 import argparse
@@ -28,6 +26,8 @@ import shlex
 import statistics
 import sys
 import time
+import timeit
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from tests.benchmarks import pytorch_step
@@ -56,11 +56,8 @@ VARIANTS = {
     "PyTorch float32": Variant("torch", "float32"),
 }
 for _dtype in ("float32", "bfloat16"):
-    for _name, _platforms in (
-        ("channels-last", ("cpu", "gpu")),
-        ("compiled", ("cpu", "gpu")),
-        ("whole-step graph", ("gpu",)),
-    ):
+    for _name in ("channels-last", "compiled", "whole-step graph"):
+        _platforms = ("gpu",) if _name == "whole-step graph" else ("cpu", "gpu")
         VARIANTS[f"PyTorch {_dtype} {_name}"] = Variant("torch", _dtype, _platforms, (_name,))
 
 USUAL, OURS = "usual Flax {}", "this package {}"
@@ -70,7 +67,7 @@ def depth_of(name):
     """The n of `resnet<n>`."""
     digits = name.removeprefix("resnet")
     if not digits.isdigit() or int(digits) % 6 != 2 or int(digits) < 8:
-        raise ValueError(f"--model={name} must be resnet<6n+2>, for example resnet20")
+        raise argparse.ArgumentTypeError(f"{name} must be resnet<6n+2>, for example resnet20")
     return int(digits)
 
 
@@ -78,7 +75,7 @@ def depth_of(name):
 # number of trained parameters; versions and hardware; and the steps that it does at once.
 
 
-def usual_flax(name, batch, dtype):
+def usual_flax(depth, batch, dtype):
     """An ordinary linen net and optax step, one device, nothing tuned."""
     import flax
     import flax.linen as nn
@@ -87,7 +84,7 @@ def usual_flax(name, batch, dtype):
     import numpy as np
     import optax
 
-    depth, dtype = depth_of(name), jnp.dtype(dtype)
+    dtype = jnp.dtype(dtype)
 
     def norm(train):
         return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
@@ -154,7 +151,7 @@ def usual_flax(name, batch, dtype):
     return run, parameters, {"jax": jax.__version__, "flax": flax.__version__}, 1
 
 
-def this_package(name, batch, dtype, options):
+def this_package(depth, batch, dtype, options):
     """What a training run executes."""
     import jax
 
@@ -163,7 +160,8 @@ def this_package(name, batch, dtype, options):
     from resnet_flax.tools import bench_case, bench_worker
 
     cpu.keep_freed_memory()
-    (run,) = bench_case.make_setups(bench_case.Case(name, batch, dtype, **options))
+    case = bench_case.Case(f"resnet{depth}", batch, dtype, **options)
+    (run,) = bench_case.make_setups(case)
     trainer = bench_worker.Trainer([run])
 
     def steps(count):
@@ -177,92 +175,86 @@ def this_package(name, batch, dtype, options):
 def build(name, args):
     kind, dtype, _, options = VARIANTS[name]
     if kind == "flax":
-        return usual_flax(args.model, args.batch, dtype)
+        return usual_flax(args.depth, args.batch, dtype)
     if kind == "ours":
-        return this_package(args.model, args.batch, dtype, options)
+        return this_package(args.depth, args.batch, dtype, options)
     import torch
 
     if args.platform == "gpu" and not torch.cuda.is_available():
         raise RuntimeError(f"PyTorch {torch.__version__} sees no GPU")
     device = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
-    return *pytorch_step.make(depth_of(args.model), args.batch, dtype, options, device), 1
+    return *pytorch_step.make(args.depth, args.batch, dtype, options, device), 1
 
 
-def serve(connection, name, args):
-    """A variant's process: answers each number of steps; 0: get ready."""
+def load(name, platform):
+    """The first task of a variant's process; all load at once."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.12")
-    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[args.platform]
-    with contextlib.suppress(ImportError):  # All load at once.
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[platform]
+    with contextlib.suppress(ImportError):
         importlib.import_module("torch" if VARIANTS[name].kind == "torch" else "flax")
-    run = None
-    while True:
-        steps = connection.recv()
-        try:
-            if run is None:
-                run, parameters, about, unit = build(name, args)
-                run(math.ceil(5 / unit) * unit)
-                count, took = unit, 0.0
-                while took < 0.2:
-                    begin = time.perf_counter()
-                    run(count)
-                    took = time.perf_counter() - begin
-                    each, count = took / count, 2 * count
-                answer = {"unit": unit, "parameters": parameters, "about": about, "each": each}
-            else:
-                begin = time.perf_counter()
-                loss = run(steps)
-                answer = {"seconds": (time.perf_counter() - begin) / steps, "loss": loss}
-        except Exception as error:
-            answer = {"cannot": f"{type(error).__name__}: {str(error)[:300]}"}
-        connection.send(answer)
+
+
+def prepare(name, args):
+    """The second: builds the variant; returns its row of the results."""
+    global _run
+    _run, parameters, about, unit = build(name, args)
+    _run(math.ceil(5 / unit) * unit)
+    number, seconds = timeit.Timer(lambda: _run(unit)).autorange()
+    steps = unit * max(1, round(args.seconds * number / seconds))
+    return {"steps": steps, "parameters": parameters, "about": about, "seconds": []}
+
+
+def take_turn(steps):
+    """Every later one; returns the seconds a step, and the loss."""
+    begin = time.perf_counter()
+    loss = _run(steps)
+    return (time.perf_counter() - begin) / steps, loss
+
+
+def attempt(task, *arguments):
+    """What `task` returns, or the reason why not, as text: not every exception can be sent."""
+    try:
+        return task(*arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:300]}"
 
 
 def measure(names, args):
-    """`variants`, with the `seconds` a step of each round by name, and `not_run`: by name why."""
+    """`variants`: seconds a step in each round, by name; and `not_run`: why not, by name."""
     context = multiprocessing.get_context("spawn")
     found, not_run, workers = {}, {}, {}
     for name in names:
         if args.platform in (known := VARIANTS[name].platforms):
-            here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, name, args), daemon=True)
-            process.start()
-            there.close()
-            workers[name] = process, here
+            workers[name] = futures.ProcessPoolExecutor(1, context)
+            workers[name].submit(load, name, args.platform)
         else:
             not_run[name] = f"exists on {' and '.join(known)} only"
 
-    def ask(name, steps):
-        process, connection = workers[name]
+    def ask(name, *task):
         try:
-            connection.send(steps)
-            answer = connection.recv()
-        except (EOFError, OSError):
-            process.join()
-            answer = {"cannot": f"exit status {process.exitcode}"}
-        if "cannot" not in answer:
-            return answer
-        not_run[name] = answer["cannot"]
-        found.pop(name, None)
-        workers.pop(name)[0].kill()
-        return None
+            answer = workers[name].submit(attempt, *task).result()
+        except futures.BrokenExecutor as error:
+            answer = str(error)
+        if isinstance(answer, str):
+            not_run[name] = answer
+            found.pop(name, None)
+            workers.pop(name).shutdown()
+            return None
+        return answer
 
-    try:
-        # One by one, for compilers time candidates on the device.
-        for name in list(workers):
-            print(f"starting {name}", file=sys.stderr, flush=True)
-            if ready := ask(name, 0):
-                turn = args.steps or max(1, round(args.seconds / ready["each"]))
-                turn = math.ceil(turn / ready["unit"]) * ready["unit"]
-                found[name] = {**ready, "steps": turn, "seconds": []}
-        for number in range(args.rounds):
-            # There and back, so that nobody always follows the same one.
-            for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-                if done := ask(name, found[name]["steps"]):
-                    found[name]["seconds"].append(done["seconds"])
-                    found[name]["loss"] = done["loss"]
-    finally:
-        for process, _ in workers.values():
-            process.kill()
+    # One by one, for compilers time candidates on the device.
+    for name in list(workers):
+        print(f"starting {name}", file=sys.stderr, flush=True)
+        if row := ask(name, prepare, name, args):
+            found[name] = row
+    for number in range(args.rounds):
+        # There and back, so that nobody always follows the same one.
+        for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
+            if turn := ask(name, take_turn, found[name]["steps"]):
+                found[name]["seconds"].append(turn[0])
+                found[name]["loss"] = turn[1]
+    for worker in workers.values():
+        worker.shutdown()
     for name in [n for n, f in found.items() if not math.isfinite(f["loss"])]:
         not_run[name] = f"its loss is {found.pop(name)['loss']}"
     counts = {f["parameters"] for f in found.values()}
@@ -301,19 +293,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="resnet20", help="resnet<6n+2>")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--platform", default="cpu", choices=("cpu", "gpu"))
-    parser.add_argument("--variants", default="*", help="patterns of names, separated by commas")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=2.0, help="about, of a turn")
-    parser.add_argument("--steps", type=int, default=0, help="instead, steps of a turn at least")
-    parser.add_argument("--out", type=pathlib.Path, help="JSON file")
+    add = parser.add_argument
+    add("--model", type=depth_of, default="resnet20", dest="depth", help="resnet<6n+2>")
+    add("--batch", type=int, default=128)
+    add("--platform", default="cpu", choices=("cpu", "gpu"))
+    add("--variants", default="*", help="patterns of names, separated by commas")
+    add("--rounds", type=int, default=10)
+    add("--seconds", type=float, default=2.0, help="about, of a turn")
+    add("--out", type=pathlib.Path, help="JSON file")
     args = parser.parse_args(argv)
-    try:
-        depth_of(args.model)
-    except ValueError as error:
-        parser.error(str(error))
     patterns = args.variants.split(",")
     names = [n for n in VARIANTS if any(fnmatch.fnmatch(n, p) for p in patterns)]
     if not names:
@@ -322,16 +310,17 @@ def main(argv=None):
         parser.error(f"--rounds={args.rounds} and --batch={args.batch} must be above 0")
     result = {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        **{key: getattr(args, key) for key in ("model", "batch", "platform")},
+        "model": f"resnet{args.depth}",
+        "batch": args.batch,
+        "platform": args.platform,
         **measure(names, args),
     }
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{args.model}, batch {args.batch}, {args.platform}, {args.rounds} rounds")
-    for about in [row["about"] for row in result["variants"].values()]:
-        if "hardware" in about:
-            print(f"{about['hardware']}; commit {about['commit']}; {about['versions']}")
-            break
+    print(f"{result['model']}, batch {args.batch}, {args.platform}, {args.rounds} rounds")
+    abouts = [row["about"] for row in result["variants"].values() if "hardware" in row["about"]]
+    for about in abouts[:1]:
+        print(f"{about['hardware']}; commit {about['commit']}; {about['versions']}")
     print(table(result))
 
 

@@ -20,7 +20,7 @@ from resnet_flax.tools.report import figures, runs, tables
 
 
 def compose(found: list[runs.Run], notes: list[str]) -> dict[str, Any]:
-    """What the templates show of `found`: title, lead, notes, and tables and pictures in order."""
+    """What the templates show: title, lead, notes, and sections, which are tables and pictures."""
     experiments, left_out = runs.gather(found)
     compared, absent = tables.comparisons(experiments)
     finished = sum(run.result is not None for run in found)
@@ -69,11 +69,7 @@ def _escape_markdown(text: Any) -> str:
 
 
 def write(report: dict[str, Any], directory: pathlib.Path) -> list[pathlib.Path]:
-    """Writes the files of a report, each whole or not at all.
-
-    Raises:
-      UserError: the directory cannot be written.
-    """
+    """Writes the files of a report, each whole or not at all; the Markdown and HTML come last."""
     pictures = {s.name: s.png() for s in report["sections"] if isinstance(s, figures.Picture)}
     images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
     contents = {f"{name}.png": png for name, png in pictures.items()}
@@ -84,14 +80,13 @@ def write(report: dict[str, Any], directory: pathlib.Path) -> list[pathlib.Path]
         for name, content in contents.items():
             write_atomically(directory / name, content)
     except OSError as error:
-        raise UserError(
-            f"cannot write in {directory}: {first_line(error)}; choose another --out"
-        ) from error
+        why = first_line(error)
+        raise UserError(f"cannot write in {directory}: {why}; choose another --out") from error
     return [directory / name for name in contents]
 
 
 def main(argv: list[str]) -> None:
-    """Writes the report that the flags ask for."""
+    """Reads runs and writes their report."""
     parser = entry.parser(__doc__)
     parser.prog = "python -m resnet_flax.tools.report"
     parser.add_argument("runs", nargs="+", help="directories of runs, or that hold runs")

@@ -17,10 +17,8 @@ from resnet_flax.tools.report import published
 from resnet_flax.tools.report.runs import Experiment, by_classes, grouped
 
 _STYLE = pathlib.Path(__file__).with_suffix(".mplstyle")
-# Their curves have the same colour in every figure.
-_DEPTHS = 20, 32, 44, 56, 110, 1202
-# Points of a training curve; neighbours are averaged beyond that.
-_POINTS = 250
+_DEPTHS = 20, 32, 44, 56, 110, 1202  # each of a colour, the same in every figure
+_POINTS = 250  # of a training curve; beyond that, neighbours are averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +55,13 @@ def _color(e: Experiment) -> str:
 
 
 def _training_curves(experiments: list[Experiment]) -> Iterator[Picture]:
-    """[R, Fig. 6], a picture for each recipe; the paper's at full length first."""
+    # [R, Fig. 6], a picture for each recipe; the paper's at full length first.
     chosen = [e for e in experiments if e.model in published.TRAINING_ERRORS]
     families = grouped(
-        chosen, lambda e: (e.recipe.settings, e.recipe.remarks, e.steps, e.dtype, e.data)
+        sorted(chosen, key=lambda e: (not e.recipe.is_paper, -e.steps, e.data)),
+        lambda e: (e.recipe.settings, e.recipe.remarks, e.steps, e.dtype, e.data),
     )
-    ordered = sorted(
-        families.values(), key=lambda f: (not f[0].recipe.is_paper, -f[0].steps, f[0].data)
-    )
-    for number, family in enumerate(ordered, 1):
+    for number, family in enumerate(families.values(), 1):
         first, recipe = family[0], family[0].recipe
         kind = "the paper's recipe" if recipe.is_paper else "another recipe"
         length = f"{first.steps:,} steps"
@@ -80,33 +76,26 @@ def _training_curves(experiments: list[Experiment]) -> Iterator[Picture]:
             if first.is_comparable
             else f"Recipe: {recipe.text}."
         )
-        figure = Figure(figsize=(10, 4.2))
-        plain, residual = figure.subplots(1, 2, sharey=True)
-        plain.set(title="plain", ylabel="error (%)")
-        residual.set(title="residual")
-        top = max(
-            20,
-            _draw_curves(plain, [e for e in family if e.model.startswith("plain")]),
-            _draw_curves(residual, [e for e in family if e.model.startswith("resnet")]),
-        )
-        plain.set_ylim(0, min(100, top))
-        for axes in (plain, residual):
-            axes.set_xlim(0, 1.03 * first.steps)
+        figure, top = Figure(figsize=(10, 4.2)), 20
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, name in zip(panels, ("plain", "resnet"), strict=True):
+            top = max(top, _draw_curves(axes, [e for e in family if e.model.startswith(name)]))
+            axes.set(xlim=(0, 1.03 * first.steps))
+        panels[0].set(title="plain", ylabel="error (%)", ylim=(0, min(100, top)))
+        panels[1].set(title="residual")
         yield Picture(_numbered("fig6", number), title, caption, figure)
 
 
 def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
-    """Draws one panel; returns the height that the later half of its test curves needs."""
+    # Returns the height that the later half of the test curves needs.
     top = 0.0
     for e in experiments:
         color = _color(e)
-        steps, errors = _curve(e, "train")
-        marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, errors, "--", linewidth=0.9, alpha=0.9, color=color, marker=marker)
-        steps, errors = _curve(e, "test")
-        marker = "o" if len(steps) == 1 else None
-        label = f"{e.model} ({e.run_count})"
-        axes.plot(steps, errors, linewidth=2.2, color=color, marker=marker, label=label)
+        test = {"linewidth": 2.2, "label": f"{e.model} ({e.run_count})"}
+        train = {"linestyle": "--", "linewidth": 0.9, "alpha": 0.9}
+        for split, style in (("train", train), ("test", test)):
+            steps, errors = _curve(e, split)
+            axes.plot(steps, errors, color=color, marker="o" if len(steps) == 1 else None, **style)
         top = max(top, 1.15 * max(errors[len(errors) // 2 :], default=0))
         if e.is_comparable:
             ends = published.paper_error(e.model), published.TRAINING_ERRORS[e.model]
@@ -121,7 +110,7 @@ def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
 
 
 def _curve(e: Experiment, split: str) -> tuple[list[int], list[float]]:
-    """Steps and mean errors, %, where every finished run has one."""
+    # Steps and mean errors, %, where every finished run has one.
     points = [point for run in e.finished for point in of_split(run.log, split)]
     by_step = sorted(grouped(points, lambda point: point["step"]).items())
     means = [
@@ -135,7 +124,7 @@ def _curve(e: Experiment, split: str) -> tuple[list[int], list[float]]:
 
 
 def _responses(experiments: list[Experiment]) -> Iterator[Picture]:
-    """[R, Fig. 7] of all runs whose responses have been measured."""
+    # [R, Fig. 7] of all runs whose responses have been measured.
     figure = Figure(figsize=(9, 6.5))
     in_order, by_size = figure.subplots(2, 1, sharex=True)
     for e in experiments:
@@ -149,10 +138,8 @@ def _responses(experiments: list[Experiment]) -> Iterator[Picture]:
             by_size.plot(layers, sorted(means, reverse=True), **style)
     if not in_order.lines:
         return
-    in_order.set(title="in the order of the layers", ylabel="std")
-    by_size.set(title="sorted", ylabel="std", xlabel="3x3 layer")
-    in_order.set_ylim(bottom=0)
-    by_size.set_ylim(bottom=0)
+    in_order.set(title="in the order of the layers", ylabel="std", ylim=(0, None))
+    by_size.set(title="sorted", ylabel="std", xlabel="3x3 layer", ylim=(0, None))
     in_order.legend()
     by_size.xaxis.get_major_locator().set_params(integer=True)
     caption = (
@@ -164,7 +151,6 @@ def _responses(experiments: list[Experiment]) -> Iterator[Picture]:
 
 
 def _parameters(experiments: list[Experiment]) -> Iterator[Picture]:
-    """Error against the number of parameters, of nets trained on CIFAR-10."""
     figure = Figure(figsize=(8, 4.8))
     axes = figure.subplots()
     colors: dict[str, str] = {}
@@ -180,10 +166,9 @@ def _parameters(experiments: list[Experiment]) -> Iterator[Picture]:
     if not colors:
         return
     paper = [(size, published.paper_error(model)) for model, size in published.PARAMETERS.items()]
-    highway = [(net["parameters"], net["error"]) for net in published.HIGHWAY.values()]
-    ink = matplotlib.rcParams["text.color"]
-    for points, marker, label in ((paper, "D", "published [R]"), (highway, "s", "Highway nets")):
-        axes.plot(*zip(*points, strict=True), marker, color=ink, fillstyle="none", label=label)
+    style = {"color": matplotlib.rcParams["text.color"], "fillstyle": "none"}
+    axes.plot(*zip(*paper, strict=True), "D", label="published [R]", **style)
+    axes.plot(*zip(*published.HIGHWAY, strict=True), "s", label="Highway nets", **style)
     axes.set(xscale="log", xlabel="parameters", ylabel="test error, last step (%)")
     axes.legend()
     caption = "Mean and standard deviation; published numbers hollow."
@@ -199,7 +184,6 @@ def _kind(e: Experiment) -> str:
 
 
 def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
-    """Test error of each class and confusion, a picture each for every set of classes."""
     for number, (names, own) in enumerate(by_classes(experiments).items(), 1):
         names = [name.replace("$", r"\$") for name in names]  # not a formula
         figure = Figure(figsize=(10, max(4.2, 0.22 * len(own))))
@@ -207,14 +191,12 @@ def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
         for e in own:
             axes.plot(e.class_errors(), "o-", linewidth=0.8, markersize=4, label=e.label)
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
-        axes.set_ylabel("test error (%)")
-        axes.set_ylim(bottom=0)
+        axes.set(ylabel="test error (%)", ylim=(0, None))
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
         caption = "At the last step; mean over the runs."
         yield Picture(_numbered("class_errors", number), "Test error by class", caption, figure)
 
-        across = min(3, len(own))
-        down = math.ceil(len(own) / across)
+        across, down = min(3, len(own)), math.ceil(len(own) / 3)
         figure = Figure(figsize=(4.6 * across, 5.4 * down))
         for i, e in enumerate(own, 1):
             _draw_confusion(figure.add_subplot(down, across, i), e, names)
@@ -234,13 +216,13 @@ def _draw_confusion(axes: Axes, e: Experiment, names: list[str]) -> None:
     highest = max(mistakes.max(), 1e-9)
     axes.imshow(mistakes, vmin=0, vmax=highest)
     axes.grid(False)
+    style = {"ha": "center", "va": "center", "fontsize": 6}
     for (i, j), share in np.ndenumerate(shares):
         if count <= 20 and (share >= 0.05 or i == j):
             text = f"{share:.1f}" if share < 10 else f"{share:.0f}"
             color = "#ffffff" if mistakes[i, j] > 0.55 * highest else "#111111"
             weight = "bold" if i == j else "normal"
-            style = {"ha": "center", "va": "center", "fontsize": 6, "fontweight": weight}
-            axes.text(j, i, text, color=color, **style)
+            axes.text(j, i, text, color=color, fontweight=weight, **style)
     axes.set_xticks(range(count), names, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(count), names, fontsize=7)
     axes.set_title(e.label, fontsize=9)

@@ -7,7 +7,7 @@ from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 
 # The paper's recipe, with JSON's types.
 DEFAULTS: dict[str, Any] = json.loads(json.dumps(flatten(base_config())))
-# Part of the model, told elsewhere in the report, or without effect on what is learned.
+# Part of the model, shown elsewhere in the report, or without effect on what is learned.
 _NOT_RECIPE = OPERATIONAL_KEYS | {
     "seed", "model.name", "model.shortcut", "model.gate_bias", "model.num_classes", "model.scan",
     "model.remat", "model.dtype", "data.name", "data.split", "data.max_unreadable",
@@ -16,18 +16,13 @@ _NOT_RECIPE = OPERATIONAL_KEYS | {
 
 
 class Recipe(NamedTuple):
-    """How a run was trained; the attributes beside the flags are texts, empty if not needed."""
+    """How a run was trained; texts that are not needed are empty."""
 
     is_paper: bool  # as in the paper, except perhaps for the number of steps
     is_full: bool  # as in the paper, for all its 64,000 steps
     settings: str  # "paper's", or what differs: "batch_size=64; nesterov=True"
-    warmup: str
     remarks: str  # what a reader of an error must know besides
-
-    @property
-    def text(self) -> str:
-        """All texts, separated by commas."""
-        return ", ".join(filter(None, (self.settings, self.warmup, self.remarks)))
+    text: str  # settings, warm-up and remarks
 
 
 def describe(config: dict[str, Any], init_weights: str | None) -> Recipe:
@@ -45,6 +40,7 @@ def describe(config: dict[str, Any], init_weights: str | None) -> Recipe:
     changed.pop("train.total_steps", None)
     is_paper = changed.keys() <= {"optim.boundaries_steps"}
     settings = sorted(f"{key.partition('.')[2]}={value}" for key, value in changed.items())
+    text = "paper's" if is_paper else "; ".join(settings)
 
     warmup = "linear warm-up" if config["optim.warmup_linear"] else "warm-up"
     if config["optim.warmup_error"]:
@@ -59,5 +55,5 @@ def describe(config: dict[str, Any], init_weights: str | None) -> Recipe:
         remarks.append("45k training images")
     if examples := config["eval.bn_examples"]:
         remarks.append(f"batch-norm statistics of {examples:,} images")
-    text = "paper's" if is_paper else "; ".join(settings)
-    return Recipe(is_paper, is_full, text, warmup, ", ".join(remarks))
+    everything = ", ".join(filter(None, (text, warmup, *remarks)))
+    return Recipe(is_paper, is_full, text, ", ".join(remarks), everything)

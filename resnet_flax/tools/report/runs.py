@@ -15,27 +15,25 @@ from resnet_flax import models
 from resnet_flax.config import OPERATIONAL_KEYS
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.runs import files, metrics
-from resnet_flax.tools.report.recipe import DEFAULTS, Recipe, describe
+from resnet_flax.tools.report.recipe import DEFAULTS, describe
 
 _NUMBER = int | float
 # By file: the lowest number, and the types of what must be there.
 _CHECKS = {
-    "config.json": (
-        -math.inf,
-        {k: _NUMBER if isinstance(v, _NUMBER) else type(v) for k, v in DEFAULTS.items()},
-    ),
-    "run.json": (
-        1,
-        {"model": str, "shortcut": str, "dtype": str, "parameters": int, "total_steps": int,
-         "data": dict},
-    ),
-    "result.json": (
-        0,
-        {"test_error_last": _NUMBER, "test_error_at_best_validation": _NUMBER | None,
-         "test_error_best_is_leakage": _NUMBER | None, "train_error_last": _NUMBER | None,
-         "steps": int, "seconds": _NUMBER, "images_per_second": _NUMBER, "hardware": str | None,
-         "versions": dict | None, "class_names": list | None},
-    ),
+    "config.json": (-math.inf, {
+        key: _NUMBER if isinstance(value, _NUMBER) else type(value)
+        for key, value in DEFAULTS.items()
+    }),
+    "run.json": (1, {
+        "model": str, "shortcut": str, "dtype": str, "parameters": int, "total_steps": int,
+        "data": dict,
+    }),
+    "result.json": (0, {
+        "test_error_last": _NUMBER, "test_error_at_best_validation": _NUMBER | None,
+        "test_error_best_is_leakage": _NUMBER | None, "train_error_last": _NUMBER | None,
+        "steps": int, "seconds": _NUMBER, "images_per_second": _NUMBER, "hardware": str | None,
+        "versions": dict | None, "class_names": list | None,
+    }),
 }  # fmt: skip
 
 
@@ -67,11 +65,7 @@ class Run:
 
 
 def read(roots: list[pathlib.Path]) -> tuple[list[Run], list[str]]:
-    """All runs below `roots`, each once, and what is wrong with those that cannot be read.
-
-    Raises:
-      UserError: a root does not exist.
-    """
+    """All runs below `roots`, each once, and what is wrong with those that cannot be read."""
     found, notes = {}, []
     for root in roots:
         if not root.is_dir():
@@ -93,17 +87,18 @@ def read(roots: list[pathlib.Path]) -> tuple[list[Run], list[str]]:
 
 
 def _load(directory: pathlib.Path) -> Run:
-    names = (*_CHECKS, "responses.json")
-    config, info, result, responses = (files.read_json(directory / name) for name in names)
+    config, info, result = (files.read_json(directory / name) for name in _CHECKS)
     if config is None or info is None:
         raise UserError(f"{directory} holds no {'run' if config else 'config'}.json")
     config = DEFAULTS | config
-    for name, content in zip(_CHECKS, (config, info, result), strict=True):
-        if content is not None:
-            _check(name, content)
-    if result and result["steps"] != info["total_steps"]:
-        raise ValueError(f"result.json has {result['steps']} steps, not {info['total_steps']}")
-    deviations = [float(layer["std"]) for layer in responses["layers"]] if responses else []
+    _check("config.json", config)
+    _check("run.json", info)
+    if result is not None:
+        _check("result.json", result)
+        if result["steps"] != info["total_steps"]:
+            raise ValueError(f"result.json has {result['steps']} steps, not {info['total_steps']}")
+    responses = files.read_json(directory / "responses.json") or {"layers": []}
+    deviations = [float(layer["std"]) for layer in responses["layers"]]
     if not np.isfinite(deviations).all():
         raise ValueError("responses.json has a number that is not finite")
     log = metrics.read_records(directory / "metrics.jsonl")
@@ -128,30 +123,29 @@ def _confusion(result: dict[str, Any]) -> np.ndarray | None:
     return matrix
 
 
-@dataclasses.dataclass(frozen=True)
 class Experiment:
     """Runs that differ only in the seed, in order of the seed."""
 
-    model: str  # with its options, as in published.toml
-    depth: int  # the number in its name
-    parameters: int
-    dtype: str  # of activations
-    data: str  # name of the data set
-    steps: int  # of each run
-    recipe: Recipe
-    finished: list[Run]
-    unfinished: list[Run]
-    classes: tuple[str, ...]  # names; empty unless every finished run has a confusion matrix
-
-    @property
-    def is_comparable(self) -> bool:
-        """Whether the runs belong beside the paper's, perhaps over fewer steps."""
-        return self.data == "cifar10" and self.recipe.is_paper
-
-    @property
-    def run_count(self) -> str:
-        """`1 run`, `3 runs`: the finished ones."""
-        return f"{len(self.finished)} run{'' if len(self.finished) == 1 else 's'}"
+    def __init__(self, runs: list[Run]):
+        """Describes the runs by the first."""
+        config, info = runs[0].config, runs[0].info
+        self.model = _model(config, info)  # with its options, as in published.toml
+        depth = re.match(r"[a-z]*(\d+)", self.model)
+        self.depth = int(depth[1]) if depth else 0  # the number in the model's name
+        self.parameters: int = info["parameters"]
+        self.dtype: str = info["dtype"]
+        self.data = str(info["data"].get("name"))
+        self.steps: int = info["total_steps"]
+        self.recipe = describe(config, info.get("init_weights"))
+        self.finished = [run for run in runs if run.result]
+        self.unfinished = [run for run in runs if not run.result]
+        # Names of the classes; empty unless every finished run has a confusion matrix.
+        self.classes: tuple[str, ...] = ()
+        if self.finished and all(run.confusion is not None for run in self.finished):
+            self.classes = tuple(map(str, self.finished[0].result["class_names"]))
+        # Whether the runs belong beside the paper's, perhaps over fewer steps.
+        self.is_comparable = self.data == "cifar10" and self.recipe.is_paper
+        self.run_count = f"{len(self.finished)} run{'' if len(self.finished) == 1 else 's'}"
 
     @property
     def label(self) -> str:
@@ -169,9 +163,18 @@ class Experiment:
     def class_errors(self) -> list[float]:
         """Test error of each class, %, mean over the runs; nan for a class without images."""
         matrices = np.array([run.confusion for run in self.finished])
-        right, images = matrices.diagonal(axis1=1, axis2=2), matrices.sum(axis=2)
-        shares = np.divide(right, images, out=np.full_like(images, math.nan), where=images > 0)
+        with np.errstate(invalid="ignore"):
+            shares = matrices.diagonal(axis1=1, axis2=2) / matrices.sum(axis=2)
         return (100 * (1 - shares)).mean(axis=0)[: len(self.classes)].tolist()
+
+
+def _model(config: dict[str, Any], info: dict[str, Any]) -> str:
+    name, shortcut, bias = info["model"], info["shortcut"], config["model.gate_bias"]
+    known = models.ARCHITECTURES.get(name)
+    if shortcut in models.OPTIONS and shortcut != (known and known.shortcut):
+        return f"{name}-{shortcut}"
+    has_bias = "gating" in name and bias != DEFAULTS["model.gate_bias"]
+    return f"{name}-bias{bias:g}" if has_bias else name
 
 
 def gather(runs: list[Run]) -> tuple[list[Experiment], list[str]]:
@@ -179,7 +182,7 @@ def gather(runs: list[Run]) -> tuple[list[Experiment], list[str]]:
 
     Of two runs with the same seed only one counts: they are not independent.
     """
-    finished_first = sorted(runs, key=lambda run: run.result is None)
+    finished_first = sorted(runs, key=lambda run: not run.result)
     same = grouped(finished_first, lambda run: (run.key, run.config["seed"])).values()
     notes = [
         f"{run.directory} is left out: {kept.directory} is the same run with the same seed"
@@ -187,8 +190,13 @@ def gather(runs: list[Run]) -> tuple[list[Experiment], list[str]]:
         for run in others
     ]
     by_seed = sorted((kept for kept, *_ in same), key=lambda run: run.config["seed"])
-    experiments = [_experiment(own) for own in grouped(by_seed, lambda run: run.key).values()]
+    experiments = map(Experiment, grouped(by_seed, lambda run: run.key).values())
     return sorted(experiments, key=_order), notes
+
+
+def _order(e: Experiment):
+    family = e.model.partition("_")[2], not e.model.startswith("resnet")
+    return family, e.depth, e.model, not e.recipe.is_paper, -e.steps
 
 
 def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
@@ -202,34 +210,3 @@ def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[A
 def by_classes(experiments: list[Experiment]) -> dict[tuple[str, ...], list[Experiment]]:
     """Experiments with confusion matrices, by the names of their classes."""
     return grouped((e for e in experiments if e.classes), lambda e: e.classes)
-
-
-def _experiment(runs: list[Run]) -> Experiment:
-    config, info = runs[0].config, runs[0].info
-    name, shortcut, bias = info["model"], info["shortcut"], config["model.gate_bias"]
-    depth = re.match(r"[a-z]*(\d+)", name)
-    known = models.ARCHITECTURES.get(name)
-    options = ""
-    if shortcut in models.OPTIONS and shortcut != (known and known.shortcut):
-        options += f"-{shortcut}"
-    if "gating" in name and bias != DEFAULTS["model.gate_bias"]:
-        options += f"-bias{bias:g}"
-    finished = [run for run in runs if run.result is not None]
-    has_classes = finished and all(run.confusion is not None for run in finished)
-    return Experiment(
-        model=name + options,
-        depth=int(depth[1]) if depth else 0,
-        parameters=info["parameters"],
-        dtype=info["dtype"],
-        data=str(info["data"].get("name")),
-        steps=info["total_steps"],
-        recipe=describe(config, info.get("init_weights")),
-        finished=finished,
-        unfinished=[run for run in runs if run.result is None],
-        classes=tuple(map(str, finished[0].result["class_names"])) if has_classes else (),
-    )
-
-
-def _order(e: Experiment):
-    family = e.model.partition("_")[2], not e.model.startswith("resnet")
-    return family, e.depth, e.model, not e.recipe.is_paper, -e.steps

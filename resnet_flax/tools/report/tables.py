@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import statistics
 
-from resnet_flax.tools.report.published import PAPER_STEPS, SOURCES, TABLES
+from resnet_flax.tools.report.published import ERRORS, PAPER_STEPS, SOURCES, TABLES
 from resnet_flax.tools.report.runs import Experiment, Run, by_classes
 
 MISSING, NONE = "missing", "\N{EN DASH}"
@@ -12,7 +12,7 @@ MISSING, NONE = "missing", "\N{EN DASH}"
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table; line breaks separate the entries of a cell, a wide one is set in small type."""
+    """Line breaks separate the entries of a cell; a wide table is set in small type."""
 
     title: str
     columns: tuple[str, ...]
@@ -35,18 +35,14 @@ def comparisons(experiments: list[Experiment]) -> tuple[list[Table], list[str]]:
     comparable = [e for e in experiments if e.is_comparable]
     done = {e.model for e in comparable}.difference(TABLES[0]["models"])
     for table in TABLES:
-        if table["optional"] and done.isdisjoint(table["models"]):
+        if table.get("optional") and done.isdisjoint(table["models"]):
             absent.append(table["title"])
             continue
-        sources = [SOURCES[name] for name in table["sources"]]
         rows = []
         for model in table["models"]:
-            theirs = [source["errors"].get(model, NONE) for source in sources]
+            theirs = [ERRORS.get(model, {}).get(name, NONE) for name in table["sources"]]
             rows.append((model, _here(model, comparable), *theirs))
-        notes = tuple(
-            f"{name}: {source['where']}; {source['protocol']}."
-            for name, source in zip(table["sources"], sources, strict=True)
-        )
+        notes = tuple(f"{name}: {SOURCES[name]}." for name in table["sources"])
         columns = ("net", "here, last step", *table["sources"])
         tables.append(Table(table["title"], columns, rows, notes, wide=False))
     return tables, absent
@@ -82,7 +78,8 @@ def overview(experiments: list[Experiment]) -> Table:
     )  # fmt: skip
     rows = []
     for e in experiments:
-        published = SOURCES["[R]"]["errors"].get(e.model) or SOURCES["[I]"]["errors"].get(e.model)
+        theirs = ERRORS.get(e.model, {})
+        published = theirs.get("[R]") or theirs.get("[I]")
         seconds, speed = e.values("seconds"), e.values("images_per_second")
         unfinished = f"\n{len(e.unfinished)} unfinished" if e.unfinished else ""
         hardware = sorted({str(run.result.get("hardware")) for run in e.finished})
