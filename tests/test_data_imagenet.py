@@ -66,10 +66,8 @@ def tar_of(files):
 
 def archive_of(split, changes=(), reverse=False):
     """An archive with some files replaced, added, or left out where the replacement is empty."""
-    files = {
-        name: content for name, content in (files_of(split) | dict(changes)).items() if content
-    }
-    files = sorted(files.items(), reverse=reverse)
+    changed = (files_of(split) | dict(changes)).items()
+    files = sorted(((name, content) for name, content in changed if content), reverse=reverse)
     if split == "validation":
         return tar_of(files)
     classes = itertools.groupby(files, lambda file: file[0].partition("_")[0])
@@ -115,18 +113,15 @@ def prepared(tmp_path):
         )
         for split in SIZES
     }
+    version, place = imagenet.VERSION, tmp_path / "data"
     return tfds_files.prepare(
-        imagenet.NAME,
-        version=imagenet.VERSION,
-        data_dir=tmp_path / "data",
-        obtain=lambda: (examples, {}),
-        show_progress=False,
+        imagenet.NAME, version=version, data_dir=place, obtain=lambda: (examples, {})
     )
 
 
 def load(data_dir, archives=None):
     data_dir.mkdir(exist_ok=True)
-    return imagenet.load(data_dir=data_dir, archives=archives, show_progress=False)
+    return imagenet.open_sources(data_dir, archives)
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])
@@ -147,21 +142,16 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
             assert str(place) in source.name(index)
         with pytest.raises(IndexError if kind == "archives" else OSError, match="."):
             source.read(len(source))
+    geometry = streaming.Geometry(16, (16, 20), 18, 18)
     dataset = data.load(
-        imagenet.NAME,
-        data_dir=data_dir,
-        archive=archive,
-        split="45k/5k",
-        geometry=streaming.Geometry(16, (16, 20), 18, 18),
-        show_progress=False,
+        imagenet.NAME, data_dir=data_dir, archive=archive, split="45k/5k", geometry=geometry
     )
     assert dataset.fingerprint == fingerprint
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (6, 3, 5)
     for split in dataset.train, dataset.validation, dataset.test:
         for index in range(len(split)):  # The CMYK and the PNG, too.
             assert split.example(index, np.random.RandomState(0))[0].shape == split.image_shape
-    captured = capfd.readouterr()
-    assert captured.out == captured.err == ""
+    assert capfd.readouterr() == ("", "")
     assert any(data_dir.iterdir()) == (kind == "prepared")
 
 
@@ -213,8 +203,8 @@ def test_the_fingerprint_is_of_what_was_prepared_and_not_of_where(prepared, tmp_
         for split in info["splits"]
     }
     content = {"name": "imagenet2012", "version": "5.1.0", "splits": splits}
-    text = json.dumps(content, sort_keys=True)
-    assert original == hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True).encode()
+    assert original == hashlib.sha256(text).hexdigest()
     info["splits"][0]["numBytes"] = "1"
     path.write_text(json.dumps(info))
     assert load(tmp_path / "copy")[3] != original

@@ -9,11 +9,11 @@ _TEST_PARTS, _TEST_SEED = 5, 0  # The test set is the same fifth for every run.
 
 
 def load(name: str, *, split: str, seed: int, **unused) -> dataset.Dataset:
-    """Loads the digits; nothing is downloaded.
+    """Loads scikit-learn's `load_digits`, 8x8 images with values 0..16.
 
-    Source: scikit-learn's `load_digits`, the test part of the UCI "Optical Recognition of
-    Handwritten Digits" set: 8x8 images with values 0..16. Each pixel becomes a block of 4x4, scaled
-    to 0..255, in three equal channels. A class-balanced fifth is the test set.
+    They are the test part of UCI's "Optical Recognition of Handwritten Digits". Each pixel becomes
+    a block of 4x4, scaled to 0..255, in three equal channels. A class-balanced fifth is the test
+    set.
     """
     # Takes a second to import, and only this data set needs it.
     from sklearn.datasets import load_digits

@@ -43,16 +43,7 @@ class FolderSource:
         return str(self.root / self.files[index])
 
 
-def load(
-    name: str,
-    *,
-    data_dir: str | os.PathLike | None,
-    split: str,
-    seed: int,
-    geometry: streaming.Geometry,
-    show_progress: bool = True,
-    **unused,
-) -> dataset.Dataset:
+def load(name: str, *, data_dir, split, seed, geometry, **unused) -> dataset.Dataset:
     """Finds the images of a folder; for the arguments see `resnet_flax.data.load`.
 
     `data_dir` has a folder of classes for each split: `train/cats/1.jpg`, `test/cats/2.jpg` and
@@ -72,24 +63,18 @@ def load(
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={root} is not a folder")
     roots = _split_roots(root)
-    if show_progress and (others := _unused_folders(root, roots)):
-        print(
-            f"note: {root} has train/; its other folders of images are not used: "
-            f"{', '.join(others)}",
-            file=sys.stderr,
-        )
-    class_names = tuple(_folders(roots["train"]))
+    train = roots["train"]
+    class_names = tuple(_folders(train))
     if len(class_names) < 2:
-        raise UserError(f"{roots['train']} has {len(class_names)} sub-folders; it must have one "
-                        "for each class, at least two")  # fmt: skip
+        raise UserError(
+            f"{train} has {len(class_names)} sub-folders; it must have one for each class, at "
+            "least two"
+        )
     for other in roots.values():
         if extra := sorted(set(_folders(other)) - set(class_names)):
-            raise UserError(f"{other} has the class {extra[0]!r}, which {roots['train']} lacks")
+            raise UserError(f"{other} has the class {extra[0]!r}, which {train} lacks")
     seen = _distinct(roots, class_names) | {os.path.realpath(r) for r in (root, *roots.values())}
-    sources = {
-        kind: _find(place, class_names, seen, may_lack=kind != "train")
-        for kind, place in roots.items()
-    }
+    sources = {k: _find(r, class_names, seen, may_lack=k != "train") for k, r in roots.items()}
     parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
     if "test" not in sources:
         source = sources["train"]
@@ -114,11 +99,15 @@ def load(
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folder of each split; `root` itself, as "train", where there are none."""
     found: dict[str, pathlib.Path] = {}
+    others = []
     for name in _folders(root):
         stem = _ENDING.sub("", name.lower())
-        for kind in [kind for kind, names in _SPLITS.items() if stem in names]:
-            if kind in found:
-                raise UserError(f"{root} has both {found[kind].name}/ and {name}/; keep one")
+        kind = next((kind for kind, names in _SPLITS.items() if stem in names), None)
+        if kind is None:
+            others.append(name)
+        elif kind in found:
+            raise UserError(f"{root} has both {found[kind].name}/ and {name}/; keep one")
+        else:
             found[kind] = root / name
     # A class may be called "train", too, or "valid".
     if not found or (len(found) == 1 and not any(map(_folders, found.values()))):
@@ -127,15 +116,13 @@ def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
         raise UserError(f"{root} has {min(found.values()).name}/ but no train/ beside it")
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
+    if unused := [name for name in others if any(image_files.find(root / name, set()))]:
+        print(
+            f"note: {root} has train/; its other folders of images are not used: "
+            f"{', '.join(unused)}",
+            file=sys.stderr,
+        )
     return found
-
-
-def _unused_folders(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
-    """Names of the folders of images beside those of the splits."""
-    if root in roots.values():
-        return []
-    others = [name for name in _folders(root) if root / name not in roots.values()]
-    return [name for name in others if any(image_files.find(root / name, set()))]
 
 
 def _folders(root: pathlib.Path) -> list[str]:

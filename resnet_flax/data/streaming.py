@@ -51,33 +51,26 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """The examples of one split, on disk.
+    """The examples of one split, on disk: squares cut out of resized images.
 
-    Attributes:
-      source: of the images.
-      positions: int64 [N], of the examples in the source.
-      size: side of an example, a square, pixels.
-      short_sides: the image's shorter side is resized to a number drawn from this range, both ends
-        included, and the square is cut out at random: "scale augmentation" [R §3.4].
-      central: resize to the first of `short_sides` and take the centre instead.
+    An image's shorter side is resized to a number drawn from `short_sides`, both ends included, and
+    the square is cut out at random: "scale augmentation" [R §3.4].
     """
 
     source: Source
-    positions: np.ndarray
-    size: int
+    positions: np.ndarray  # int64 [N], of the examples in the source
+    size: int  # side of an example, pixels
     short_sides: tuple[int, int]
-    central: bool = False
+    central: bool = False  # resize to the first of `short_sides` and take the centre instead
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an example."""
+    def image_shape(self) -> tuple[int, int, int]:  # noqa: D102
         return self.size, self.size, 3
 
-    def name(self, index: int) -> str:
-        """What messages call an example."""
+    def name(self, index: int) -> str:  # noqa: D102
         return self.source.name(int(self.positions[index]))
 
     def example(self, index: int, random: np.random.RandomState | None) -> tuple[np.ndarray, int]:
@@ -87,15 +80,13 @@ class StreamedSplit:
           OSError, ValueError: the image cannot be read or decoded.
         """
         content, label = self.source.read(int(self.positions[index]))
-        low, high = self.short_sides
-        least = low if self.central else high
+        sides, size = self.short_sides, self.size
+        least = sides[0] if self.central else sides[1]
         image = images.decode(content, at_least=(least, least))
         if self.central:
-            box = images.central_box(*image.size, short_side=low, size=self.size)
+            box = images.central_box(*image.size, short_side=least, size=size)
         else:
-            box = images.random_box(
-                random, *image.size, short_sides=self.short_sides, size=self.size
-            )
+            box = images.random_box(random, *image.size, short_sides=sides, size=size)
         return images.crop_resized(image, box, self.size), label
 
 
@@ -144,7 +135,7 @@ class Batches:
     """Batches by number: a pure function of (seed, number), whichever process decodes them.
 
     A batch is a dict of `images` uint8 [R, H, W, C], `labels` int32 [R], and `unreadable`: the
-    (index, reason) of each example that was passed over. A subclass's `_choose(number)` yields
+    (index, reason) of each example that was passed over. `_choose(number)` of a subclass yields
     index and randomness of the examples.
     """
 
@@ -240,9 +231,9 @@ def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
 
 
 def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
-    """Yields `batches` in order; call `close` on it to end the workers early.
+    """Yields `batches` in order; `close` ends the workers early.
 
-    `workers` processes decode, each a batch at a time; 0: threads of this process.
+    `workers` processes decode, each a batch at a time, or, if 0, threads of this process.
 
     Raises:
       UserError: too many images in a row cannot be read, or a worker died.
@@ -252,18 +243,13 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; a library user parses none.
         flags.FLAGS.mark_as_parsed()
-    source = grain.MapDataset.source(batches)
+    each = 1 if workers else 2  # threads and batches ahead, of each process
+    options = grain.ReadOptions(num_threads=each, prefetch_buffer_size=each)
+    ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        ahead = source.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=min(workers, len(batches)), per_worker_buffer_size=2
-            ),
-            worker_init_fn=_begin_worker,
-        )
-    else:
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-        ahead = source.to_iter_dataset(options)
+        count = min(workers, len(batches))
+        processes = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=2)
+        ahead = ahead.mp_prefetch(processes, worker_init_fn=_begin_worker)
     iterator = iter(ahead)
     try:
         yield from iterator
