@@ -87,20 +87,6 @@ def test_a_tenth_is_held_out_by_seed():
     assert len(draws) == 2
 
 
-@pytest.mark.parametrize(
-    ("images", "labels"),
-    [
-        (np.zeros((2, 4, 4, 3), np.float32), np.zeros(2, np.int32)),
-        (np.zeros((2, 4, 4), np.uint8), np.zeros(2, np.int32)),
-        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)),
-        (np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int32)),
-    ],
-)
-def test_a_split_of_wrong_arrays_is_refused(images, labels):
-    with pytest.raises(ValueError, match="must be uint8"):
-        dataset.Split(images=images, labels=labels)
-
-
 def test_the_digits():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -133,8 +133,8 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
     for split, source in zip(SIZES, sources, strict=True):
         files, order = files_of(split), in_order(split)
         assert len(source) == len(order)
-        assert source.labels().tolist() == [label_of(name) for name in order]
-        assert source.labels().dtype == np.int32
+        assert source.labels.tolist() == [label_of(name) for name in order]
+        assert source.labels.dtype == np.int32
         for index in reversed(range(len(order))):
             name = order[index]
             assert source.read(index) == (files[name], label_of(name))
@@ -175,14 +175,14 @@ def test_archives_are_indexed_once(tmp_path, archives, monkeypatch):
 
 
 def child(source, index):
-    return source.read(index), source.labels().tolist(), "tensorflow" in sys.modules
+    return source.read(index), source.labels.tolist(), "tensorflow" in sys.modules
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])
 def test_a_source_is_sent_to_another_process(tmp_path, request, kind):
     place = request.getfixturevalue(kind)
     source, *_ = load(tmp_path / "data", place if kind == "archives" else None)
-    expected = source.read(3), source.labels().tolist()
+    expected = source.read(3), source.labels.tolist()
     assert len(pickle.dumps(source)) < 1_000  # No open files.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         *found, tensorflow = pool.apply(child, (source, 3))
@@ -300,7 +300,7 @@ def test_damage_after_preparing(prepared, tmp_path, monkeypatch):
         train.read(0)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"cannot read the labels of 'train' in {prepared}: "):
-        train.labels()
+        _ = train.labels
     assert train.name(2) == f"example 2 of 'train' in {prepared}"
     path.unlink()
     with pytest.raises(UserError, match=f"1 of the 2 files of {prepared} are not there"):

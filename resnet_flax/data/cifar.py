@@ -30,9 +30,7 @@ def load(name: str, *, data_dir, split, archive, mirror, seed, **unused) -> data
         dataset.Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SIZES
     )
     class_names = tuple(arrays["class_names"].tolist())
-    return dataset.assemble(
-        name, train=train, test=test, class_names=class_names, split=split, seed=seed
-    )
+    return dataset.assemble(name, train, test, class_names, split=split, seed=seed)
 
 
 def _prepare(name: str, data_dir: pathlib.Path, archive, mirror) -> pathlib.Path:

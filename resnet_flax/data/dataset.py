@@ -15,11 +15,6 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
-    def __post_init__(self):
-        found = self.images.dtype, self.images.ndim, self.labels.dtype, self.labels.shape
-        if found != (np.uint8, 4, np.int32, self.images.shape[:1]):
-            raise ValueError(f"{found}: images must be uint8 [N, H, W, C], labels int32 [N]")
-
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -123,11 +118,7 @@ def hold_out(labels: np.ndarray, *, seed: int, parts: int = 10) -> tuple[np.ndar
 
 
 def check_split(split: str) -> str:
-    """The canonical spelling of `split`: "all" or "45k/5k".
-
-    Raises:
-      UserError: it is unknown.
-    """
+    """The canonical spelling of `split`, "all" or "45k/5k"; a UserError where it is unknown."""
     if split in ("all", "50k"):
         return "all"
     if split in ("45k/5k", "45k", "45k5k"):
@@ -140,10 +131,10 @@ def check_split(split: str) -> str:
 
 def assemble(
     name: str,
-    *,
     train: Split,
     test: Split,
     class_names: tuple[str, ...],
+    *,
     split: str,
     seed: int,
 ) -> Dataset:

@@ -24,11 +24,6 @@ def load(name: str, *, split: str, seed: int, **unused) -> dataset.Dataset:
     grey = small.repeat(factor, axis=1).repeat(factor, axis=2)
     everything = dataset.canonical(np.repeat(grey[..., None], 3, axis=-1), bunch.target)
     kept, drawn = dataset.hold_out(everything.labels, parts=_TEST_PARTS, seed=_TEST_SEED)
-    return dataset.assemble(
-        name,
-        train=everything.take(kept),
-        test=everything.take(drawn),
-        class_names=tuple(map(str, bunch.target_names)),
-        split=split,
-        seed=seed,
-    )
+    train, test = everything.take(kept), everything.take(drawn)
+    class_names = tuple(map(str, bunch.target_names))
+    return dataset.assemble(name, train, test, class_names, split=split, seed=seed)

@@ -28,16 +28,13 @@ class FolderSource:
 
     root: pathlib.Path
     files: tuple[str, ...]  # relative to root, with "/"
-    file_labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def labels(self) -> np.ndarray:  # noqa: D102
-        return self.file_labels
-
     def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
-        return (self.root / self.files[index]).read_bytes(), int(self.file_labels[index])
+        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
 
     def name(self, index: int) -> str:  # noqa: D102
         return str(self.root / self.files[index])
@@ -78,7 +75,7 @@ def load(name: str, *, data_dir, split, seed, geometry, **unused) -> dataset.Dat
     parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
     if "test" not in sources:
         source = sources["train"]
-        kept, drawn = dataset.hold_out(source.file_labels, seed=_TEST_SEED)
+        kept, drawn = dataset.hold_out(source.labels, seed=_TEST_SEED)
         if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "

@@ -77,22 +77,17 @@ def open_sources(
         path = folder / file
         make = functools.partial(_index, split, path, synsets)
         index = decoded.read(f"{NAME}-{split}", path, make)
-        digest.update(index.pop("digest"))
-        sources.append(ArchiveSource(path, **index))
+        digest.update(index["digest"])
+        sources.append(ArchiveSource(path, index["offsets"], index["sizes"], index["classes"]))
     return *sources, synsets, digest.hexdigest()
 
 
 class PreparedSource(tfds_files.Examples):
     """A split that TFDS has prepared: a `streaming.Source`."""
 
+    @functools.cached_property
     def labels(self) -> np.ndarray:
-        """All labels, int32 [N].
-
-        They lie among the images: this reads the whole split, 140 GB for the training set.
-
-        Raises:
-          UserError: a file cannot be read.
-        """
+        """int32 [N]; they lie among the images, 140 GB of which are read for the training set."""
         try:
             return np.fromiter((example["label"] for example in self), np.int32, len(self))
         except OSError as error:
@@ -139,19 +134,16 @@ class ArchiveSource:
     path: pathlib.Path
     offsets: np.ndarray  # int64 [N], where each image begins, in bytes
     sizes: np.ndarray  # int64 [N], in bytes
-    classes: np.ndarray  # int32 [N], the labels
+    labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.offsets)
-
-    def labels(self) -> np.ndarray:  # noqa: D102
-        return self.classes
 
     def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
         content = self._bytes(self.offsets[index], self.sizes[index])
         if len(content) != self.sizes[index]:
             raise OSError(f"{self.path} ends within the image")
-        return content, int(self.classes[index])
+        return content, int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The image's file name, which the block of the archive before the image holds."""

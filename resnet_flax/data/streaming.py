@@ -22,8 +22,7 @@ PADDING, UNREADABLE = -1, -2
 class Source(Protocol):
     """Encoded images by number, of known length; picklable: worker processes get a copy."""
 
-    def labels(self) -> np.ndarray:
-        """All labels, int32 [N]; may take a while."""
+    labels: np.ndarray  # int32 [N]; may take a while
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Content of an image file, and its label."""
@@ -38,14 +37,11 @@ Examples = tuple[Source, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Pixels of training and of evaluated examples, see `StreamedSplit`.
-
-    `eval_size` is more than `size` where the evaluation cuts its own crops.
-    """
+    """Pixels of training and of evaluated examples, see `StreamedSplit`."""
 
     size: int
     short_sides: tuple[int, int]
-    eval_size: int
+    eval_size: int  # more than `size` where the evaluation cuts its own crops
     eval_short_side: int
 
 
@@ -103,31 +99,25 @@ def assemble(
     """Makes a `Dataset` of "train", "test" and perhaps "validation" examples.
 
     With `split` "45k/5k" a class-balanced tenth is held out of "train".
-
-    Raises:
-      UserError: there is a validation split already, or are too few images to hold some out.
     """
     draw = None
     if split != "all":
         if "validation" in parts:
             raise UserError(f"{name} has a validation split of its own: set config.data.split=all")
         source, positions = parts["train"]
-        kept, drawn = dataset.hold_out(source.labels()[positions], seed=seed)
+        kept, drawn = dataset.hold_out(source.labels[positions], seed=seed)
         if not len(drawn):
             raise UserError(f"config.data.split={split} would hold no image of {name} out")
         draw = tuple(drawn.tolist())
         held_out = {"train": (source, positions[kept]), "validation": (source, positions[drawn])}
         parts = parts | held_out
-    training = geometry.size, geometry.short_sides, False
     evaluation = geometry.eval_size, (geometry.eval_short_side,) * 2, True
-    splits = {
-        kind: StreamedSplit(*examples, *(training if kind == "train" else evaluation))
-        for kind, examples in parts.items()
-    }
-    validation = splits.get("validation")
-    return dataset.Dataset(
-        name, splits["train"], validation, splits["test"], class_names, fingerprint, draw
+    train = StreamedSplit(*parts["train"], geometry.size, geometry.short_sides)
+    validation, test = (
+        StreamedSplit(*parts[kind], *evaluation) if kind in parts else None
+        for kind in ("validation", "test")
     )
+    return dataset.Dataset(name, train, validation, test, class_names, fingerprint, draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,11 +203,7 @@ class OrderedBatches(Batches):
 
 
 def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
-    """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3].
-
-    Raises:
-      UserError: none of them can be read.
-    """
+    """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3]."""
     low, _ = split.short_sides
     split = dataclasses.replace(split, short_sides=(low, low), central=True)
     index = np.linspace(0, len(split), min(most, len(split)), endpoint=False).astype(np.int64)
