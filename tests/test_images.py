@@ -1,11 +1,11 @@
 import io
-import pathlib
+import re
 import struct
 import subprocess
-import sys
 import threading
 import warnings
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,9 +60,8 @@ def test_every_format_is_recognised_by_its_content(kind, tolerance):
 def test_greys_and_black_and_white():
     grey = scene().convert("L")
     expected = np.stack([np.asarray(grey)] * 3, -1)
-    for kind in ("PNG", "TIFF"):
-        np.testing.assert_array_equal(decoded(encode(grey, kind)), expected)
-    assert distance(decoded(encode(grey, "JPEG", quality=95)), expected) < 3
+    for kind, tolerance in (("PNG", 0), ("TIFF", 0), ("JPEG", 3)):
+        assert distance(decoded(encode(grey, kind)), expected) <= tolerance
     bits = grey.convert("1", dither=Image.Dither.NONE)
     for kind in ("PNG", "TIFF", "PPM", "XBM"):
         found = decoded(encode(bits, kind))
@@ -79,6 +78,7 @@ def test_what_is_transparent_is_laid_over_white():
     palette.putpalette([value for colour in opaque for value in colour])
     palette.putdata([0, 1, 2])
     one_gone = [opaque[0], white, opaque[2]]
+    rgb = Image.fromarray(np.uint8([[[1, 2, 3], [1, 2, 4]]]))
     cases = [
         (Image.fromarray(np.uint8([[[100, 0], [100, 255]]]), "LA"), {}, [white, [100] * 3]),
         (palette, {}, opaque),
@@ -86,11 +86,7 @@ def test_what_is_transparent_is_laid_over_white():
         (palette, {"transparency": 1, "kind": "GIF"}, one_gone),
         (palette, {"transparency": bytes([255, 0, 51])}, [opaque[0], white, [218, 220, 222]]),
         (Image.fromarray(np.uint8([[7, 8]])), {"transparency": 7}, [white, [8] * 3]),
-        (
-            Image.fromarray(np.uint8([[[1, 2, 3], [1, 2, 4]]])),
-            {"transparency": (1, 2, 3)},
-            [white, [1, 2, 4]],
-        ),
+        (rgb, {"transparency": (1, 2, 3)}, [white, [1, 2, 4]]),
     ]
     for image, options, expected in cases:
         np.testing.assert_allclose(decoded(encode(image, **options)), [expected], atol=1)
@@ -181,11 +177,8 @@ def test_the_exif_orientation_is_applied(orientation):
         found = decoded(encode(stored, kind, exif=exif))
         assert found.shape == (48, 64, 3)
         assert distance(found, scene(64, 48)) < 4
-
-
-def test_damaged_exif_does_no_harm():
-    content = encode(scene(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9)
-    assert decoded(content).shape == (30, 40, 3)
+    damaged = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 9
+    assert decoded(encode(scene(), "JPEG", exif=damaged)).shape == (30, 40, 3)
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
@@ -206,17 +199,17 @@ def test_odd_sizes(size, kind):
         np.testing.assert_allclose(found, np.broadcast_to((9, 90, 200), found.shape), atol=4)
 
 
-@pytest.mark.parametrize(
-    ("at_least", "size"),
-    [
-        ((480, 480), (1000, 750)),
-        ((100, 80), (125, 94)),
-        ((126, 1), (250, 188)),
-        ((1, 93), (125, 94)),
-        ((1, 95), (250, 188)),
-        ((2000, 2000), (1000, 750)),
-    ],
-)
+REDUCED = {
+    (480, 480): (1000, 750),
+    (100, 80): (125, 94),
+    (126, 1): (250, 188),
+    (1, 93): (125, 94),
+    (1, 95): (250, 188),
+    (2000, 2000): (1000, 750),
+}
+
+
+@pytest.mark.parametrize(("at_least", "size"), REDUCED.items())
 @pytest.mark.parametrize("way", ["usual", "progressive", "turned"])
 def test_jpeg_is_reduced_as_far_as_asked_and_no_further(at_least, size, way):
     exif, picture = Image.Exif(), scene(1000, 750)
@@ -226,10 +219,7 @@ def test_jpeg_is_reduced_as_far_as_asked_and_no_further(at_least, size, way):
     image = images.decode(content, at_least=at_least)
     assert image.size == size
     assert distance(image, scene(1000, 750).resize(size, Image.Resampling.BOX)) < 2
-
-
-def test_other_formats_are_not_reduced():
-    assert images.decode(encode(scene(100, 75)), at_least=(2, 2)).size == (100, 75)
+    assert images.decode(encode(scene()), at_least=(2, 2)).size == (40, 30)
 
 
 def refused(content):
@@ -237,8 +227,7 @@ def refused(content):
         images.decode(content)
     message = str(caught.value)
     assert 5 < len(message) < 300
-    assert "\n" not in message
-    assert "0x" not in message
+    assert not re.search("\n|0x", message)
     return message
 
 
@@ -253,9 +242,10 @@ def test_truncated_files_are_refused(kind):
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
+def test_what_is_no_image_is_refused_and_no_program_is_run(monkeypatch):
+    for name in ("Popen", "run", "call", "check_call", "check_output"):
+        monkeypatch.setattr(subprocess, name, lambda *a, **k: pytest.fail("a program was run"))
+    for content in (
         b"just a text file\n" * 50,
         b"",
         b"\0" * 1000,
@@ -263,12 +253,8 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         POSTSCRIPT,
         b"\xc5\xd0\xd3\xc6" + struct.pack("<II", 30, len(POSTSCRIPT)) + b"\0" * 18 + POSTSCRIPT,
-    ],
-)
-def test_what_is_no_image_is_refused_and_no_program_is_run(content, monkeypatch):
-    for name in ("Popen", "run", "call", "check_call", "check_output"):
-        monkeypatch.setattr(subprocess, name, lambda *a, **k: pytest.fail("a program was run"))
-    assert refused(content) == "it is not an image of a known format, or damaged"
+    ):
+        assert refused(content) == "it is not an image of a known format, or damaged"
 
 
 def test_every_single_damaged_byte_is_survived():
@@ -305,20 +291,6 @@ def test_threads_decode_at_once_and_pillow_warns_of_nothing():
     assert len(found) == 8
 
 
-def test_importing_it_does_not_import_jax():
-    folder = pathlib.Path(images.__file__).parent
-    code = (
-        "import sys, types\n"
-        f"for name, path in ('resnet_flax', {str(folder.parent)!r}), ('resnet_flax.data', "
-        f"{str(folder)!r}):\n"
-        "    sys.modules[name] = types.ModuleType(name)\n"
-        "    sys.modules[name].__path__ = [path]\n"
-        "import resnet_flax.data.images\n"
-        "assert not {'jax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def noisy(width, height):
     noise = np.random.RandomState(1).randint(0, 256, (height, width, 3))
     return Image.fromarray(noise.astype(np.uint8))
@@ -352,19 +324,15 @@ def test_known_boxes():
     image, box = noisy(64, 64), images.central_box(64, 64, short_side=64, size=64)
     assert box == (0, 0, 64, 64)
     np.testing.assert_array_equal(images.crop_resized(image, box, 64), np.asarray(image))
-
-
-class Constant:
-    def __init__(self, number):
-        self.number = number
-
-    def random(self):
-        return self.number
+    with pytest.raises(ValueError, match="crop of 224 pixels is larger than a shorter side of 200"):
+        images.central_box(500, 375, short_side=200, size=224)
 
 
 def test_random_boxes_reach_both_ends():
     low, high = (
-        images.random_box(Constant(number), 500, 375, short_sides=(256, 480), size=224)
+        images.random_box(
+            mock.Mock(**{"random.return_value": number}), 500, 375, short_sides=(256, 480), size=224
+        )
         for number in (0, 1 - 2**-53)
     )
     assert low == pytest.approx((0, 0, 224 * 500 / 341, 224 * 375 / 256))
@@ -402,8 +370,3 @@ def test_boxes_of_any_image_lie_inside_it(size):
     for box in boxes[-3:]:
         found = images.crop_resized(image, box, 224)
         np.testing.assert_array_equal(found, np.broadcast_to((1, 2, 3), (224, 224, 3)))
-
-
-def test_crops_larger_than_the_image_are_refused():
-    with pytest.raises(ValueError, match="crop of 224 pixels is larger than a shorter side of 200"):
-        images.central_box(500, 375, short_side=200, size=224)
