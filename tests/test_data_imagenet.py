@@ -121,7 +121,8 @@ def prepared(tmp_path):
 
 def load(data_dir, archives=None):
     data_dir.mkdir(exist_ok=True)
-    return imagenet.open_sources(data_dir, archives)
+    parts, *rest = imagenet.load(data_dir, archives)
+    return parts["train"][0], parts["test"][0], *rest
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])

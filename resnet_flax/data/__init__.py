@@ -2,18 +2,11 @@
 
 import os
 
-from resnet_flax.data import cifar, digits, folder, imagenet, streaming
+from resnet_flax.data import cifar, dataset, digits, folder, imagenet, streaming
 from resnet_flax.data.dataset import Dataset, check_split
 from resnet_flax.errors import UserError, did_you_mean
 
-_LOADERS = {
-    "cifar10": cifar.load,
-    "cifar100": cifar.load,
-    "digits": digits.load,
-    "folder": folder.load,
-    imagenet.NAME: imagenet.load,
-}
-NAMES = tuple(_LOADERS)
+NAMES = ("cifar10", "cifar100", "digits", "folder", imagenet.NAME)
 STREAMED = frozenset({"folder", imagenet.NAME})
 """The data sets whose images are decoded when they are needed; the others are in memory."""
 
@@ -53,12 +46,15 @@ def load(
             f"unknown data set {name!r}{did_you_mean(name, NAMES, 0.5)}; "
             f"the known ones are {', '.join(NAMES)}"
         )
-    return _LOADERS[name](
-        name,
-        data_dir=data_dir,
-        split=check_split(split),  # Before a preparation that may take hours.
-        archive=archive,
-        mirror=mirror,
-        seed=seed,
-        geometry=geometry,
-    )
+    split = check_split(split)  # Before a preparation that may take hours.
+    if name == "folder":
+        found = folder.load(data_dir)
+    elif name == imagenet.NAME:
+        found = imagenet.load(data_dir, archive)
+    elif name == "digits":
+        found = digits.load()
+    else:
+        found = cifar.load(name, data_dir, archive, mirror)
+    if name in STREAMED:
+        return streaming.assemble(name, *found, split=split, seed=seed, geometry=geometry)
+    return dataset.assemble(name, *found, split=split, seed=seed)

@@ -19,8 +19,10 @@ SIZES = {"train": 50_000, "test": 10_000}
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def load(name: str, *, data_dir, split, archive, mirror, seed, **unused) -> dataset.Dataset:
-    """Loads CIFAR-10 or CIFAR-100, see `resnet_flax.data.load`."""
+def load(
+    name: str, data_dir, archive, mirror
+) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
+    """The training set, the test set and the names of the classes; see `resnet_flax.data.load`."""
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(name, data_dir=root, version=VERSION)
     if directory is None:
@@ -29,8 +31,7 @@ def load(name: str, *, data_dir, split, archive, mirror, seed, **unused) -> data
     train, test = (
         dataset.Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SIZES
     )
-    class_names = tuple(arrays["class_names"].tolist())
-    return dataset.assemble(name, train, test, class_names, split=split, seed=seed)
+    return train, test, tuple(arrays["class_names"].tolist())
 
 
 def _prepare(name: str, data_dir: pathlib.Path, archive, mirror) -> pathlib.Path:

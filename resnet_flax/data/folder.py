@@ -40,8 +40,10 @@ class FolderSource:
         return str(self.root / self.files[index])
 
 
-def load(name: str, *, data_dir, split, seed, geometry, **unused) -> dataset.Dataset:
-    """Finds the images of a folder; for the arguments see `resnet_flax.data.load`.
+def load(
+    data_dir: str | os.PathLike | None,
+) -> tuple[dict[str, streaming.Examples], tuple[str, ...], str]:
+    """Finds the images of a folder: the examples of each split, class names, and a fingerprint.
 
     `data_dir` has a folder of classes for each split: `train/cats/1.jpg`, `test/cats/2.jpg` and
     perhaps `val/cats/3.jpg`. Upper case and other usual names will do, and `val` without `test` is
@@ -82,15 +84,7 @@ def load(name: str, *, data_dir, split, seed, geometry, **unused) -> dataset.Dat
                 "images, or put test images into test/ and the others into train/"
             )
         parts = {"train": (source, kept), "test": (source, drawn)}
-    return streaming.assemble(
-        name,
-        parts,
-        class_names=class_names,
-        fingerprint=_fingerprint(parts),
-        split=split,
-        seed=seed,
-        geometry=geometry,
-    )
+    return parts, class_names, _fingerprint(parts)
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -15,9 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from resnet_flax.data import decoded, streaming, tfds_files
-from resnet_flax.data.dataset import Dataset
-from resnet_flax.data.streaming import Source
+from resnet_flax.data import decoded, tfds_files
+from resnet_flax.data.streaming import Examples, Source
 from resnet_flax.errors import UserError, first_line
 
 NAME = "imagenet2012"
@@ -29,40 +28,35 @@ ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_v
 _PUBLISHED_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}  # TFDS's checksums.tsv
 
 
-def load(name: str, *, data_dir, archive, split, seed, geometry, **unused) -> Dataset:
-    """Loads ImageNet; for the arguments see `resnet_flax.data.load`."""
-    train, test, class_names, fingerprint = open_sources(data_dir, archive)
-    return streaming.assemble(
-        name,
-        {kind: (s, np.arange(len(s))) for kind, s in (("train", train), ("test", test))},
-        class_names=class_names,
-        fingerprint=fingerprint,
-        split=split,
-        seed=seed,
-        geometry=geometry,
-    )
-
-
-def open_sources(
+def load(
     data_dir: str | os.PathLike | None, archives: str | os.PathLike | None
-) -> tuple[Source, Source, tuple[str, ...], str]:
+) -> tuple[dict[str, Examples], tuple[str, ...], str]:
     """Opens ImageNet where TFDS has prepared it, or else its two archives.
 
     `data_dir` is as in `tfds_files.resolve_data_dir`. The archives are in the directory `archives`
     or, where it is None or "", in downloads/manual of `data_dir`, where TFDS looks for them.
 
     Returns:
-      The training set; the validation set, which is what everybody tests on; the synset of each
-      label; and a SHA-256 (hex) of what identifies the images without reading them: the lengths of
-      TFDS's files, or the names, sizes and labels of the images in the archives.
+      The examples of "train", and of "test", the validation set, on which everybody tests; the
+      synset of each label; and a SHA-256 (hex) of what identifies the images without reading them:
+      the lengths of TFDS's files, or the names, sizes and labels of the images in the archives.
 
     Raises:
       UserError: there are neither prepared data nor archives, or they are damaged.
     """
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(NAME, data_dir=root, version=VERSION)
-    if directory is not None:
-        return _open_prepared(directory)
+    if directory is None:
+        *sources, synsets, fingerprint = _open_archives(root, archives)
+    else:
+        *sources, synsets, fingerprint = _open_prepared(directory)
+    parts = {k: (s, np.arange(len(s))) for k, s in zip(("train", "test"), sources, strict=True)}
+    return parts, synsets, fingerprint
+
+
+def _open_archives(
+    root: pathlib.Path, archives: str | os.PathLike | None
+) -> tuple[Source, Source, tuple[str, ...], str]:
     folder = pathlib.Path(os.path.expanduser(archives or root / "downloads" / "manual"))
     absent = [file for file in ARCHIVES.values() if not (folder / file).is_file()]
     if absent:

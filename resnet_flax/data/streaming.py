@@ -89,9 +89,9 @@ class StreamedSplit:
 def assemble(
     name: str,
     parts: dict[str, Examples],
-    *,
     class_names: tuple[str, ...],
     fingerprint: str,
+    *,
     split: str,
     seed: int,
     geometry: Geometry,
