@@ -98,11 +98,9 @@ def test_a_dropped_connection_is_resumed(tmp_path, server, ranges):
     server.ranges = ranges
     server.drops = [700_000, 100_000]
     obtain(server.url + "x", tmp_path)
-    starts = [start for _, start in server.asked]
-    assert starts[0] == 0
-    assert 0 < starts[1] <= 700_000
-    assert len(starts) == 3
-    assert (starts[2] > starts[1]) == ranges
+    first, second, third = [start for _, start in server.asked]
+    assert first == 0 < second <= 700_000
+    assert (third > second) == ranges
 
 
 def test_a_later_process_continues(tmp_path, server):
@@ -110,12 +108,11 @@ def test_a_later_process_continues(tmp_path, server):
     server.drops = [100_000] * download.ATTEMPTS
     with pytest.raises(UserError, match=r"bytes of it are kept in .*\.part"):
         obtain(server.url + "x", tmp_path)
-    kept = part_of(tmp_path).read_bytes()
-    assert kept == BODY[: len(kept)]
+    kept = part_of(tmp_path).stat().st_size
     server.asked.clear()
     obtain(server.url + "x", tmp_path)
-    assert server.asked == [("/x", len(kept))]
-    assert len(kept) > 100_000
+    assert server.asked == [("/x", kept)]
+    assert kept > 100_000
 
 
 @pytest.mark.parametrize("size", [1000, len(BODY), len(BODY) + 1])
@@ -182,12 +179,9 @@ def test_no_network_is_said_with_the_ways_out(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "ORIGIN", origin)
     with pytest.raises(UserError) as caught:
         data.load("cifar10", data_dir=tmp_path, mirror=mirror)
-    message = str(caught.value)
-    for way in ("config.data.data_dir", "config.data.archive", "config.data.mirror"):
-        assert way in message
-    for url in (mirror, origin):
-        assert re.search(rf"{url}{STEM}\.tar\.gz: HTTPC[^;]*refused", message)
-    assert len(message.splitlines()) == 2
+    said = [rf"{url}{STEM}\.tar\.gz: HTTPC[^;]*refused" for url in (mirror, origin)]
+    ways = "config.data.data_dir .*, config.data.archive .* config.data.mirror "
+    assert re.fullmatch(f".*{said[0]}.*; {said[1]}.*\n.*{ways}.*", str(caught.value))
 
 
 @pytest.mark.parametrize("place", ["mirror", "origin", "disk"])

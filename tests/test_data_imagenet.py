@@ -237,15 +237,12 @@ def test_tfds_own_lists(monkeypatch):
 
 
 def test_absent_data_and_archives_are_named(tmp_path, archives):
-    data_dir, manual = tmp_path / "data", tmp_path / "data" / "downloads" / "manual"
+    data_dir = tmp_path / "data"
     train, validation = imagenet.ARCHIVES.values()
     (archives / validation).unlink()
-    for folder, place, file in (
-        (None, manual, train),
-        ("/no/such", "/no/such", train),
-        (archives / train, archives / train, train),
-        (archives, archives, validation),
-    ):
+    cases = (None, train), ("/no/such", train), (archives / train, train), (archives, validation)
+    for folder, file in cases:
+        place = folder or data_dir / "downloads" / "manual"
         message = f"no prepared imagenet2012 in {data_dir} and no {file} in {place}.\n"
         with pytest.raises(UserError, match=f"{message}.*{train} and {validation}.*image-net.org"):
             load(data_dir, folder)

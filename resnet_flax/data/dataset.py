@@ -130,13 +130,7 @@ def check_split(split: str) -> str:
 
 
 def assemble(
-    name: str,
-    train: Split,
-    test: Split,
-    class_names: tuple[str, ...],
-    *,
-    split: str,
-    seed: int,
+    name: str, train: Split, test: Split, class_names: tuple[str, ...], *, split: str, seed: int
 ) -> Dataset:
     """Makes a `Dataset` of two splits in canonical order, and holds out what `split` says."""
     whole = Dataset(name, train, None, test, class_names, fingerprint(train, test), None)

@@ -125,8 +125,7 @@ class Batches:
     """Batches by number: a pure function of (seed, number), whichever process decodes them.
 
     A batch is a dict of `images` uint8 [R, H, W, C], `labels` int32 [R], and `unreadable`: the
-    (index, reason) of each example that was passed over. `_choose(number)` of a subclass yields
-    index and randomness of the examples.
+    (index, reason) of each example that was passed over.
     """
 
     split: StreamedSplit
@@ -136,13 +135,11 @@ class Batches:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         unreadable: list[tuple[int, str]] = []
+        # A subclass chooses the index and the randomness of each example.
         found = [self._read(*chosen, unreadable) for chosen in self._choose(number)]
         pixels, labels = zip(*found, strict=True)
-        return {
-            "images": np.stack(pixels),
-            "labels": np.array(labels, np.int32),
-            "unreadable": unreadable,
-        }
+        labels = np.array(labels, np.int32)
+        return {"images": np.stack(pixels), "labels": labels, "unreadable": unreadable}
 
     def _read(self, index: int, random, unreadable: list) -> tuple[np.ndarray, int]:
         """An example; where it cannot be read, a blank one or, in training, the next that can."""
@@ -254,11 +251,11 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
 
 def _begin_worker(number: int, count: int) -> None:
     """Leaves signals to the main process, and ends when it does."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -228,8 +228,7 @@ def _write(name: str, examples, class_names, directory: pathlib.Path) -> pathlib
     tfds.display_progress_bar(False)  # They appear even where stderr is no terminal.
     try:
         builder.download_and_prepare(
-            file_format=FORMAT,
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format=FORMAT, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     finally:
         tfds.display_progress_bar(True)

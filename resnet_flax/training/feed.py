@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,8 +34,6 @@ class Feed:
     mesh: Mesh  # of all devices
     batch_size: int  # examples in a training step
 
-    default_chunk: ClassVar[int]  # steps worth dispatching at once on an accelerator
-
     @property
     def size(self) -> int:
         """Number of examples."""
@@ -63,7 +61,6 @@ class ResidentFeed(Feed):
     Of a `Part` the whole is placed, by `put`: see `put_once`.
     """
 
-    default_chunk = 100
     put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put
 
     def __post_init__(self):
@@ -104,7 +101,6 @@ class StreamedFeed(Feed):
     Each process decodes the rows of its own devices only.
     """
 
-    default_chunk = 1
     _: dataclasses.KW_ONLY
     total_steps: int  # where the stream of training steps ends
     workers: int  # processes that decode; 0: threads of this one
@@ -118,10 +114,11 @@ class StreamedFeed(Feed):
     def chunk(self, step: int, count: int) -> dict[str, jax.Array]:  # noqa: D102
         if self._next != step:
             self.close()
-            ordered = streaming.TrainBatches(
-                *self._common(self.batch_size), self.batch_size, step, self.total_steps
+            rows = sharding.rows_here(self.mesh, self.batch_size)
+            batches = streaming.TrainBatches(
+                self.split, rows, self.limit, self.seed, self.batch_size, step, self.total_steps
             )
-            self._ahead = streaming.read_ahead(ordered, self.workers)
+            self._ahead = streaming.read_ahead(batches, self.workers)
         parts = [self._check(next(self._ahead)) for _ in range(count)]
         self._next = step + count
         return self._put(parts)
@@ -139,12 +136,10 @@ class StreamedFeed(Feed):
             self._ahead.close()
             self._ahead, self._next = None, -1
 
-    def _common(self, batch_size: int):
-        return self.split, sharding.rows_here(self.mesh, batch_size), self.limit, self.seed
-
     def _ordered(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
-        ordered = streaming.OrderedBatches(*self._common(index.shape[1]), index)
-        with contextlib.closing(streaming.read_ahead(ordered, self.workers)) as ahead:
+        rows = sharding.rows_here(self.mesh, index.shape[1])
+        batches = streaming.OrderedBatches(self.split, rows, self.limit, self.seed, index)
+        with contextlib.closing(streaming.read_ahead(batches, self.workers)) as ahead:
             for batch in ahead:
                 yield self._put([self._check(batch)])
 
@@ -203,4 +198,4 @@ def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
 
 def chunk_steps(examples: Feed, requested: int, platform: str) -> int:
     """Steps to dispatch at once: `requested`, or, where that is 0, what suits the platform."""
-    return requested or (1 if platform == "cpu" else examples.default_chunk)
+    return requested or (100 if isinstance(examples, ResidentFeed) and platform != "cpu" else 1)
