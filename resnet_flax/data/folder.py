@@ -19,7 +19,6 @@ _SPLITS = {
     "validation": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
 }
 _ENDING = re.compile(r"[\W_]*(set|data|images)$")
-_TEST_SEED = 0  # The test set is the same for every run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +76,7 @@ def load(
     parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
     if "test" not in sources:
         source = sources["train"]
-        kept, drawn = dataset.hold_out(source.labels, seed=_TEST_SEED)
+        kept, drawn = dataset.hold_out(source.labels, seed=0)  # The same for every run.
         if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "

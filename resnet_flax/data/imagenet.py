@@ -46,10 +46,8 @@ def load(
     """
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(NAME, data_dir=root, version=VERSION)
-    if directory is None:
-        *sources, synsets, fingerprint = _open_archives(root, archives)
-    else:
-        *sources, synsets, fingerprint = _open_prepared(directory)
+    found = _open_archives(root, archives) if directory is None else _open_prepared(directory)
+    *sources, synsets, fingerprint = found
     parts = {k: (s, np.arange(len(s))) for k, s in zip(("train", "test"), sources, strict=True)}
     return parts, synsets, fingerprint
 

@@ -198,8 +198,7 @@ def _staging(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                said = f"Another process prepares {name} in {data_dir}; waiting"
-                print(said, file=sys.stderr)
+                print(f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 # A file system without locks: each process has its own directory, the first wins.

@@ -10,7 +10,7 @@ from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.training import augment, feed
 
-_SAMPLE = 2048  # training images, that a streamed data set's statistics are estimated from
+_SAMPLE = 2048  # training images that give the statistics of a streamed data set
 
 # ImageNet's crops and shorter sides, pixels [R §3.4].
 _CROP, _SHORT_SIDES, _TEST_SHORT_SIDE = 224, (256, 480), 256
