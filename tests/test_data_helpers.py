@@ -79,9 +79,9 @@ def publish(patch, name, *paths):
 
 def real_data_dir():
     """The folder of the real, prepared CIFAR-10; skips the test where there is none."""
-    repository = pathlib.Path(__file__).resolve().parents[1]
     place = os.environ.get("RESNET_FLAX_TEST_DATA_DIR") or os.environ.get("TFDS_DATA_DIR")
-    path = pathlib.Path(place or repository.parent / "shared" / "tensorflow_datasets").expanduser()
+    shared = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
+    path = pathlib.Path(place or shared).expanduser()
     if not (path / "cifar10").is_dir():
         pytest.skip(f"no prepared CIFAR-10 in {path}; set RESNET_FLAX_TEST_DATA_DIR")
     return path

@@ -66,10 +66,8 @@ def tar_of(files):
 
 def archive_of(split, changes=(), reverse=False):
     """An archive with some files replaced, added, or left out where the replacement is empty."""
-    files = {
-        name: content for name, content in (files_of(split) | dict(changes)).items() if content
-    }
-    files = sorted(files.items(), reverse=reverse)
+    changed = (files_of(split) | dict(changes)).items()
+    files = sorted(((name, content) for name, content in changed if content), reverse=reverse)
     if split == "validation":
         return tar_of(files)
     classes = itertools.groupby(files, lambda file: file[0].partition("_")[0])
@@ -115,18 +113,16 @@ def prepared(tmp_path):
         )
         for split in SIZES
     }
+    version, place = imagenet.VERSION, tmp_path / "data"
     return tfds_files.prepare(
-        imagenet.NAME,
-        version=imagenet.VERSION,
-        data_dir=tmp_path / "data",
-        obtain=lambda: (examples, {}),
-        show_progress=False,
+        imagenet.NAME, version=version, data_dir=place, obtain=lambda: (examples, {})
     )
 
 
 def load(data_dir, archives=None):
     data_dir.mkdir(exist_ok=True)
-    return imagenet.load(data_dir=data_dir, archives=archives, show_progress=False)
+    parts, *rest = imagenet.load(data_dir, archives)
+    return parts["train"][0], parts["test"][0], *rest
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])
@@ -138,8 +134,8 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
     for split, source in zip(SIZES, sources, strict=True):
         files, order = files_of(split), in_order(split)
         assert len(source) == len(order)
-        assert source.labels().tolist() == [label_of(name) for name in order]
-        assert source.labels().dtype == np.int32
+        assert source.labels.tolist() == [label_of(name) for name in order]
+        assert source.labels.dtype == np.int32
         for index in reversed(range(len(order))):
             name = order[index]
             assert source.read(index) == (files[name], label_of(name))
@@ -147,21 +143,16 @@ def test_both_kinds_hold_the_same_in_the_same_order(tmp_path, request, kind, cap
             assert str(place) in source.name(index)
         with pytest.raises(IndexError if kind == "archives" else OSError, match="."):
             source.read(len(source))
+    geometry = streaming.Geometry(16, (16, 20), 18, 18)
     dataset = data.load(
-        imagenet.NAME,
-        data_dir=data_dir,
-        archive=archive,
-        split="45k/5k",
-        geometry=streaming.Geometry(16, (16, 20), 18, 18),
-        show_progress=False,
+        imagenet.NAME, data_dir=data_dir, archive=archive, split="45k/5k", geometry=geometry
     )
     assert dataset.fingerprint == fingerprint
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (6, 3, 5)
     for split in dataset.train, dataset.validation, dataset.test:
         for index in range(len(split)):  # The CMYK and the PNG, too.
             assert split.example(index, np.random.RandomState(0))[0].shape == split.image_shape
-    captured = capfd.readouterr()
-    assert captured.out == captured.err == ""
+    assert capfd.readouterr() == ("", "")
     assert any(data_dir.iterdir()) == (kind == "prepared")
 
 
@@ -185,14 +176,14 @@ def test_archives_are_indexed_once(tmp_path, archives, monkeypatch):
 
 
 def child(source, index):
-    return source.read(index), source.labels().tolist(), "tensorflow" in sys.modules
+    return source.read(index), source.labels.tolist(), "tensorflow" in sys.modules
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])
 def test_a_source_is_sent_to_another_process(tmp_path, request, kind):
     place = request.getfixturevalue(kind)
     source, *_ = load(tmp_path / "data", place if kind == "archives" else None)
-    expected = source.read(3), source.labels().tolist()
+    expected = source.read(3), source.labels.tolist()
     assert len(pickle.dumps(source)) < 1_000  # No open files.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         *found, tensorflow = pool.apply(child, (source, 3))
@@ -213,8 +204,8 @@ def test_the_fingerprint_is_of_what_was_prepared_and_not_of_where(prepared, tmp_
         for split in info["splits"]
     }
     content = {"name": "imagenet2012", "version": "5.1.0", "splits": splits}
-    text = json.dumps(content, sort_keys=True)
-    assert original == hashlib.sha256(text.encode()).hexdigest()
+    text = json.dumps(content, sort_keys=True).encode()
+    assert original == hashlib.sha256(text).hexdigest()
     info["splits"][0]["numBytes"] = "1"
     path.write_text(json.dumps(info))
     assert load(tmp_path / "copy")[3] != original
@@ -246,15 +237,12 @@ def test_tfds_own_lists(monkeypatch):
 
 
 def test_absent_data_and_archives_are_named(tmp_path, archives):
-    data_dir, manual = tmp_path / "data", tmp_path / "data" / "downloads" / "manual"
+    data_dir = tmp_path / "data"
     train, validation = imagenet.ARCHIVES.values()
     (archives / validation).unlink()
-    for folder, place, file in (
-        (None, manual, train),
-        ("/no/such", "/no/such", train),
-        (archives / train, archives / train, train),
-        (archives, archives, validation),
-    ):
+    cases = (None, train), ("/no/such", train), (archives / train, train), (archives, validation)
+    for folder, file in cases:
+        place = folder or data_dir / "downloads" / "manual"
         message = f"no prepared imagenet2012 in {data_dir} and no {file} in {place}.\n"
         with pytest.raises(UserError, match=f"{message}.*{train} and {validation}.*image-net.org"):
             load(data_dir, folder)
@@ -310,7 +298,7 @@ def test_damage_after_preparing(prepared, tmp_path, monkeypatch):
         train.read(0)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"cannot read the labels of 'train' in {prepared}: "):
-        train.labels()
+        _ = train.labels
     assert train.name(2) == f"example 2 of 'train' in {prepared}"
     path.unlink()
     with pytest.raises(UserError, match=f"1 of the 2 files of {prepared} are not there"):

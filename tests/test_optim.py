@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -19,6 +18,7 @@ def run(optimizer, gradients, errors=None):
         updates, state = optimizer.update(gradient, state, params, error=error)
         params = optax.apply_updates(params, updates)
         rates.append(float(optim.last_rate(state)))
+        assert optim.last_rate(state).dtype == np.float32
     return params, rates
 
 
@@ -63,30 +63,19 @@ def test_optimizers_are_their_formulas_with_the_decay_in_the_gradient(
         np.testing.assert_allclose(got[a][b], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "rates"),
-    [
-        (
-            "piecewise",
-            {"boundaries": (32_000, 48_000)},
-            {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001},
-        ),
-        (
-            "piecewise",
-            {"boundaries": (81, 121, 161, 181), "decay_factors": (1e-1, 1e-2, 1e-3, 0.5e-3)},
-            {0: 0.1, 80: 0.1, 81: 1e-2, 121: 1e-3, 161: 1e-4, 199: 5e-5},
-        ),
-        ("cosine", {}, {0: 0.1, 32_000: 0.05, 64_000: 0}),
-        ("constant", {}, {0: 0.1, 63_999: 0.1}),
-    ],
-)
-def test_schedules(kind, options, rates):
-    schedule = optim.make_schedule(kind, learning_rate=0.1, total_steps=64_000, **options)
-    for step, rate in rates.items():
-        np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, atol=1e-8)
+def test_schedules():
+    def check(kind, rates, **options):
+        schedule = optim.make_schedule(kind, learning_rate=0.1, total_steps=64_000, **options)
+        for step, rate in rates.items():
+            np.testing.assert_allclose(schedule(step), rate, rtol=1e-5, atol=1e-8)
 
-
-def test_an_unknown_schedule_is_refused():
+    rates = {0: 0.1, 31_999: 0.1, 32_000: 0.01, 47_999: 0.01, 48_000: 0.001}
+    check("piecewise", rates, boundaries=(32_000, 48_000))
+    rates = {0: 0.1, 80: 0.1, 81: 1e-2, 121: 1e-3, 161: 1e-4, 199: 5e-5}
+    boundaries, factors = (81, 121, 161, 181), (1e-1, 1e-2, 1e-3, 0.5e-3)
+    check("piecewise", rates, boundaries=boundaries, decay_factors=factors)
+    check("cosine", {0: 0.1, 32_000: 0.05, 64_000: 0})
+    check("constant", {0: 0.1, 63_999: 0.1})
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
         optim.make_schedule("step", learning_rate=0.1, total_steps=1)
 
@@ -116,9 +105,3 @@ def test_kernels_only_leaves_out_scales_and_biases():
         "a": {"kernel": True, "bias": False},
         "b": {"c": {"scale": False, "kernel": True}},
     }
-
-
-def test_rate_of_a_step_is_float32_whatever_the_schedule():
-    _, state = constant_rate(0.1).update(PARAMS, constant_rate(0.1).init(PARAMS))
-    assert state.rate.dtype == jnp.float32
-    assert state.count == 1

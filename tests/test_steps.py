@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from resnet_flax import create_model
-from resnet_flax.data import Split
+from resnet_flax.data.dataset import Split
 from resnet_flax.devices.hardware import check_memory, compiler_options, cpu, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout

@@ -2,41 +2,11 @@
 
 import os
 
-import numpy as np
-
-from resnet_flax.data import cifar, digits, folder, imagenet, streaming
-from resnet_flax.data.dataset import Dataset, Split, check_split
+from resnet_flax.data import cifar, dataset, digits, folder, imagenet, streaming
+from resnet_flax.data.dataset import Dataset, check_split
 from resnet_flax.errors import UserError, did_you_mean
 
-__all__ = ["NAMES", "STREAMED", "Dataset", "Split", "load"]
-
-
-def _load_imagenet(
-    name: str, *, data_dir, split, archive, seed, geometry, show_progress, **unused
-) -> Dataset:
-    check_split(split)  # Before the minutes that an index may take.
-    train, test, class_names, fingerprint = imagenet.load(
-        data_dir=data_dir, archives=archive, show_progress=show_progress
-    )
-    return streaming.assemble(
-        name,
-        {kind: (s, np.arange(len(s))) for kind, s in (("train", train), ("test", test))},
-        class_names=class_names,
-        fingerprint=fingerprint,
-        split=split,
-        seed=seed,
-        geometry=geometry,
-    )
-
-
-_LOADERS = {
-    "cifar10": cifar.load,
-    "cifar100": cifar.load,
-    "digits": digits.load,
-    "folder": folder.load,
-    imagenet.NAME: _load_imagenet,
-}
-NAMES = tuple(_LOADERS)
+NAMES = ("cifar10", "cifar100", "digits", "folder", imagenet.NAME)
 STREAMED = frozenset({"folder", imagenet.NAME})
 """The data sets whose images are decoded when they are needed; the others are in memory."""
 
@@ -50,9 +20,8 @@ def load(
     mirror: str | None = None,
     seed: int = 0,
     geometry: streaming.Geometry | None = None,
-    show_progress: bool = True,
 ) -> Dataset:
-    """Loads a data set, preparing it first where that has not been done.
+    """Loads a data set in its canonical order; slow work is reported on stderr.
 
     CIFAR and ImageNet are read where TFDS has prepared them. Where it has not, ImageNet's archives
     are read in place, and CIFAR's archive is taken from `archive`, or else downloaded from `mirror`
@@ -64,14 +33,9 @@ def load(
         variable TFDS_DATA_DIR, or else ~/tensorflow_datasets. For "folder": the images' folder.
       split: "all" trains on the whole training set, "45k/5k" holds a class-balanced tenth out.
       archive: the original CIFAR archive, or the folder of ImageNet's two tars.
-      mirror: URL of the CIFAR archive or of its folder; the authors' site by default.
+      mirror: URL of the CIFAR archive or of its folder.
       seed: of the held-out draw.
       geometry: how images become examples; only `STREAMED` data sets need it.
-      show_progress: report slow work on stderr.
-
-    Returns:
-      The data set in its canonical order, with splits in memory (`Split`) or, for `STREAMED`
-      names, on disk (`streaming.StreamedSplit`).
 
     Raises:
       UserError: the name or split is unknown; the data are absent or damaged; the disk is full or
@@ -82,13 +46,15 @@ def load(
             f"unknown data set {name!r}{did_you_mean(name, NAMES, 0.5)}; "
             f"the known ones are {', '.join(NAMES)}"
         )
-    return _LOADERS[name](
-        name,
-        data_dir=data_dir,
-        split=check_split(split),  # Before a preparation that may take hours.
-        archive=archive,
-        mirror=mirror,
-        seed=seed,
-        geometry=geometry,
-        show_progress=show_progress,
-    )
+    split = check_split(split)  # Before a preparation that may take hours.
+    if name == "folder":
+        found = folder.load(data_dir)
+    elif name == imagenet.NAME:
+        found = imagenet.load(data_dir, archive)
+    elif name == "digits":
+        found = digits.load()
+    else:
+        found = cifar.load(name, data_dir, archive, mirror)
+    if name in STREAMED:
+        return streaming.assemble(name, *found, split=split, seed=seed, geometry=geometry)
+    return dataset.assemble(name, *found, split=split, seed=seed)

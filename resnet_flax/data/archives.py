@@ -20,31 +20,19 @@ _SHAPE = (3, 32, 32)  # of an image: all of red, then green, then blue, row by r
 
 
 class Layout(NamedTuple):
-    """The files of a data set's archives; in the binary archive, `files` end in .bin.
+    """The files of a data set's archives; in the binary archive, `files` end in .bin."""
 
-    Attributes:
-      files: of each split, in order.
-      names_file: in the Python archive, the pickled class names.
-      labels: in the order of the binary records, the name in the archive and in TFDS.
-    """
-
-    files: dict[str, tuple[str, ...]]
-    names_file: str
-    labels: dict[str, str]
+    files: dict[str, tuple[str, ...]]  # of each split, in order
+    names_file: str  # in the Python archive, the pickled class names
+    labels: dict[str, str]  # in the order of the binary records: name in the archive and in TFDS
 
 
 class Content(NamedTuple):
-    """What an archive holds.
+    """What an archive holds, in its order."""
 
-    Attributes:
-      images: of each split, uint8 [N, 32, 32, 3], in the archive's order.
-      labels: of each split, for each of TFDS's labels, integers [N].
-      class_names: for each of TFDS's labels.
-    """
-
-    images: dict[str, np.ndarray]
-    labels: dict[str, dict[str, np.ndarray]]
-    class_names: dict[str, tuple[str, ...]]
+    images: dict[str, np.ndarray]  # of each split, uint8 [N, 32, 32, 3]
+    labels: dict[str, dict[str, np.ndarray]]  # of each split and TFDS's label, integers [N]
+    class_names: dict[str, tuple[str, ...]]  # of each of TFDS's labels
 
 
 # Of the binary archives TFDS's url_checksums; of the Python archives the sums in Keras, for files
@@ -76,7 +64,7 @@ _LAYOUTS = {
 
 
 def sha256_of(path: pathlib.Path) -> str:
-    """Returns the SHA-256 (hex) of a file."""
+    """SHA-256 (hex) of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -89,13 +77,13 @@ def read(path: str | os.PathLike, name: str) -> Content:
     Raises:
       UserError: the file cannot be read, or is not one of the data set's archives.
     """
-    known = " or ".join(f"{stem}.tar.gz" for stem in ARCHIVES[name])
     resolved = pathlib.Path(os.path.expanduser(path))
     try:
         digest = sha256_of(resolved)
     except OSError as error:
         raise UserError(f"cannot read the archive {os.fspath(path)!r}: {error.strerror}") from error
     if digest not in ARCHIVES[name].values():
+        known = " or ".join(f"{stem}.tar.gz" for stem in ARCHIVES[name])
         found = [stem for sums in ARCHIVES.values() for stem in sums if sums[stem] == digest]
         problem = f"is {found[0]}.tar.gz" if found else f"is damaged, or another file ({digest=})"
         raise UserError(f"the archive {path} {problem}; {name} needs the published {known}")
@@ -115,30 +103,26 @@ def _parse(files: dict[str, bytes], layout: Layout) -> Content:
     read_files = _read_python if layout.names_file in files else _read_binary
     names, splits = read_files(files, layout)
     keys = layout.labels.values()
-    content = Content({}, {}, {})
-    for key, found in zip(keys, names, strict=True):
-        content.class_names[key] = tuple(name for name in found if name)
-    for split, (pixels, labels) in splits.items():
-        content.images[split] = pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
-        content.labels[split] = dict(zip(keys, labels, strict=True))
-    return content
+    return Content(
+        {s: pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1) for s, (pixels, _) in splits.items()},
+        {split: dict(zip(keys, labels, strict=True)) for split, (_, labels) in splits.items()},
+        {key: tuple(filter(None, found)) for key, found in zip(keys, names, strict=True)},
+    )
 
 
 # Both return the class names of each label and, of each split, pixels [N, 3072] and labels [n, N].
 def _read_binary(files: dict[str, bytes], layout: Layout) -> tuple[list, dict[str, tuple]]:
     texts = [files.get("batches.meta.txt") or files[f"{n}_names.txt"] for n in layout.labels]
-    splits = {}
+    splits, count = {}, len(layout.labels)
     for split, members in layout.files.items():
         data = b"".join(files[f"{member}.bin"] for member in members)
-        count = len(layout.labels)
         records = np.frombuffer(data, np.uint8).reshape(-1, count + np.prod(_SHAPE))
         splits[split] = records[:, count:], records[:, :count].T
     return [text.decode().split("\n") for text in texts], splits
 
 
 def _read_python(files: dict[str, bytes], layout: Layout) -> tuple[list, dict[str, tuple]]:
-    meta = _unpickle(files[layout.names_file])
-    splits = {}
+    meta, splits = _unpickle(files[layout.names_file]), {}
     for split, members in layout.files.items():
         batches = [_unpickle(files[member]) for member in members]
         splits[split] = (

@@ -20,71 +20,39 @@ CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
 def load(
-    name: str,
-    *,
-    data_dir: str | os.PathLike | None,
-    split: str,
-    archive: str | os.PathLike | None,
-    mirror: str | None,
-    seed: int,
-    show_progress: bool,
-    **unused,
-) -> dataset.Dataset:
-    """Loads CIFAR-10 or CIFAR-100; the arguments are those of `resnet_flax.data.load`."""
-    del unused
-    dataset.check_split(split)  # Before the minutes that a preparation may take.
+    name: str, data_dir, archive, mirror
+) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
+    """The training set, the test set and the names of the classes; see `resnet_flax.data.load`."""
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(name, data_dir=root, version=VERSION)
     if directory is None:
-        directory = _prepare(name, root, archive, mirror, show_progress)
+        directory = _prepare(name, root, archive, mirror)
     arrays = decoded.read(name, directory, lambda: _decode(name, directory))
     train, test = (
         dataset.Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SIZES
     )
-    return dataset.assemble(
-        name,
-        train=train,
-        test=test,
-        class_names=tuple(arrays["class_names"].tolist()),
-        split=split,
-        seed=seed,
-    )
+    return train, test, tuple(arrays["class_names"].tolist())
 
 
-def _prepare(
-    name: str,
-    data_dir: pathlib.Path,
-    archive: str | os.PathLike | None,
-    mirror: str | None,
-    show_progress: bool,
-) -> pathlib.Path:
-    """Prepares a data set from its original archive; returns the version's directory."""
+def _prepare(name: str, data_dir: pathlib.Path, archive, mirror) -> pathlib.Path:
     # What the user named is checked before anything is written.
-    content = archives.read(archive, name) if archive else None
+    given = archives.read(archive, name) if archive else None
     sources = download.list_sources(name, mirror)
 
     def obtain():
-        found = content
-        if found is None:
-            found = archives.read(download.obtain(name, sources, data_dir, show_progress), name)
-        if show_progress:
-            print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
-        examples = {part: _examples(found, part, show_progress) for part in SIZES}
-        return examples, found.class_names
+        content = given or archives.read(download.obtain(name, sources, data_dir), name)
+        print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
+        return {part: _examples(content, part) for part in SIZES}, content.class_names
 
-    return tfds_files.prepare(
-        name, version=VERSION, data_dir=data_dir, obtain=obtain, show_progress=show_progress
-    )
+    return tfds_files.prepare(name, version=VERSION, data_dir=data_dir, obtain=obtain)
 
 
-def _examples(
-    content: archives.Content, split: str, show_progress: bool
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _examples(content: archives.Content, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields the keys and features that TFDS's own builder makes of an archive."""
     from tqdm import tqdm
 
-    hidden = None if show_progress else True  # None: shown where stderr is a terminal.
-    images = tqdm(content.images[split], f"Preparing {split}", unit=" images", disable=hidden)
+    # disable=None: shown where stderr is a terminal.
+    images = tqdm(content.images[split], f"Preparing {split}", unit=" images", disable=None)
     for index, image in enumerate(images):
         buffer = io.BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
@@ -93,7 +61,7 @@ def _examples(
 
 
 def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
-    """Returns both splits in canonical order, and the names of the classes."""
+    """Both splits in canonical order, and the names of the classes."""
     info = tfds_files.read_info(name, directory=directory, sizes=SIZES, classes=CLASSES[name])
     arrays = {"class_names": np.array(info.features["label"].names)}
     for part, size in SIZES.items():

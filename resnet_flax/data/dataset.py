@@ -7,8 +7,6 @@ import numpy as np
 
 from resnet_flax.errors import UserError
 
-_HELD_OUT_PARTS = 10  # The paper holds 5,000 of the 50,000 training images out [R §4.2].
-
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -16,11 +14,6 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
-
-    def __post_init__(self):
-        found = self.images.dtype, self.images.ndim, self.labels.dtype, self.labels.shape
-        if found != (np.uint8, 4, np.int32, self.images.shape[:1]):
-            raise ValueError(f"{found}: images must be uint8 [N, H, W, C], labels int32 [N]")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,8 +47,7 @@ class Part:
         return self.whole.labels[self.positions]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an example."""
+    def image_shape(self) -> tuple[int, int, int]:  # noqa: D102
         return self.whole.image_shape
 
 
@@ -63,13 +55,10 @@ class Part:
 class Dataset:
     """A data set in canonical order.
 
+    A split is a `Split` or `Part` in memory, or a `streaming.StreamedSplit`; all have a length and
+    an `image_shape`.
+
     Attributes:
-      name: one of `resnet_flax.data.NAMES`.
-      train: the training examples. A split is a `Split` or `Part` in memory, or a
-        `streaming.StreamedSplit`; all have a length and an `image_shape`.
-      validation: the examples held out of the training set, or None.
-      test: the test set.
-      class_names: one per label.
       fingerprint: SHA-256 (hex) of the whole training set and the test set in canonical order. It
         does not depend on the draw or the seed. Streamed images are identified without reading
         them: see the data set's module.
@@ -109,12 +98,11 @@ def fingerprint(train: Split, test: Split) -> str:
     return digest.hexdigest()
 
 
-def hold_out(
-    labels: np.ndarray, *, seed: int, parts: int = _HELD_OUT_PARTS
-) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels: np.ndarray, *, seed: int, parts: int = 10) -> tuple[np.ndarray, np.ndarray]:
     """Draws one example in `parts` of each class, rounded, but one at least of two or more.
 
-    `np.random.RandomState` draws because numpy never changes its stream (NEP 19).
+    The paper holds a tenth out, 5,000 of 50,000 images [R §4.2]. `np.random.RandomState` draws
+    because numpy never changes its stream (NEP 19).
 
     Returns:
       Positions of the kept and of the drawn examples, int64, both ascending.
@@ -130,11 +118,7 @@ def hold_out(
 
 
 def check_split(split: str) -> str:
-    """The canonical spelling of `split`: "all" or "45k/5k".
-
-    Raises:
-      UserError: it is unknown.
-    """
+    """The canonical spelling of `split`, "all" or "45k/5k"; a UserError where it is unknown."""
     if split in ("all", "50k"):
         return "all"
     if split in ("45k/5k", "45k", "45k5k"):
@@ -146,38 +130,22 @@ def check_split(split: str) -> str:
 
 
 def assemble(
-    name: str,
-    *,
-    train: Split,
-    test: Split,
-    class_names: tuple[str, ...],
-    split: str,
-    seed: int,
+    name: str, train: Split, test: Split, class_names: tuple[str, ...], *, split: str, seed: int
 ) -> Dataset:
-    """Makes a `Dataset` of two splits in canonical order, and holds out what `split` says.
-
-    Raises:
-      UserError: `split` is unknown.
-    """
+    """Makes a `Dataset` of two splits in canonical order, and holds out what `split` says."""
     whole = Dataset(name, train, None, test, class_names, fingerprint(train, test), None)
     found = for_seed(whole, split, seed)
     if found is whole:
         return whole
     # Copied, so that the devices get the training examples only.
-    return dataclasses.replace(
-        found,
-        train=train.take(found.train.positions),
-        validation=train.take(found.validation.positions),
-    )
+    copies = {k: train.take(getattr(found, k).positions) for k in ("train", "validation")}
+    return dataclasses.replace(found, **copies)
 
 
 def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
     """Holds out what `split` says of a data set in memory that has no validation split yet.
 
     The images are not copied: several seeds share them.
-
-    Raises:
-      UserError: `split` is unknown.
     """
     if check_split(split) == "all":
         return whole

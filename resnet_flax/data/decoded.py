@@ -24,9 +24,8 @@ def read(name: str, source: pathlib.Path, load: Callable[[], Arrays]) -> Arrays:
         return load()
     path = folder / f"{name}-{_FORMAT}-{_identify(source)}.npz"
     # numpy verifies checksums; whatever is wrong with the file, it can be made again.
-    with contextlib.suppress(Exception):
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-            return {key: kept[key] for key in kept.files}
+    with contextlib.suppress(Exception), path.open("rb") as file:
+        return dict(np.load(file, allow_pickle=False))
     arrays = load()
     with contextlib.suppress(OSError):  # The disk may be full.
         _write(path, arrays)

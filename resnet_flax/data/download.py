@@ -22,7 +22,7 @@ class _SourceError(Exception):
 
 
 def list_sources(name: str, mirror: str | None) -> list[tuple[str, str]]:
-    """Returns the URLs to try for a data set, and which of `ARCHIVES` is expected at each.
+    """The URLs to try for a data set, and which of `ARCHIVES` is expected at each.
 
     `mirror` is the URL of an archive or of a directory of archives.
 
@@ -43,9 +43,7 @@ def list_sources(name: str, mirror: str | None) -> list[tuple[str, str]]:
     return [*(named or [(f"{base}/{stem}.tar.gz{query}", stem) for stem in known]), origin]
 
 
-def obtain(
-    name: str, sources: list[tuple[str, str]], data_dir: pathlib.Path, show_progress: bool
-) -> pathlib.Path:
+def obtain(name: str, sources: list[tuple[str, str]], data_dir: pathlib.Path) -> pathlib.Path:
     """Returns the path of an archive, downloaded where it is not there yet.
 
     It is looked for in downloads and downloads/manual of `data_dir`, where TFDS has such files, and
@@ -64,7 +62,7 @@ def obtain(
         sha256 = ARCHIVES[name][stem]
         try:
             if not url.startswith("file:"):
-                return _download(url, sha256, folder / f"{stem}.tar.gz", show_progress)
+                return _download(url, sha256, folder / f"{stem}.tar.gz")
             path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
             if _has(path, sha256):
                 return path
@@ -73,8 +71,7 @@ def obtain(
             failures.append(str(error))
         except OSError as error:
             raise UserError(f"cannot download into {folder}: {first_line(error)}") from error
-        if show_progress:
-            print(f"Cannot download: {failures[-1]}", file=sys.stderr)
+        print(f"Cannot download: {failures[-1]}", file=sys.stderr)
     raise UserError(
         f"there is no prepared {name} in {data_dir}, and it cannot be downloaded "
         f"({'; '.join(failures)}).\n"
@@ -89,19 +86,18 @@ def _has(path: pathlib.Path, sha256: str) -> bool:
     return False
 
 
-def _download(url: str, sha256: str, path: pathlib.Path, show_progress: bool) -> pathlib.Path:
+def _download(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
     """Downloads a file to `path`, continuing what an earlier attempt has left."""
     # They take a tenth of a second to import, and are rarely needed.
     import requests
     import urllib3
     from tqdm import tqdm
 
-    if show_progress:
-        print(f"Downloading {url} to {path.parent}", file=sys.stderr)
+    print(f"Downloading {url} to {path.parent}", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    hidden = None if show_progress else True  # None: shown where stderr is a terminal.
-    with requests.Session() as session, tqdm(unit="B", unit_scale=True, disable=hidden) as bar:
+    # disable=None: shown where stderr is a terminal.
+    with requests.Session() as session, tqdm(unit="B", unit_scale=True, disable=None) as bar:
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))

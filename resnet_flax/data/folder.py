@@ -19,7 +19,6 @@ _SPLITS = {
     "validation": ("val", "valid", "validation", "dev", "development", "eval", "evaluation"),
 }
 _ENDING = re.compile(r"[\W_]*(set|data|images)$")
-_TEST_SEED = 0  # The test set is the same for every run.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,32 +27,22 @@ class FolderSource:
 
     root: pathlib.Path
     files: tuple[str, ...]  # relative to root, with "/"
-    file_labels: np.ndarray  # int32 [N]
+    labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def labels(self) -> np.ndarray:  # noqa: D102
-        return self.file_labels
-
     def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
-        return (self.root / self.files[index]).read_bytes(), int(self.file_labels[index])
+        return (self.root / self.files[index]).read_bytes(), int(self.labels[index])
 
     def name(self, index: int) -> str:  # noqa: D102
         return str(self.root / self.files[index])
 
 
 def load(
-    name: str,
-    *,
     data_dir: str | os.PathLike | None,
-    split: str,
-    seed: int,
-    geometry: streaming.Geometry,
-    show_progress: bool = True,
-    **unused,
-) -> dataset.Dataset:
-    """Finds the images of a folder; for the arguments see `resnet_flax.data.load`.
+) -> tuple[dict[str, streaming.Examples], tuple[str, ...], str]:
+    """Finds the images of a folder: the examples of each split, class names, and a fingerprint.
 
     `data_dir` has a folder of classes for each split: `train/cats/1.jpg`, `test/cats/2.jpg` and
     perhaps `val/cats/3.jpg`. Upper case and other usual names will do, and `val` without `test` is
@@ -72,53 +61,43 @@ def load(
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={root} is not a folder")
     roots = _split_roots(root)
-    if show_progress and (others := _unused_folders(root, roots)):
-        print(
-            f"note: {root} has train/; its other folders of images are not used: "
-            f"{', '.join(others)}",
-            file=sys.stderr,
-        )
-    class_names = tuple(_folders(roots["train"]))
+    train = roots["train"]
+    class_names = tuple(_folders(train))
     if len(class_names) < 2:
-        raise UserError(f"{roots['train']} has {len(class_names)} sub-folders; it must have one "
-                        "for each class, at least two")  # fmt: skip
+        raise UserError(
+            f"{train} has {len(class_names)} sub-folders; it must have one for each class, at "
+            "least two"
+        )
     for other in roots.values():
         if extra := sorted(set(_folders(other)) - set(class_names)):
-            raise UserError(f"{other} has the class {extra[0]!r}, which {roots['train']} lacks")
+            raise UserError(f"{other} has the class {extra[0]!r}, which {train} lacks")
     seen = _distinct(roots, class_names) | {os.path.realpath(r) for r in (root, *roots.values())}
-    sources = {
-        kind: _find(place, class_names, seen, may_lack=kind != "train")
-        for kind, place in roots.items()
-    }
+    sources = {k: _find(r, class_names, seen, may_lack=k != "train") for k, r in roots.items()}
     parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
     if "test" not in sources:
         source = sources["train"]
-        kept, drawn = dataset.hold_out(source.file_labels, seed=_TEST_SEED)
+        kept, drawn = dataset.hold_out(source.labels, seed=0)  # The same for every run.
         if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "
                 "images, or put test images into test/ and the others into train/"
             )
         parts = {"train": (source, kept), "test": (source, drawn)}
-    return streaming.assemble(
-        name,
-        parts,
-        class_names=class_names,
-        fingerprint=_fingerprint(parts),
-        split=split,
-        seed=seed,
-        geometry=geometry,
-    )
+    return parts, class_names, _fingerprint(parts)
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folder of each split; `root` itself, as "train", where there are none."""
     found: dict[str, pathlib.Path] = {}
+    others = []
     for name in _folders(root):
         stem = _ENDING.sub("", name.lower())
-        for kind in [kind for kind, names in _SPLITS.items() if stem in names]:
-            if kind in found:
-                raise UserError(f"{root} has both {found[kind].name}/ and {name}/; keep one")
+        kind = next((kind for kind, names in _SPLITS.items() if stem in names), None)
+        if kind is None:
+            others.append(name)
+        elif kind in found:
+            raise UserError(f"{root} has both {found[kind].name}/ and {name}/; keep one")
+        else:
             found[kind] = root / name
     # A class may be called "train", too, or "valid".
     if not found or (len(found) == 1 and not any(map(_folders, found.values()))):
@@ -127,15 +106,13 @@ def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
         raise UserError(f"{root} has {min(found.values()).name}/ but no train/ beside it")
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
+    if unused := [name for name in others if any(image_files.find(root / name, set()))]:
+        print(
+            f"note: {root} has train/; its other folders of images are not used: "
+            f"{', '.join(unused)}",
+            file=sys.stderr,
+        )
     return found
-
-
-def _unused_folders(root: pathlib.Path, roots: dict[str, pathlib.Path]) -> list[str]:
-    """Names of the folders of images beside those of the splits."""
-    if root in roots.values():
-        return []
-    others = [name for name in _folders(root) if root / name not in roots.values()]
-    return [name for name in others if any(image_files.find(root / name, set()))]
 
 
 def _folders(root: pathlib.Path) -> list[str]:

@@ -23,10 +23,9 @@ def find(
 ) -> Iterator[str]:
     """Paths of the visible image files below a folder, sorted by name.
 
-    Args:
-      folder: where to begin. Links are followed, into each folder once.
-      seen: real paths of folders not to enter; folders that are entered are added.
-      onerror: called for a folder that cannot be listed; None passes it over.
+    Links are followed, into each folder once: `seen` has the real paths of folders not to enter,
+    and those that are entered are added. A folder that cannot be listed is passed over, or given to
+    `onerror`.
     """
     for place, folders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = {os.path.realpath(os.path.join(place, f)): f for f in folders if is_visible(f)}

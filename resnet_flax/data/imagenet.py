@@ -4,6 +4,7 @@ The images are far too many for memory: they are read one at a time, from any of
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from resnet_flax.data import decoded, tfds_files
-from resnet_flax.data.streaming import Source
+from resnet_flax.data.streaming import Examples, Source
 from resnet_flax.errors import UserError, first_line
 
 NAME = "imagenet2012"
@@ -28,52 +29,57 @@ _PUBLISHED_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}  # TF
 
 
 def load(
-    *, data_dir: str | os.PathLike | None, archives: str | os.PathLike | None, show_progress: bool
-) -> tuple[Source, Source, tuple[str, ...], str]:
-    """Opens ImageNet.
+    data_dir: str | os.PathLike | None, archives: str | os.PathLike | None
+) -> tuple[dict[str, Examples], tuple[str, ...], str]:
+    """Opens ImageNet where TFDS has prepared it, or else its two archives.
 
-    Args:
-      data_dir: directory of prepared data sets; None or "" for $TFDS_DATA_DIR, else
-        ~/tensorflow_datasets.
-      archives: directory of the two archives; None or "" for downloads/manual in `data_dir`, where
-        TFDS looks for them. Not looked at where the data are prepared.
-      show_progress: whether to show on stderr, where that is a terminal, what takes long.
+    `data_dir` is as in `tfds_files.resolve_data_dir`. The archives are in the directory `archives`
+    or, where it is None or "", in downloads/manual of `data_dir`, where TFDS looks for them.
 
     Returns:
-      The training set; the validation set, which is what everybody tests on; the synset of each
-      label; and a SHA-256 (hex) of what identifies the images without reading them: the lengths of
-      TFDS's files, or the names, sizes and labels of the images in the archives.
+      The examples of "train", and of "test", the validation set, on which everybody tests; the
+      synset of each label; and a SHA-256 (hex) of what identifies the images without reading them:
+      the lengths of TFDS's files, or the names, sizes and labels of the images in the archives.
 
     Raises:
       UserError: there are neither prepared data nor archives, or they are damaged.
     """
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(NAME, data_dir=root, version=VERSION)
-    if directory is not None:
-        return _open_prepared(directory)
-    paths = _find_archives(root, archives)
+    found = _open_archives(root, archives) if directory is None else _open_prepared(directory)
+    *sources, synsets, fingerprint = found
+    parts = {k: (s, np.arange(len(s))) for k, s in zip(("train", "test"), sources, strict=True)}
+    return parts, synsets, fingerprint
+
+
+def _open_archives(
+    root: pathlib.Path, archives: str | os.PathLike | None
+) -> tuple[Source, Source, tuple[str, ...], str]:
+    folder = pathlib.Path(os.path.expanduser(archives or root / "downloads" / "manual"))
+    absent = [file for file in ARCHIVES.values() if not (folder / file).is_file()]
+    if absent:
+        raise UserError(
+            f"there is no prepared {NAME} in {root} and no {absent[0]} in {folder}.\nSet "
+            f"config.data.archive to the directory of {' and '.join(ARCHIVES.values())}, from "
+            "https://image-net.org, or config.data.data_dir to where TFDS has prepared them."
+        )
     synsets = _tfds_lines("labels.txt")
     sources, digest = [], hashlib.sha256()
-    for split, path in paths.items():
-        index = decoded.read(
-            f"{NAME}-{split}", path, lambda s=split, p=path: _index(s, p, synsets, show_progress)
-        )
-        digest.update(index.pop("digest"))
-        sources.append(ArchiveSource(path, **index))
+    for split, file in ARCHIVES.items():
+        path = folder / file
+        make = functools.partial(_index, split, path, synsets)
+        index = decoded.read(f"{NAME}-{split}", path, make)
+        digest.update(index["digest"])
+        sources.append(ArchiveSource(path, index["offsets"], index["sizes"], index["classes"]))
     return *sources, synsets, digest.hexdigest()
 
 
 class PreparedSource(tfds_files.Examples):
-    """A split that TFDS has prepared; see `streamed.Source`."""
+    """A split that TFDS has prepared: a `streaming.Source`."""
 
+    @functools.cached_property
     def labels(self) -> np.ndarray:
-        """Returns all labels, int32 [N].
-
-        They lie among the images: this reads the whole split, 140 GB for the training set.
-
-        Raises:
-          UserError: a file cannot be read.
-        """
+        """int32 [N]; they lie among the images, 140 GB of which are read for the training set."""
         try:
             return np.fromiter((example["label"] for example in self), np.int32, len(self))
         except OSError as error:
@@ -82,13 +88,11 @@ class PreparedSource(tfds_files.Examples):
                 "Copy that directory again, or give another config.data.data_dir."
             ) from error
 
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Content of an image file, and its label."""
+    def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
         example = self[index]
         return example["image"], int(example["label"])
 
-    def name(self, index: int) -> str:
-        """The image's file name and position."""
+    def name(self, index: int) -> str:  # noqa: D102
         position = f"example {index} of {self.split!r} in {self.directory}"
         try:
             return f"{self[index]['file_name'].decode()} ({position})"
@@ -105,14 +109,11 @@ def _open_prepared(directory: pathlib.Path) -> tuple[Source, Source, tuple[str, 
             f"{len(absent)} of the {len(paths)} files of {directory} are not there, such as "
             f"{os.path.basename(absent[0])}; copy them there, or give another config.data.data_dir"
         )
-    splits = {split: info.splits[split] for split in SIZES}
-    content = {
-        "name": NAME,
-        "version": str(info.version),
-        "splits": {
-            key: [list(split.shard_lengths), int(split.num_bytes)] for key, split in splits.items()
-        },
+    splits = {
+        split: [list(info.splits[split].shard_lengths), int(info.splits[split].num_bytes)]
+        for split in SIZES
     }
+    content = {"name": NAME, "version": str(info.version), "splits": splits}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     train, test = (PreparedSource(directory, split) for split in SIZES)
     return train, test, tuple(info.features["label"].names), fingerprint
@@ -120,39 +121,26 @@ def _open_prepared(directory: pathlib.Path) -> tuple[Source, Source, tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class ArchiveSource:
-    """The images in an archive, in the order of TFDS; see `streamed.Source`.
-
-    Attributes:
-      path: of the archive.
-      offsets: int64 [N], where each image begins, in bytes.
-      sizes: int64 [N], in bytes.
-      classes: int32 [N], the labels.
-    """
+    """The images in the archive `path`, in the order of TFDS: a `streaming.Source`."""
 
     path: pathlib.Path
-    offsets: np.ndarray
-    sizes: np.ndarray
-    classes: np.ndarray
+    offsets: np.ndarray  # int64 [N], where each image begins, in bytes
+    sizes: np.ndarray  # int64 [N], in bytes
+    labels: np.ndarray  # int32 [N]
 
     def __len__(self) -> int:
         return len(self.offsets)
 
-    def labels(self) -> np.ndarray:
-        """Labels of all images, int32 [N]."""
-        return self.classes
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """Content of an image file, and its label."""
-        size = int(self.sizes[index])
-        content = self._bytes(int(self.offsets[index]), size)
-        if len(content) != size:
+    def read(self, index: int) -> tuple[bytes, int]:  # noqa: D102
+        content = self._bytes(self.offsets[index], self.sizes[index])
+        if len(content) != self.sizes[index]:
             raise OSError(f"{self.path} ends within the image")
-        return content, int(self.classes[index])
+        return content, int(self.labels[index])
 
     def name(self, index: int) -> str:
         """The image's file name, which the block of the archive before the image holds."""
         try:
-            block = self._bytes(int(self.offsets[index]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
+            block = self._bytes(self.offsets[index] - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "replace").name
         except (OSError, tarfile.HeaderError):
             name = f"example {index}"
@@ -164,25 +152,8 @@ class ArchiveSource:
             return file.read(size)
 
 
-def _find_archives(
-    data_dir: pathlib.Path, archives: str | os.PathLike | None
-) -> dict[str, pathlib.Path]:
-    folder = pathlib.Path(os.path.expanduser(archives or data_dir / "downloads" / "manual"))
-    paths = {split: folder / file for split, file in ARCHIVES.items()}
-    absent = [path.name for path in paths.values() if not path.is_file()]
-    if absent:
-        raise UserError(
-            f"there is no prepared {NAME} in {data_dir} and no {absent[0]} in {folder}.\nSet "
-            f"config.data.archive to the directory of {' and '.join(ARCHIVES.values())}, from "
-            "https://image-net.org, or config.data.data_dir to where TFDS has prepared them."
-        )
-    return paths
-
-
-def _index(
-    split: str, path: pathlib.Path, synsets: tuple[str, ...], show_progress: bool
-) -> decoded.Arrays:
-    """Returns the arrays of an `ArchiveSource` and their digest, uint8 [32]."""
+def _index(split: str, path: pathlib.Path, synsets: tuple[str, ...]) -> decoded.Arrays:
+    """The arrays of an `ArchiveSource` and their digest, uint8 [32]."""
     labels = {synset: label for label, synset in enumerate(synsets)}
     if split == "validation":
         labels = {
@@ -192,7 +163,7 @@ def _index(
     images = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for name, offset, size in _files(tar, split, show_progress):
+            for name, offset, size in _files(tar, split):
                 key = name.partition("_")[0] if split == "train" else name
                 if key not in labels or name in images:
                     raise tarfile.ReadError(f"{name} does not belong there, or is there twice")
@@ -218,7 +189,7 @@ def _index(
     }
 
 
-def _files(tar: tarfile.TarFile, split: str, show_progress: bool) -> Iterator[tuple[str, int, int]]:
+def _files(tar: tarfile.TarFile, split: str) -> Iterator[tuple[str, int, int]]:
     """Yields the name of each image, where it begins in the archive, and its size, in bytes."""
     from tqdm import tqdm
 
@@ -226,8 +197,8 @@ def _files(tar: tarfile.TarFile, split: str, show_progress: bool) -> Iterator[tu
     if split == "validation":
         yield from ((posixpath.basename(f.name), f.offset_data, f.size) for f in files)
         return
-    hidden = None if show_progress else True  # None: shown where stderr is a terminal.
-    for outer in tqdm(files, "Indexing ImageNet", CLASSES, unit=" classes", disable=hidden):
+    # disable=None: shown where stderr is a terminal.
+    for outer in tqdm(files, "Indexing ImageNet", CLASSES, unit=" classes", disable=None):
         try:
             with tarfile.open(fileobj=tar.extractfile(outer), mode="r:") as inner:
                 for file in inner:
@@ -238,7 +209,6 @@ def _files(tar: tarfile.TarFile, split: str, show_progress: bool) -> Iterator[tu
 
 
 def _tfds_lines(file: str) -> tuple[str, ...]:
-    """Returns the lines of a file that comes with TFDS."""
     import tensorflow_datasets as tfds
 
     return tuple(tfds.core.tfds_path(f"datasets/{NAME}/{file}").read_text().split())

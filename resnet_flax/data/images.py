@@ -1,10 +1,9 @@
 """Decodes images of any kind, and cuts resized squares out of them."""
 
-import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -15,7 +14,7 @@ MAX_PIXELS = 100_000_000
 """Larger images are refused: decoded, they take 300 MB and more."""
 
 # EPS is decoded by Ghostscript, and IPTC may hold an EPS; Pillow has no decoder for the others.
-_REFUSED = frozenset({"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"})
+_REFUSED = {"EPS", "IPTC", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 _ORIENTATION = 0x0112  # the EXIF tag
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -39,49 +38,30 @@ class ImageError(ValueError):
 
 
 def decode(content: bytes, *, at_least: tuple[int, int] | None = None) -> Image.Image:
-    """Decodes an image of any size, mode and format that Pillow reads.
+    """Decodes an image file of any size, mode and format that Pillow reads, as mode RGB.
 
     The EXIF orientation is applied. Of an animation the first frame is taken. Transparent pixels
     are laid over white. CMYK is converted without colour profiles. Greys of more than 8 bits are
     scaled, not clipped: integers that fit into 16 bits by 1/257; floats in 0..1 by 255; floats in
     0..255 not at all; all others from their own smallest and largest value.
 
-    Args:
-      content: of the file.
-      at_least: width and height that are enough. A JPEG at least twice as large is decoded at 1/2,
-        1/4 or 1/8 of its size, several times as fast, and is still this large or larger.
-
-    Returns:
-      An image of mode RGB, loaded.
+    A JPEG at least twice as large as `at_least`, (width, height), is decoded at 1/2, 1/4 or 1/8 of
+    its size, several times as fast, and is still that large or larger.
 
     Raises:
       ImageError: the content is not an image, is damaged or truncated, is PostScript, or has more
         than `MAX_PIXELS` pixels.
     """
-    with _opened(content) as image:
-        # MPO is several JPEGs in one file.
-        if at_least is not None and image.format in ("JPEG", "MPO"):
-            turned = _orientation(image) >= 5
-            image.draft(None, at_least[::-1] if turned else at_least)
-        return upright_rgb(image)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened image of any mode as `decode` returns it."""
-    image.load()
-    method = _TRANSPOSE.get(_orientation(image))
-    decoded = _rgb(image)
-    return decoded if method is None else decoded.transpose(method)
-
-
-@contextlib.contextmanager
-def _opened(content: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageError(f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}")
-            yield image
+            # MPO is several JPEGs in one file.
+            if at_least is not None and image.format in ("JPEG", "MPO"):
+                turned = _orientation(image) >= 5
+                image.draft(None, at_least[::-1] if turned else at_least)
+            return upright_rgb(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -90,6 +70,14 @@ def _opened(content: bytes) -> Iterator[Image.Image]:
         raise ImageError("it is not an image of a known format, or damaged") from error
     except Exception as error:  # Decoders raise anything on damaged files.
         raise ImageError(f"it cannot be decoded: {first_line(error)}") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An opened image of any mode as `decode` returns it."""
+    image.load()
+    method = _TRANSPOSE.get(_orientation(image))
+    decoded = _rgb(image)
+    return decoded if method is None else decoded.transpose(method)
 
 
 @functools.cache
@@ -124,7 +112,6 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray:
-    """Scales greys of more than 8 bits to uint8 [H, W] as `decode` says."""
     values = np.asarray(image)
     clean = np.where(np.isfinite(values), values, 0).astype(np.float64)
     low, high = clean.min(), clean.max()
@@ -142,7 +129,7 @@ def _eight_bits(image: Image.Image) -> np.ndarray:
 def crop_resized(image: Image.Image, box: Box, size: int) -> np.ndarray:
     """Resizes the part `box` of an RGB image to uint8 [size, size, 3], bilinear with antialiasing.
 
-    Only that part is computed. Corners of the box may lie between pixels.
+    Corners of the box may lie between pixels.
     """
     left, top, right, bottom = box
     # Rounding may have put a corner outside by a hair, which Pillow refuses.
@@ -153,8 +140,8 @@ def crop_resized(image: Image.Image, box: Box, size: int) -> np.ndarray:
 def central_box(width: int, height: int, *, short_side: int, size: int) -> Box:
     """The part of an image that "resize the shorter side, then crop the centre" shows.
 
-    With it `crop_resized` does both in one step. All arguments are in pixels, `size` in those of
-    the resized image. Sizes and places are rounded as by torchvision's Resize and CenterCrop.
+    `crop_resized` then does both in one step. `size` is in pixels of the resized image. Sizes and
+    places are rounded as by torchvision's Resize and CenterCrop.
 
     Raises:
       ValueError: `size` is larger than `short_side`.

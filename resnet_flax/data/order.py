@@ -19,8 +19,8 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 def indices(seed: int, step: int, count: int, batch_size: int, size: int) -> np.ndarray:
     """The examples of steps `step` to `step + count - 1`: int32 [count, batch_size].
 
-    The epochs' permutations follow one another without a gap and are cut into batches. An epoch
-    shows every example once; a batch may end one epoch and begin the next.
+    The epochs' permutations follow one another without a gap, and are cut into batches: a batch may
+    end one epoch and begin the next.
     """
     start, stop = step * batch_size, (step + count) * batch_size
     parts = []

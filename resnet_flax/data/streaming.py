@@ -22,8 +22,7 @@ PADDING, UNREADABLE = -1, -2
 class Source(Protocol):
     """Encoded images by number, of known length; picklable: worker processes get a copy."""
 
-    def labels(self) -> np.ndarray:
-        """All labels, int32 [N]; may take a while."""
+    labels: np.ndarray  # int32 [N]; may take a while
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Content of an image file, and its label."""
@@ -38,46 +37,36 @@ Examples = tuple[Source, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Pixels of training and of evaluated examples, see `StreamedSplit`.
-
-    `eval_size` is more than `size` where the evaluation cuts its own crops.
-    """
+    """Pixels of training and of evaluated examples, see `StreamedSplit`."""
 
     size: int
     short_sides: tuple[int, int]
-    eval_size: int
+    eval_size: int  # more than `size` where the evaluation cuts its own crops
     eval_short_side: int
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """The examples of one split, on disk.
+    """The examples of one split, on disk: squares cut out of resized images.
 
-    Attributes:
-      source: of the images.
-      positions: int64 [N], of the examples in the source.
-      size: side of an example, a square, pixels.
-      short_sides: the image's shorter side is resized to a number drawn from this range, both ends
-        included, and the square is cut out at random: "scale augmentation" [R §3.4].
-      central: resize to the first of `short_sides` and take the centre instead.
+    An image's shorter side is resized to a number drawn from `short_sides`, both ends included, and
+    the square is cut out at random: "scale augmentation" [R §3.4].
     """
 
     source: Source
-    positions: np.ndarray
-    size: int
+    positions: np.ndarray  # int64 [N], of the examples in the source
+    size: int  # side of an example, pixels
     short_sides: tuple[int, int]
-    central: bool = False
+    central: bool = False  # resize to the first of `short_sides` and take the centre instead
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of an example."""
+    def image_shape(self) -> tuple[int, int, int]:  # noqa: D102
         return self.size, self.size, 3
 
-    def name(self, index: int) -> str:
-        """What messages call an example."""
+    def name(self, index: int) -> str:  # noqa: D102
         return self.source.name(int(self.positions[index]))
 
     def example(self, index: int, random: np.random.RandomState | None) -> tuple[np.ndarray, int]:
@@ -87,24 +76,22 @@ class StreamedSplit:
           OSError, ValueError: the image cannot be read or decoded.
         """
         content, label = self.source.read(int(self.positions[index]))
-        low, high = self.short_sides
-        least = low if self.central else high
+        sides, size = self.short_sides, self.size
+        least = sides[0] if self.central else sides[1]
         image = images.decode(content, at_least=(least, least))
         if self.central:
-            box = images.central_box(*image.size, short_side=low, size=self.size)
+            box = images.central_box(*image.size, short_side=least, size=size)
         else:
-            box = images.random_box(
-                random, *image.size, short_sides=self.short_sides, size=self.size
-            )
+            box = images.random_box(random, *image.size, short_sides=sides, size=size)
         return images.crop_resized(image, box, self.size), label
 
 
 def assemble(
     name: str,
     parts: dict[str, Examples],
-    *,
     class_names: tuple[str, ...],
     fingerprint: str,
+    *,
     split: str,
     seed: int,
     geometry: Geometry,
@@ -112,31 +99,25 @@ def assemble(
     """Makes a `Dataset` of "train", "test" and perhaps "validation" examples.
 
     With `split` "45k/5k" a class-balanced tenth is held out of "train".
-
-    Raises:
-      UserError: there is a validation split already, or are too few images to hold some out.
     """
     draw = None
     if split != "all":
         if "validation" in parts:
             raise UserError(f"{name} has a validation split of its own: set config.data.split=all")
         source, positions = parts["train"]
-        kept, drawn = dataset.hold_out(source.labels()[positions], seed=seed)
+        kept, drawn = dataset.hold_out(source.labels[positions], seed=seed)
         if not len(drawn):
             raise UserError(f"config.data.split={split} would hold no image of {name} out")
         draw = tuple(drawn.tolist())
         held_out = {"train": (source, positions[kept]), "validation": (source, positions[drawn])}
         parts = parts | held_out
-    training = geometry.size, geometry.short_sides, False
     evaluation = geometry.eval_size, (geometry.eval_short_side,) * 2, True
-    splits = {
-        kind: StreamedSplit(*examples, *(training if kind == "train" else evaluation))
-        for kind, examples in parts.items()
-    }
-    validation = splits.get("validation")
-    return dataset.Dataset(
-        name, splits["train"], validation, splits["test"], class_names, fingerprint, draw
+    train = StreamedSplit(*parts["train"], geometry.size, geometry.short_sides)
+    validation, test = (
+        StreamedSplit(*parts[kind], *evaluation) if kind in parts else None
+        for kind in ("validation", "test")
     )
+    return dataset.Dataset(name, train, validation, test, class_names, fingerprint, draw)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +125,7 @@ class Batches:
     """Batches by number: a pure function of (seed, number), whichever process decodes them.
 
     A batch is a dict of `images` uint8 [R, H, W, C], `labels` int32 [R], and `unreadable`: the
-    (index, reason) of each example that was passed over. A subclass's `_choose(number)` yields
-    index and randomness of the examples.
+    (index, reason) of each example that was passed over.
     """
 
     split: StreamedSplit
@@ -155,13 +135,11 @@ class Batches:
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         unreadable: list[tuple[int, str]] = []
+        # A subclass chooses the index and the randomness of each example.
         found = [self._read(*chosen, unreadable) for chosen in self._choose(number)]
         pixels, labels = zip(*found, strict=True)
-        return {
-            "images": np.stack(pixels),
-            "labels": np.array(labels, np.int32),
-            "unreadable": unreadable,
-        }
+        labels = np.array(labels, np.int32)
+        return {"images": np.stack(pixels), "labels": labels, "unreadable": unreadable}
 
     def _read(self, index: int, random, unreadable: list) -> tuple[np.ndarray, int]:
         """An example; where it cannot be read, a blank one or, in training, the next that can."""
@@ -222,11 +200,7 @@ class OrderedBatches(Batches):
 
 
 def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
-    """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3].
-
-    Raises:
-      UserError: none of them can be read.
-    """
+    """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3]."""
     low, _ = split.short_sides
     split = dataclasses.replace(split, short_sides=(low, low), central=True)
     index = np.linspace(0, len(split), min(most, len(split)), endpoint=False).astype(np.int64)
@@ -240,9 +214,9 @@ def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
 
 
 def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
-    """Yields `batches` in order; call `close` on it to end the workers early.
+    """Yields `batches` in order; `close` ends the workers early.
 
-    `workers` processes decode, each a batch at a time; 0: threads of this process.
+    `workers` processes decode, each a batch at a time, or, if 0, threads of this process.
 
     Raises:
       UserError: too many images in a row cannot be read, or a worker died.
@@ -252,18 +226,13 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
 
     if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; a library user parses none.
         flags.FLAGS.mark_as_parsed()
-    source = grain.MapDataset.source(batches)
+    each = 1 if workers else 2  # threads and batches ahead, of each process
+    options = grain.ReadOptions(num_threads=each, prefetch_buffer_size=each)
+    ahead = grain.MapDataset.source(batches).to_iter_dataset(options)
     if workers:
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
-        ahead = source.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(
-                num_workers=min(workers, len(batches)), per_worker_buffer_size=2
-            ),
-            worker_init_fn=_begin_worker,
-        )
-    else:
-        options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
-        ahead = source.to_iter_dataset(options)
+        count = min(workers, len(batches))
+        processes = grain.MultiprocessingOptions(num_workers=count, per_worker_buffer_size=2)
+        ahead = ahead.mp_prefetch(processes, worker_init_fn=_begin_worker)
     iterator = iter(ahead)
     try:
         yield from iterator
@@ -282,11 +251,11 @@ def read_ahead(batches: Batches, workers: int) -> Iterator[dict[str, Any]]:
 
 def _begin_worker(number: int, count: int) -> None:
     """Leaves signals to the main process, and ends when it does."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -20,11 +20,10 @@ _CHUNK = 1000  # examples read at a time
 
 
 def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
-    """Returns the absolute path of the directory of prepared data sets.
+    """The absolute path of the directory of prepared data sets.
 
-    Args:
-      data_dir: the directory; None or "" for $TFDS_DATA_DIR, else TFDS's default,
-        ~/tensorflow_datasets, which need not exist.
+    None or "" stands for $TFDS_DATA_DIR, or else for TFDS's default, ~/tensorflow_datasets, which
+    need not exist.
 
     Raises:
       UserError: it is a URL or a file, or was named and does not exist.
@@ -48,10 +47,8 @@ def resolve_data_dir(data_dir: str | os.PathLike | None) -> pathlib.Path:
 def find(name: str, *, data_dir: pathlib.Path, version: str) -> pathlib.Path | None:
     """Returns the directory of a prepared data set, or None where there is none.
 
-    Args:
-      name: TFDS's name of the data set.
-      data_dir: the directory of all data sets, of this one, or of one version of it.
-      version: preferred where there are several; otherwise the highest is taken.
+    `data_dir` is the directory of all data sets, of this one, or of one version of it. `version` is
+    preferred where there are several; otherwise the highest is taken.
 
     Raises:
       UserError: `data_dir` cannot be read, or holds something else in the data set's place.
@@ -123,11 +120,10 @@ class Examples:
     """
 
     def __init__(self, directory: pathlib.Path, split: str):
-        """Names a split of the directory of a version; nothing is opened."""
         self.directory, self.split = directory, split
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory, "split": self.split}
+    def __reduce__(self):
+        return type(self), (self.directory, self.split)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -161,28 +157,19 @@ def prepare(
     version: str,
     data_dir: pathlib.Path,
     obtain: Callable[[], tuple[dict[str, Iterable], dict[str, Sequence[str]]]],
-    show_progress: bool,
 ) -> pathlib.Path:
-    """Writes a data set as TFDS itself would, in its order and files.
+    """Writes a data set as TFDS itself would, in its order and files; returns its directory.
 
-    One process does, and others that want the same wait for it. What a killed one leaves is deleted
-    by the next.
+    It appears in `data_dir` whole or not at all. One process writes, and others that want the same
+    wait for it. What a killed one leaves is deleted by the next.
 
-    Args:
-      name: TFDS's name of the data set.
-      version: of the data set in TFDS.
-      data_dir: directory of data sets; the result appears in it whole or not at all.
-      obtain: returns the examples of each split and the class names of each label. An example is a
-        key, by which TFDS shuffles, and its features, with images encoded.
-      show_progress: whether to say on stderr that another process is waited for.
-
-    Returns:
-      The directory of the version.
+    `obtain` returns the examples of each split and the class names of each label. An example is a
+    key, by which TFDS shuffles, and its features, with images encoded.
 
     Raises:
       UserError: it cannot be written, or whatever `obtain` raises it for.
     """
-    with _staging(data_dir, name, show_progress) as staging:
+    with _staging(data_dir, name) as staging:
         # Another process may have prepared it while this one waited.
         found = find(name, data_dir=data_dir, version=version)
         if found is not None:
@@ -200,7 +187,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _staging(data_dir: pathlib.Path, name: str, show_progress: bool) -> Iterator[pathlib.Path]:
+def _staging(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """An empty directory beside the data sets; only one process at a time can be in here."""
     path = data_dir / f".{name}.preparing"
     with contextlib.ExitStack() as stack:
@@ -211,9 +198,7 @@ def _staging(data_dir: pathlib.Path, name: str, show_progress: bool) -> Iterator
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if show_progress:
-                    said = f"Another process prepares {name} in {data_dir}; waiting"
-                    print(said, file=sys.stderr)
+                print(f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr)
                 fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError:
                 # A file system without locks: each process has its own directory, the first wins.
@@ -229,12 +214,7 @@ def _staging(data_dir: pathlib.Path, name: str, show_progress: bool) -> Iterator
         yield path
 
 
-def _write(
-    name: str,
-    examples: dict[str, Iterable],
-    class_names: dict[str, Sequence[str]],
-    directory: pathlib.Path,
-) -> pathlib.Path:
+def _write(name: str, examples, class_names, directory: pathlib.Path) -> pathlib.Path:
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_cls(name)(data_dir=directory)
@@ -247,8 +227,7 @@ def _write(
     tfds.display_progress_bar(False)  # They appear even where stderr is no terminal.
     try:
         builder.download_and_prepare(
-            file_format=FORMAT,
-            download_config=tfds.download.DownloadConfig(try_download_gcs=False),
+            file_format=FORMAT, download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     finally:
         tfds.display_progress_bar(True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The divisors where the mean of each pixel is subtracted.
+# Divisors where the mean of each pixel is subtracted.
 _PIXEL_MEANS = {"pixel_mean": 1, "pixel_mean_255": 255}
 # Channel means and deviations of ImageNet's training images, as published nets use them.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -19,8 +19,7 @@ _COLOR_DIRECTIONS = (
     (0.4009, -0.8140, 0.4203),
 )
 _COLOR_STRENGTH = 0.1
-# `jnp.pad`'s names of what surrounds an image.
-_FILLS = {"zero": "constant", "edge": "edge"}
+_FILLS = {"zero": "constant", "edge": "edge"}  # `jnp.pad`'s names
 # The widest border that is cropped by selects, one for each place where a crop can begin.
 _MOST_SELECTED = 16
 
@@ -28,17 +27,10 @@ _MOST_SELECTED = 16
 def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
     """The mean and deviation that `normalize` takes, from training images uint8 [N, H, W, C].
 
-    Args:
-      images: the training set.
-      kind: "pixel_mean": the mean of each pixel, and 1 ("the per-pixel mean subtracted" [R §4.1]);
-        "pixel_mean_255": the same mean, and 255; "channel": mean and standard deviation of each
-        channel; "imagenet": ImageNet's channel statistics, whatever the images.
-
-    Returns:
-      float32 (mean, std), in units of pixel values 0 to 255: [H, W, C] and [1], or [C] and [C].
-
-    Raises:
-      ValueError: unknown kind.
+    float32, in units of pixel values 0 to 255. Of `kind`
+    "pixel_mean": the mean of each pixel [H, W, C], and [1] ("the per-pixel mean subtracted"
+    [R §4.1]); "pixel_mean_255": the same mean, and [255]; "channel": mean and standard deviation of
+    each channel, [C] and [C]; "imagenet": ImageNet's channel statistics, whatever the images.
     """
     if kind == "imagenet":
         mean, std = (np.array(values, np.float32) * 255 for values in _IMAGENET)
@@ -64,12 +56,9 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str, jax.Array]:
     """Draws what `crop_and_mirror` does to each image of a batch [R §4.2].
 
-    A draw depends on the key and the position in the (global) batch, not on how the batch is split
-    over devices.
-
-    Returns:
-      With `pad`, the pixels added on each side before cropping back, `offsets`: int32 [B, 2], 0 to
-      2 * pad. With `flip`, `mirror`: bool [B, 1, 1, 1], with probability one half.
+    With `pad`, the pixels added on each side before cropping back, `offsets`: int32 [B, 2], 0 to
+    2 * pad. With `flip`, `mirror`: bool [B, 1, 1, 1], with probability one half. A draw depends on
+    the key and the position in the (global) batch, not on how the batch is split over devices.
     """
     offset_key, flip_key = jax.random.split(key)
     draws = {}
@@ -96,12 +85,8 @@ def crop_and_mirror(
         by_selects = functools.partial(_crop_by_selects, shape=images.shape[1:])
         # A TPU slices at varying offsets image by image, in half the time of a ResNet-20 step. On
         # a CPU selects take five times as long as slices.
-        images = jax.lax.platform_dependent(
-            padded,
-            draws["offsets"],
-            tpu=by_selects if pad <= _MOST_SELECTED else by_slices,
-            default=by_slices,
-        )
+        tpu = by_selects if pad <= _MOST_SELECTED else by_slices
+        images = jax.lax.platform_dependent(padded, draws["offsets"], tpu=tpu, default=by_slices)
     return images
 
 
@@ -125,7 +110,7 @@ def _crop_by_selects(padded, offsets, *, shape):
 
 
 def color_shift(key: jax.Array, batch: int) -> jax.Array:
-    """A random colour to add to each image: float32 [batch, 1, 1, 3], in pixel values 0 to 255.
+    """Random colours to add to images: float32 [batch, 1, 1, 3], in pixel values 0 to 255.
 
     "The standard color augmentation in [21] is used" [R §3.4]: a normal draw along each principal
     component of ImageNet's colours, of 0.1 times its deviation (Krizhevsky et al. 2012, §4.1).

@@ -1,14 +1,10 @@
-"""Feeds: what the compiled functions of `steps` take, wherever the data are.
-
-`ResidentFeed` has the data set on the devices, and the host sends positions. `StreamedFeed` decodes
-images when they are needed.
-"""
+"""Feeds: what the compiled functions of `steps` take, wherever the data are."""
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,29 +20,19 @@ from resnet_flax.errors import UserError
 class Feed:
     """A feed; besides what is here it has three methods.
 
-      chunk(step, count): input of `steps.make_train_chunk` for `count` steps from `step` on.
-      batches(batch_size): inputs of `steps.make_eval_chunk`, every example once.
-      spread(examples, batch_size): inputs of `steps.make_batch_statistics`, evenly spaced.
-
-    Attributes:
-      split: the examples.
-      mean: see `augment.statistics`.
-      std: see `augment.statistics`.
-      seed: of order, crops and augmentation.
-      mesh: of all devices.
-      batch_size: examples in a training step.
-      default_chunk: steps worth dispatching at once on an accelerator.
+    chunk(step, count): input of `steps.make_train_chunk` for `count` steps from `step` on.
+    batches(batch_size): inputs of `steps.make_eval_chunk`, every example once.
+    spread(examples, batch_size): inputs of `steps.make_batch_statistics`, about `examples`
+    examples, evenly spaced.
     """
 
     split: Split | Part | streaming.StreamedSplit
-    mean: np.ndarray
+    mean: np.ndarray  # of `augment.statistics`
     std: np.ndarray
     _: dataclasses.KW_ONLY
-    seed: int
-    mesh: Mesh
-    batch_size: int
-
-    default_chunk: ClassVar[int]
+    seed: int  # of order, crops and augmentation
+    mesh: Mesh  # of all devices
+    batch_size: int  # examples in a training step
 
     @property
     def size(self) -> int:
@@ -70,12 +56,11 @@ class Feed:
 
 @dataclasses.dataclass(eq=False)
 class ResidentFeed(Feed):
-    """Feeds positions in a data set that every device holds.
+    """Feeds positions, int32, in a data set that every device holds; -1 stands for no example.
 
     Of a `Part` the whole is placed, by `put`: see `put_once`.
     """
 
-    default_chunk = 100
     put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put
 
     def __post_init__(self):
@@ -87,31 +72,26 @@ class ResidentFeed(Feed):
             "labels": self.put(whole.labels, everywhere),
         }
 
-    def positions(self, step: int, count: int) -> np.ndarray:
-        """Positions of the examples of `count` steps: int32 [count, B]."""
-        return self._in_whole(order.indices(self.seed, step, count, self.batch_size, self.size))
-
-    def _in_whole(self, index: np.ndarray) -> np.ndarray:
-        if not isinstance(self.split, Part):
-            return index
-        return np.where(index < 0, index, self.split.positions[index])
+    def _put_index(self, index: np.ndarray, axis: int = 1) -> jax.Array:
+        if isinstance(self.split, Part):
+            index = np.where(index < 0, index, self.split.positions[index])
+        return sharding.put(index, sharding.split(self.mesh, axis))
 
     def chunk(self, step: int, count: int) -> jax.Array:
-        """`positions` on the devices."""
-        return sharding.put(self.positions(step, count), sharding.split(self.mesh, 1))
+        """Positions [count, B]."""
+        return self._put_index(order.indices(self.seed, step, count, self.batch_size, self.size))
 
     def batches(self, batch_size: int) -> Iterator[jax.Array]:
-        """Positions of all examples: int32 [k, B], -1 for none."""
-        index = self._in_whole(padded_rows(self.size, batch_size, self.mesh.size))
+        """Positions [k, B]."""
+        index = _padded_rows(self.size, batch_size, self.mesh.size)
         # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
         on_cpu = sharding.platform(self.mesh) == "cpu"
-        for chunk in index[:, None] if on_cpu else index[None]:
-            yield sharding.put(chunk, sharding.split(self.mesh, 1))
+        yield from map(self._put_index, index[:, None] if on_cpu else index[None])
 
     def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
-        """Positions of about `examples` examples: int32 [B] each."""
-        for row in self._in_whole(_spread(self.size, examples, batch_size)):
-            yield sharding.put(row, sharding.split(self.mesh))
+        """Positions [B]."""
+        for row in _spread(self.size, examples, batch_size):
+            yield self._put_index(row, axis=0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,58 +99,47 @@ class StreamedFeed(Feed):
     """Feeds decoded images: a dict of `images` uint8 [k, B, H, W, C] and `labels` int32 [k, B].
 
     Each process decodes the rows of its own devices only.
-
-    Attributes:
-      total_steps: where the stream of training steps ends.
-      workers: processes that decode; 0: threads of this one.
-      limit: how many unreadable images are passed over.
-      warn: called with a line for each of them.
     """
 
-    default_chunk = 1
     _: dataclasses.KW_ONLY
-    total_steps: int
-    workers: int
-    limit: int
-    warn: Callable[[str], None]
+    total_steps: int  # where the stream of training steps ends
+    workers: int  # processes that decode; 0: threads of this one
+    limit: int  # how many unreadable images are passed over
+    warn: Callable[[str], None]  # called with a line for each of them
 
     def __post_init__(self):
         self._unreadable: set[int] = set()
         self._ahead, self._next = None, -1
 
-    def chunk(self, step: int, count: int) -> dict[str, jax.Array]:
-        """The examples of `count` steps."""
+    def chunk(self, step: int, count: int) -> dict[str, jax.Array]:  # noqa: D102
         if self._next != step:
             self.close()
-            ordered = streaming.TrainBatches(
-                *self._common(self.batch_size), self.batch_size, step, self.total_steps
+            rows = sharding.rows_here(self.mesh, self.batch_size)
+            batches = streaming.TrainBatches(
+                self.split, rows, self.limit, self.seed, self.batch_size, step, self.total_steps
             )
-            self._ahead = streaming.read_ahead(ordered, self.workers)
+            self._ahead = streaming.read_ahead(batches, self.workers)
         parts = [self._check(next(self._ahead)) for _ in range(count)]
         self._next = step + count
         return self._put(parts)
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """All examples, in order."""
-        yield from self._ordered(padded_rows(self.size, batch_size, self.mesh.size))
+    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:  # noqa: D102
+        yield from self._ordered(_padded_rows(self.size, batch_size, self.mesh.size))
 
     def spread(self, examples: int, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """About `examples` examples, cropped as in training and not mirrored."""
+        """Examples [B, ...], cropped as in training and not mirrored."""
         for part in self._ordered(_spread(self.size, examples, batch_size)):
             yield jax.tree.map(lambda x: x[0], part)
 
-    def close(self) -> None:
-        """Ends the workers."""
+    def close(self) -> None:  # noqa: D102
         if self._ahead is not None:
             self._ahead.close()
             self._ahead, self._next = None, -1
 
-    def _common(self, batch_size: int):
-        return self.split, sharding.rows_here(self.mesh, batch_size), self.limit, self.seed
-
     def _ordered(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
-        ordered = streaming.OrderedBatches(*self._common(index.shape[1]), index)
-        with contextlib.closing(streaming.read_ahead(ordered, self.workers)) as ahead:
+        rows = sharding.rows_here(self.mesh, index.shape[1])
+        batches = streaming.OrderedBatches(self.split, rows, self.limit, self.seed, index)
+        with contextlib.closing(streaming.read_ahead(batches, self.workers)) as ahead:
             for batch in ahead:
                 yield self._put([self._check(batch)])
 
@@ -196,7 +165,7 @@ class StreamedFeed(Feed):
         return sharding.put_rows(self.mesh, together)
 
 
-def padded_rows(count: int, batch_size: int, devices: int) -> np.ndarray:
+def _padded_rows(count: int, batch_size: int, devices: int) -> np.ndarray:
     """Positions 0 to count - 1 in rows: int32 [k, B], then -1; `devices` divides B."""
     batch_size = -(-min(batch_size, count) // devices) * devices
     rows = -(-count // batch_size)
@@ -229,4 +198,4 @@ def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
 
 def chunk_steps(examples: Feed, requested: int, platform: str) -> int:
     """Steps to dispatch at once: `requested`, or, where that is 0, what suits the platform."""
-    return requested or (1 if platform == "cpu" else examples.default_chunk)
+    return requested or (100 if isinstance(examples, ResidentFeed) and platform != "cpu" else 1)

@@ -1,20 +1,16 @@
 """The configured data: which they are, how images become examples, and their feeds."""
 
-from collections.abc import Callable
-
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models
 from resnet_flax.data import streaming
-from resnet_flax.data.dataset import Dataset, Part, Split
+from resnet_flax.data.dataset import Dataset
 from resnet_flax.errors import UserError
 from resnet_flax.training import augment, feed
 
-# Training images that the statistics of a streamed data set are estimated from.
-_SAMPLE = 2048
+_SAMPLE = 2048  # training images that give the statistics of a streamed data set
 
 # ImageNet's crops and shorter sides, pixels [R §3.4].
 _CROP, _SHORT_SIDES, _TEST_SHORT_SIDE = 224, (256, 480), 256
@@ -26,11 +22,7 @@ def is_for_cifar(config: ConfigDict) -> bool:
 
 
 def make_geometry(config: ConfigDict) -> streaming.Geometry:
-    """How streamed images become examples.
-
-    Raises:
-      UserError: the sizes contradict each other.
-    """
+    """How streamed images become examples; a UserError where the sizes contradict each other."""
     d = config.data
     size = d.image_size or models.get_architecture(config.model.name).image_size
     scale = 0 if is_for_cifar(config) else size / _CROP
@@ -48,11 +40,7 @@ def make_geometry(config: ConfigDict) -> streaming.Geometry:
 
 
 def load_data(config: ConfigDict) -> Dataset:
-    """Loads the configured data set, and prepares it first where that has not been done.
-
-    Raises:
-      UserError: see `data.load`.
-    """
+    """See `data.load`."""
     is_streamed = config.data.name in data.STREAMED
     if config.eval.crops != 1 and not is_streamed:
         raise UserError(f"config.eval.crops={config.eval.crops} is for streamed images only")
@@ -76,17 +64,9 @@ def statistics(dataset: Dataset, kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def make_feed(
-    split: Split | Part | streaming.StreamedSplit,
-    mean: np.ndarray,
-    std: np.ndarray,
-    *,
-    config: ConfigDict,
-    mesh: Mesh,
-    workers: int,
-    warn: Callable[[str], None],
-    put: Callable[..., jax.Array],
+    split, mean: np.ndarray, std: np.ndarray, *, config: ConfigDict, mesh: Mesh, workers, warn, put
 ) -> feed.Feed:
-    """The feed of a split, see `feed`; `config` has its durations in steps."""
+    """The feed of a split; `config` has its durations in steps."""
     common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
     if not isinstance(split, streaming.StreamedSplit):
         return feed.ResidentFeed(split, mean, std, **common, put=put)

@@ -21,17 +21,9 @@ def make_schedule(
 ) -> optax.Schedule:
     """The learning rate as a function of the step, counted from 0.
 
-    Args:
-      kind: "piecewise": `learning_rate`, times `decay_factor` from each boundary on [R §4.2];
-        "cosine": half a cosine from `learning_rate` to 0 at `total_steps`; "constant".
-      learning_rate: at step 0.
-      total_steps: length of the run.
-      boundaries: steps, rising.
-      decay_factor: of "piecewise".
-      decay_factors: instead, one for each boundary, all relative to `learning_rate`.
-
-    Raises:
-      ValueError: unknown kind.
+    Kinds are "piecewise": `learning_rate`, times `decay_factor` from each boundary on [R §4.2], or
+    times one of `decay_factors` after each; "cosine": half a cosine from `learning_rate` to 0 at
+    `total_steps`; "constant".
     """
     if kind == "piecewise" and decay_factors:
         rates = [learning_rate * factor for factor in (1.0, *decay_factors)]
