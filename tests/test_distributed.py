@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from resnet_flax.devices import cpu
-from resnet_flax.devices.distributed import Place, find_place
+from resnet_flax.devices.place import Place, find_place
 from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint
 from resnet_flax.training import train
@@ -269,7 +269,7 @@ distributed.finish()
 
 
 def test_values_reach_every_process():
-    program = "import sys; from resnet_flax.devices.distributed import Place\n"
+    program = "import sys; from resnet_flax.devices.place import Place\n"
     commands = [
         [sys.executable, "-c", f"{program}place = {place!r}\n{VALUES}"]
         for place in places(0, 1, count=2)
