@@ -58,22 +58,26 @@ class Processes:
         return ends
 
 
-def begin(workdir, count, *flags, settings=(), mode="train", each=None):
-    """Starts a run; `each` has further flags by process."""
-    values = SETTINGS | dict(settings)
-    command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}"]
-    command += ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
-    command += [f"--config.{key}={value}" for key, value in values.items()]
-    if count > 1:
-        command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
-        command += [f"--num_processes={count}"]
-    own = [[f"--process_id={i}"] if count > 1 else [] for i in range(count)]
-    return Processes([command + own[i] + (each or {}).get(i, []) for i in range(count)])
+def flags(config="configs/quickstart.py", **settings):
+    """Of a short run, of --config and its keys."""
+    values = SETTINGS | settings
+    return [f"--config={config}", *(f"--config.{key}={value}" for key, value in values.items())]
 
 
-def run(workdir, count, *flags, **options):
+def begin(workdir, count, settings=(), mode="train"):
+    """Starts a run."""
+    command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}", f"--workdir={workdir}"]
+    command += flags(**dict(settings))
+    if count == 1:
+        return Processes([command])
+    command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
+    command += [f"--num_processes={count}"]
+    return Processes([*command, f"--process_id={i}"] for i in range(count))
+
+
+def run(workdir, count, **options):
     """Runs to the end; all processes must succeed. Returns what the first printed."""
-    with begin(workdir, count, *flags, **options) as running:
+    with begin(workdir, count, **options) as running:
         ends = running.finish()
     assert [status for status, _, _ in ends] == [0] * count, ends
     return ends[0][1]

@@ -221,12 +221,12 @@ def test_dry_run():
     assert {"--requeue", "--signal=B:TERM@120", "--open-mode=append"} <= set(options)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_requeued_run_of_two_processes_ends_as_an_undisturbed_one(slurm, tmp_path):
     env = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
-    flags = [f"--config={ROOT}/configs/quickstart.py"]
-    flags += [f"--config.{key}={value}" for key, value in settings.items()]
+    settings = {"model.bn_group_size": 16, "train.cpu_devices": 1}
+    flags = processes.flags(f"{ROOT}/configs/quickstart.py", **settings)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     job = slurm.submit(*flags, f"--workdir={whole}", **env)
     assert slurm.end(job)["JobState"] == "COMPLETED", slurm.log(job)
