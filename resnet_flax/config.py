@@ -162,10 +162,7 @@ _MOVED = {
 
 
 def read_file(place: str) -> ConfigDict:
-    """What `get_config` of a file returns.
-
-    Args:
-      place: the path, and perhaps an argument for `get_config`: "configs/paper.py:plain20".
+    """What `get_config` of a file returns: "configs/modern.py", "configs/paper.py:plain20".
 
     Raises:
       UserError: there is no such file, or it fails.

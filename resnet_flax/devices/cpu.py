@@ -20,15 +20,10 @@ _MOST_WORKERS = 16
 def choose_devices(
     requested: int, batch_size: int, bn_group_size: int, *, cores: int, processes: int = 1
 ) -> int:
-    """How many devices each process splits its CPU into: XLA runs many operations on one core only.
+    """How many devices a process splits its CPU into: XLA runs many operations on one core only.
 
-    Args:
-      requested: the number wanted; 0: the most, up to one per core, that divide the batch (and its
-        batch-norm groups) evenly and leave each device at least 16 examples.
-      batch_size: examples per step, of all processes together.
-      bn_group_size: examples per batch-norm group; 0: the whole batch.
-      cores: of each process, as from `cores_per_process`.
-      processes: the number that share the batch.
+    As many as requested; for 0 the most, up to one per core, that divide the batch of all processes
+    (and its batch-norm groups; size 0: one) evenly and leave each device at least 16 examples.
     """
     if requested:
         return requested

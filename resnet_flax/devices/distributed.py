@@ -59,13 +59,9 @@ _ending, _leaving = threading.Lock(), threading.Event()
 def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> None:
     """Joins the other processes; call it before anything touches jax's devices.
 
-    Args:
-      place: this process's.
-      connect_timeout: seconds to wait for the others at the start.
-      peer_timeout: seconds without a sign of life after which a process counts as lost.
-
     Raises:
-      UserError: a process is missing, or they disagree on who they are.
+      UserError: a process is missing after `connect_timeout` seconds, or they disagree on who they
+        are. Later a process counts as lost after `peer_timeout` seconds without a sign of life.
     """
     if place.count == 1:
         return
@@ -133,10 +129,11 @@ def _await_others(port: int, timeout: float, peer_timeout: float) -> None:
 def _listen(port: int, patience: float) -> socket.socket:
     """A listening socket; a job that has just ended may hold the port for some seconds."""
     deadline = time.monotonic() + patience
-    kind = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    options = {}
+    if socket.has_dualstack_ipv6():
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     while True:
         try:
-            options = kind if socket.has_dualstack_ipv6() else {}
             return socket.create_server(("", port), backlog=1024, **options)
         except OSError as error:
             if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and where process 0 listens."""
+"""Finds out which process this is, of how many, and where process 0 listens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,9 +7,9 @@ from resnet_flax.errors import UserError, first_line
 
 
 class Place(NamedTuple):
-    """Where process 0 listens, how many processes there are, and which one this is."""
+    """A process among those of its run."""
 
-    address: str  # HOST:PORT
+    address: str  # HOST:PORT where process 0 listens.
     count: int
     index: int  # From 0.
     local_devices: Sequence[int] | None = None  # The machine's accelerators for it; None: all.
