@@ -23,6 +23,14 @@ SETTINGS = {
 HANG = 600  # Seconds that only a process that hangs needs.
 
 
+def until(condition, explain=lambda: "waited in vain"):
+    """Waits for the condition, however slow the machine is."""
+    limit = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < limit, explain()
+        time.sleep(0.05)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -86,11 +94,12 @@ def run(workdir, count, **options):
 def signal_at_step(workdir, step, index, number, count=2, **options):
     """Starts a run and sends process `index` a signal once this step is on record: all ends."""
     with begin(workdir, count, **options) as running:
-        limit = time.monotonic() + HANG
-        while max((r["step"] for r in records(workdir, "train")), default=0) < step:
+
+        def reached():
             assert all(child.poll() is None for child in running.children), running.finish()
-            assert time.monotonic() < limit
-            time.sleep(0.02)
+            return any(r["step"] >= step for r in records(workdir, "train"))
+
+        until(reached)
         running.children[index].send_signal(number)
         return running.finish()
 

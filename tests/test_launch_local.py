@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -118,8 +117,8 @@ def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
     flags = processes.flags(f"{ROOT}/configs/quickstart.py", **settings)
     flags.append(f"--workdir={tmp_path}/run")
     first = start(env, "local.sh", "2", *flags)
-    while not any(tmp_path.glob("run/checkpoints/*/files.json")) and first.poll() is None:
-        time.sleep(0.02)
+    saved = lambda: any(tmp_path.glob("run/checkpoints/*/files.json"))  # noqa: E731
+    processes.until(lambda: saved() or first.poll() is not None)
     first.send_signal(signal.SIGTERM)
     out, _ = first.communicate(timeout=processes.HANG)
     assert first.returncode == 143, out

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -107,11 +106,11 @@ class Slurm:
         return done.stdout
 
     def until(self, condition, what):
-        limit = time.monotonic() + processes.HANG
-        while not condition():
+        def explain():
             logs = "".join(p.read_text()[-1500:] for p in self.path.glob("*.out"))
-            assert time.monotonic() < limit, f"waited in vain for {what}\n{logs}"
-            time.sleep(0.1)
+            return f"waited in vain for {what}\n{logs}"
+
+        processes.until(condition, explain)
 
     def submit(self, *flags, **env):
         return self.run(
@@ -127,7 +126,6 @@ class Slurm:
 
     def end(self, job):
         """Waits for the end; spares it the two minutes that SLURM lets a requeued job wait."""
-
         sooner = set()
 
         def ended():
