@@ -90,13 +90,11 @@ def test_stochastic_depth_has_its_papers_schedule(depth):
 
 def test_the_keras_recipe_is_the_example_s():
     c = load("keras:resnet56_keras_v2")
-    assert (c.model.name, c.train.total_steps) == ("resnet56_keras_v2", 200 * 1562.5)
+    o, steps = c.optim, c.train.total_steps
+    assert (c.model.name, steps) == ("resnet56_keras_v2", 200 * 1562.5)
+    given = {"boundaries": o.boundaries_steps, "decay_factors": o.decay_factors}
     rate = optim.make_schedule(
-        "piecewise",
-        learning_rate=c.optim.learning_rate,
-        total_steps=c.train.total_steps,
-        boundaries=c.optim.boundaries_steps,
-        decay_factors=c.optim.decay_factors,
+        "piecewise", learning_rate=o.learning_rate, total_steps=steps, **given
     )
     for epoch, want in ((0, 1e-3), (80, 1e-3), (81, 1e-4), (121, 1e-5), (161, 1e-6), (181, 5e-7)):
         assert float(rate((epoch + 0.5) * 1562.5)) == pytest.approx(want)
@@ -126,25 +124,21 @@ def test_every_config_traces(name):
     run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
-    chunk = 3, config.data.batch_size
+    array, chunk = jax.ShapeDtypeStruct, (3, config.data.batch_size)
     resident = {
-        "mean": jax.ShapeDtypeStruct((side, side, 3), jnp.float32),
-        "std": jax.ShapeDtypeStruct((1,), jnp.float32),
+        "mean": array((side, side, 3), jnp.float32),
+        "std": array((1,), jnp.float32),
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
+    batches = labels = array(chunk, jnp.int32)
     if config.data.name in data.STREAMED:
-        batches = {
-            "images": jax.ShapeDtypeStruct((*chunk, side, side, 3), jnp.uint8),
-            "labels": jax.ShapeDtypeStruct(chunk, jnp.int32),
-        }
+        batches = {"images": array((*chunk, side, side, 3), jnp.uint8), "labels": labels}
     else:
-        batches = jax.ShapeDtypeStruct(chunk, jnp.int32)
-        resident["images"] = jax.ShapeDtypeStruct((50_000, side * side * 3), jnp.uint8)
-        resident["labels"] = jax.ShapeDtypeStruct((50_000,), jnp.int32)
+        resident["images"] = array((50_000, side * side * 3), jnp.uint8)
+        resident["labels"] = array((50_000,), jnp.int32)
     after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, batches)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
+    forms = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
+    assert forms[0] == forms[1]
     assert {k: v.shape for k, v in sums.items()} == {"loss": (3,), "error": (3,), "rate": (3,)}
 
 
