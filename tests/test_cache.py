@@ -116,8 +116,8 @@ def test_data_are_decoded_again_when_the_source_has_changed(kept, source):
         replace,
         lambda source: (source / "a").write_bytes(b"12345"),
         lambda source: (source / "c").write_bytes(b""),
-        lambda source: (source / "c").unlink(),
-        lambda source: (source / "b").rename(source / "c"),
+        lambda source: (source / "b").rename(source / "d"),
+        lambda source: (source / "d").unlink(),
     ):
         change(source)
         assert times_loaded(source) == 1
