@@ -18,18 +18,13 @@ def find() -> dict[str, str]:
     for path in sorted(_FOLDER.rglob("*.py")):
         if _is_command(source := path.read_text()):
             name = ".".join(path.relative_to(_FOLDER.parent).with_suffix("").parts)
-            found[name.removesuffix(".__main__")] = ast.get_docstring(ast.parse(source)).partition(
-                "\n"
-            )[0]
+            purpose, *_ = ast.get_docstring(ast.parse(source)).splitlines()
+            found[name.removesuffix(".__main__")] = purpose
     return found
 
 
 def begin(arguments: list[str]) -> None:
-    """What `python -m resnet_flax.…` does first: a module that is no command is refused.
-
-    Args:
-      arguments: Python's own, `sys.orig_argv`.
-    """
+    """Refuses modules that are no commands; `arguments` are `sys.orig_argv`."""
     signals.end_on_interrupt()
     name = arguments[arguments.index("-m") + 1]
     path = (_FOLDER.parent / name.replace(".", "/")).with_suffix(".py")

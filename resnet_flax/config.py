@@ -8,22 +8,23 @@ import difflib
 import functools
 import itertools
 import math
+import pathlib
+import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax.errors import UserError
+from resnet_flax.errors import UserError, first_line
 
 # Durations and seeds have 32 bits on the devices.
 LONGEST = 2**31
 
 _AUTO = "auto", "always", "never"
 
-# Of each key: its default (the paper's CIFAR-10 recipe for ResNet-20 [R §4.2]), and the values it
-# may have: an interval, a tuple of choices, or "" where its type or another part of the program
-# says. One step is one batch. Each duration `<x>_steps` has siblings `<x>_epochs` and
-# `<x>_examples`; one of them that is not 0 (or not empty) replaces the steps.
+# Each key's default, and its allowed values: an interval, a tuple of choices, or "" where its type
+# or another part of the program decides. One step is one batch. Each duration `<x>_steps` has
+# siblings `<x>_epochs` and `<x>_examples`; one that is not 0 (or not empty) replaces the steps.
 _KEYS: dict[str, tuple[Any, str | tuple]] = {
     "seed": (0, "[0, 2147483648)"),  # of the first weights, data order, augmentation, validation
     "model.name": ("resnet20", ""),  # one of models.ARCHITECTURES; "auto": that of --weights
@@ -95,7 +96,7 @@ _KEYS: dict[str, tuple[Any, str | tuple]] = {
     "log.tensorboard": (True, ""),  # write TensorBoard events too
 }
 
-# A run may go on with other values of these: none changes a result by more than rounding.
+# A run may resume with other values of these: none changes a result by more than rounding.
 OPERATIONAL_KEYS = frozenset(
     "data.data_dir data.archive data.mirror train.chunk_steps train.cpu_devices eval.batch_size "
     "model.cpu_convolutions model.kernels data.workers checkpoint.keep checkpoint.every_steps "
@@ -119,8 +120,7 @@ def base_config() -> ConfigDict:
 def imagenet_config() -> ConfigDict:
     """The paper's ImageNet recipe [R §3.4] for ResNet-50.
 
-    The paper divides the rate by 10 "when the error plateaus", and does not say at which steps:
-    here, as in most programs since, after every 30 epochs.
+    The paper divides the rate by 10 "when the error plateaus"; here, every 30 epochs.
     """
     c = base_config()
     c.model.name = "resnet50"
@@ -152,21 +152,62 @@ def _defaults() -> dict[str, Any]:
     return flatten(base_config())
 
 
-def nearest_key(key: str) -> str | None:
-    """The declared key most like `key` ("optim.lerning_rate"), or None."""
-    # First a right name in a wrong section, or in none.
-    near = [k for k in _defaults() if k.split(".")[-1] == key.split(".")[-1]]
-    near = near or difflib.get_close_matches(key, _defaults(), n=1)
-    return near[0] if near else None
+# Configs that once had a file of their own, by the file that now takes them as its argument.
+_MOVED = {
+    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
+    "identity_mappings": "resnet110_preact resnet164_preact",
+    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
+    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
+}
+
+
+def read_file(place: str) -> ConfigDict:
+    """What `get_config` of a file returns: "configs/modern.py", "configs/paper.py:plain20".
+
+    Raises:
+      UserError: there is no such file, or it fails.
+    """
+    name, colon, argument = place.partition(":")
+    path = pathlib.Path(name)
+    try:
+        path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        for file, moved in _MOVED.items():
+            if path.stem in moved.split():
+                net = path.stem.removesuffix("_stochastic_depth")
+                raise UserError(f"{name} is now --config={path.parent}/{file}.py:{net}") from error
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"cannot read the config file {name!r}: {reason}; the project's are in configs/, for "
+            "example --config=configs/resnet20.py"
+        ) from error
+    try:
+        config = runpy.run_path(name)["get_config"](*([argument] if colon else []))
+    except UserError:
+        raise
+    except Exception as error:  # The file is Python: it can fail in any way.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the configuration is wrong: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config() of the config file returns a {type(config).__name__}, must be a "
+            "ConfigDict: begin with resnet_flax.config.base_config()"
+        )
+    return config
 
 
 def check_key(key: str) -> None:
     """Raises a UserError, with the nearest key, for what is not a key."""
-    if key not in _defaults():
-        hint = f" (did you mean --config.{near}?)" if (near := nearest_key(key)) else ""
-        is_section = any(k.startswith(f"{key}.") for k in _defaults())
-        what = "a section of the config, not a key" if is_section else "no config key"
-        raise UserError(f"--config.{key} is {what}{hint}")
+    known = _defaults()
+    if key in known:
+        return
+    # First a right name in a wrong section, or in none.
+    near = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near = near or difflib.get_close_matches(key, known, n=1)
+    hint = f" (did you mean --config.{near[0]}?)" if near else ""
+    is_section = any(k.startswith(f"{key}.") for k in known)
+    what = "a section of the config, not a key" if is_section else "no config key"
+    raise UserError(f"--config.{key} is {what}{hint}")
 
 
 _TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
@@ -179,7 +220,7 @@ _KINDS = {
 
 
 def parse(key: str, text: str) -> Any:
-    """The value of a key ("data.batch_size") given as text; 1e3 is a whole number, too.
+    """The value of `key` ("data.batch_size") given as text; 1e3 is a whole number.
 
     Raises:
       UserError: there is no such key, or the value is not of its type.
@@ -194,7 +235,7 @@ def parse(key: str, text: str) -> Any:
         if kind is tuple:
             value = ast.literal_eval(text)
             value = value if isinstance(value, tuple) else (value,)
-            sum(value)  # Fails where they are no numbers.
+            sum(value)  # A TypeError for anything but numbers.
             return value
         if (value := kind(number := float(text))) == number:
             return value
@@ -204,21 +245,21 @@ def parse(key: str, text: str) -> Any:
 
 
 def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
-    """Sets keys to values given as text, in place, see `parse`."""
+    """Sets keys, in place, to values given as text."""
     for key, text in changes.items():
         section, _, name = key.rpartition(".")
         (config[section] if section else config)[name] = parse(key, text)
 
 
 def validate(config: ConfigDict) -> None:
-    """Raises a UserError for what can be seen to be wrong before data or devices are touched."""
+    """Raises a UserError for every mistake that shows before data or devices are touched."""
     flat = flatten(config)
     for key, value in flat.items():
         check_key(key)
         _check_type(key, value, _defaults()[key])
         _check_value(key, value, _defaults()[key])
-    if missing := [key for key in _defaults() if key not in flat]:
-        raise UserError(f"config lacks {missing[0]!r}: start from resnet_flax.config.base_config()")
+    for key in sorted(_defaults().keys() - flat.keys()):
+        raise UserError(f"config lacks {key!r}: start from resnet_flax.config.base_config()")
     for message in _contradictions(config):
         raise UserError(message)
 
@@ -253,7 +294,7 @@ def _check_value(key: str, value: Any, default: Any) -> None:
 
 
 def _contradictions(config: ConfigDict) -> Iterator[str]:
-    """What is wrong with values that are each right."""
+    """Complaints about values that are right one by one, but not together."""
     o, sides, group = config.optim, config.data.short_sides, config.model.bn_group_size
     lasts = o.warmup_steps or o.warmup_epochs or o.warmup_examples
     if o.warmup_error and lasts:
@@ -286,7 +327,7 @@ def resolve_steps(config: ConfigDict, train_examples: int) -> ConfigDict:
     """A copy with every duration in its `_steps` key; `train_examples` make an epoch.
 
     Raises:
-      UserError: two of a duration's three forms are given, or one is shorter than a step.
+      UserError: a duration is given in epochs and in examples, or is shorter than a step.
     """
     c = config.copy_and_resolve_references()
     flat = flatten(c)

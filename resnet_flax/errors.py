@@ -1,14 +1,13 @@
-"""The one exception that is meant for the person at the keyboard, and what its messages share."""
+"""The exception that is meant for the user, and what its messages share."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, or a state of the machine that only the user can mend.
+    """A mistake that only the user can mend; the entry points print it without a traceback.
 
-    The message is one or two lines: it names the thing, its value, and what to do. The entry points
-    print it without a traceback and exit with a non-zero status.
+    The message is one or two lines: it names the thing, its value, and what to do.
     """
 
 

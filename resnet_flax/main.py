@@ -1,6 +1,5 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
-import itertools
 import os
 import pathlib
 import signal
@@ -8,15 +7,15 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from resnet_flax import signals
-from resnet_flax.config import check_key, parse, validate
-from resnet_flax.devices import cache, cpu, distributed
+from resnet_flax.config import check_key, override, read_file, validate
+from resnet_flax.devices import cache, cpu, distributed, place
 from resnet_flax.errors import UserError
 from resnet_flax.runs import progress
 
-_CONFIG = config_flags.DEFINE_config_file(
+_CONFIG = flags.DEFINE_string(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
 )
 _WORKDIR = flags.DEFINE_string(
@@ -41,7 +40,7 @@ _DISTRIBUTED = flags.DEFINE_bool(
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
-    os.environ.get("JAX_COORDINATOR_ADDRESS"),
+    None,
     "HOST:PORT of process 0, where the others find it; default: $JAX_COORDINATOR_ADDRESS. Where "
     "it, or one of the next two, is not given, the cluster is asked: SLURM, Cloud TPU, Open MPI, "
     "Kubernetes.",
@@ -59,82 +58,37 @@ _PEER_TIMEOUT = flags.DEFINE_float(
     "peer_timeout", 60.0, "Seconds without a sign of life after which a process is lost.", 1.0
 )
 
-
-# Given without --config: changes of the configuration that a run or a weights file comes with.
-_OVERRIDES: dict[str, str] = {}
-
-
-# Configs that had a file of their own, by the one that now takes them as its argument.
-_MOVED = {
-    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
-    "identity_mappings": "resnet110_preact resnet164_preact",
-    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
-    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
+_FLAG_VARIABLES = {
+    "coordinator": "JAX_COORDINATOR_ADDRESS",
+    "num_processes": "JAX_NUM_PROCESSES",
+    "process_id": "JAX_PROCESS_ID",
 }
 
 
-def _check_config_file(path: str) -> None:
-    try:
-        pathlib.Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        stem = pathlib.Path(path).stem
-        for file, moved in _MOVED.items():
-            if stem in moved.split():
-                now = pathlib.Path(path).with_name(f"{file}.py")
-                net = stem.removesuffix("_stochastic_depth")
-                raise UserError(f"{path} is now --config={now}:{net}") from error
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"cannot read the config file {path!r}: {reason}; the project's are in configs/, for "
-            "example --config=configs/resnet20.py"
-        ) from error
-
-
-def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; whatever is wrong with them becomes a `UserError`."""
-    named = any(arg.lstrip("-").partition("=")[0] == "config" for arg in argv[1:])
-    rest = argv[:1]
-    for arg, after in itertools.pairwise([*argv[1:], ""]):
-        flag, equals, value = arg.lstrip("-").partition("=")
-        if arg.startswith("-") and flag == "config":
-            _check_config_file((value if equals else after).partition(":")[0])
-        name, dot, key = flag.partition(".")
-        if not arg.startswith("-") or name not in ("config", "noconfig") or not dot:
-            rest.append(arg)
+def _parse(argv: list[str]) -> dict[str, str]:
+    """Parses flags; returns the values of --config.KEY=VALUE, as text, by key."""
+    given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
+    rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
+    changes = {}
+    for argument in argv[1:]:
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or not flag.startswith("config."):
+            rest.append(argument)
             continue
+        key = flag.removeprefix("config.")
         check_key(key)
-        if named:
-            rest.append(f"--{flag}={parse(key, value)}" if equals else arg)
-        elif not equals:
-            raise UserError(f"--config.{key}: without --config, write --config.{key}=VALUE")
-        else:
-            _OVERRIDES[key] = value
+        if not equals:
+            raise UserError(f"{argument}: write --config.{key}=VALUE")
+        changes[key] = value
     try:
-        return flags.FLAGS(rest)
+        rest = flags.FLAGS(rest)
     except SystemExit:
-        sys.exit(0)  # Of --help; absl's own status is 1.
+        sys.exit(0)  # From --help; absl's own status is 1.
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
-    except UserError:
-        raise
-    except Exception as error:
-        # A config file is Python: it, or an override's type, can fail in any way.
-        lines = str(error).strip().splitlines() or [""]
-        raise UserError(
-            f"the configuration is wrong: {type(error).__name__}: {lines[0]}"
-        ) from error
-
-
-def _name_of(config_flag: str) -> str:
-    """`configs/modern.py:resnet56` -> `modern-resnet56`."""
-    path, _, argument = config_flag.partition(":")
-    stem = pathlib.Path(path).stem
-    return f"{stem}-{argument}" if argument else stem
-
-
-def _config_file() -> str | None:
-    flag = flags.FLAGS["config"]
-    return getattr(flag, "config_filename", None) if flag.value is not None else None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --")
+    return changes
 
 
 def _path(text: str | None) -> str | None:
@@ -153,21 +107,24 @@ def _path(text: str | None) -> str | None:
 
 
 def _directory(config: ConfigDict) -> str:
+    """--workdir; by default configs/modern.py:resnet56 trains in runs/modern-resnet56/seed0."""
+    path, colon, argument = _CONFIG.value.partition(":")
+    name = pathlib.Path(path).stem + colon.replace(":", "-") + argument
     own = f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
-    return _path(_WORKDIR.value) or f"runs/{_name_of(_config_file())}{own}"
+    return _path(_WORKDIR.value) or f"runs/{name}{own}"
 
 
-def _train(config: ConfigDict | None) -> None:
+def _train(config: ConfigDict | None, _: dict[str, str]) -> None:
     # Imported here: jax takes a second that a mistyped flag need not wait for.
     from resnet_flax.training import loop, train
 
     if config is None:
         raise UserError("no configuration given; try --config=configs/quickstart.py")
     path = pathlib.Path(_directory(config))
-    place = _CHECKPOINT_DIR.value
-    if place is not None and "://" not in place:
-        place = os.path.abspath(_path(place))
-    result = train.train(config, path, _path(_WEIGHTS.value), place)
+    checkpoint_dir = _CHECKPOINT_DIR.value
+    if checkpoint_dir is not None and "://" not in checkpoint_dir:
+        checkpoint_dir = os.path.abspath(_path(checkpoint_dir))
+    result = train.train(config, path, _path(_WEIGHTS.value), checkpoint_dir)
     if not distributed.is_first():
         return
     if loop.STOPPED in result:
@@ -179,99 +136,57 @@ def _train(config: ConfigDict | None) -> None:
         print(progress.summary(result, path))
 
 
-def _evaluate(config: ConfigDict | None) -> None:
+def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
     from resnet_flax.training import scoring
 
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
-    text = scoring.score(config, directory, source, overrides=_OVERRIDES)
+    text = scoring.score(config, directory, source, overrides=changes)
     if distributed.is_first():
         print(text)
 
 
-def main(argv: list[str]) -> None:
-    """Runs the mode asked for."""
-    if len(argv) > 1:
-        raise UserError(f"unexpected argument {argv[1]!r}; flags begin with --")
+def _join() -> None:
+    here = place.find_place(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.initialize(
+        here, connect_timeout=_CONNECT_TIMEOUT.value, peer_timeout=_PEER_TIMEOUT.value
+    )
+    signals.end_on_interrupt(lambda: distributed.fail("interrupted", 130))
+
+
+def _main(changes: dict[str, str]) -> None:
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")
-    config = _CONFIG.value
-    if config is not None:
-        if not isinstance(config, ConfigDict):
-            raise UserError(
-                f"get_config() of the config file returns a {type(config).__name__}, must be a "
-                "ConfigDict: begin with resnet_flax.config.base_config()"
-            )
+    config = None
+    if _CONFIG.value is not None:
+        config = read_file(_CONFIG.value)
+        override(config, changes)
         validate(config)
-    # Libraries tell of their every step at the default level.
+    # Libraries log every step at the default level.
     logging.set_verbosity(logging.WARNING)
-    # What goes wrong in orbax's threads reaches the one that waits for them, and is said there.
+    # An error in orbax's threads is raised, and printed, in the thread that waits for them.
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     if _DISTRIBUTED.value:
         _join()
     if distributed.count() == 1:
         cache.keep_programs()
-    modes[_MODE.value](config)
+    modes[_MODE.value](config, changes)
     _let_interrupts_kill()
     distributed.finish()
 
 
-def _join() -> None:
-    place = distributed.find_place(
-        _COORDINATOR.value,
-        _number(_NUM_PROCESSES, "JAX_NUM_PROCESSES"),
-        _number(_PROCESS_ID, "JAX_PROCESS_ID"),
-    )
-    distributed.initialize(
-        place, connect_timeout=_CONNECT_TIMEOUT.value, peer_timeout=_PEER_TIMEOUT.value
-    )
-    signals.end_on_interrupt(lambda: distributed.fail("interrupted", 130))
-
-
-def _number(flag, variable: str) -> int | None:
-    text = os.environ.get(variable)
-    if flag.value is not None or not text:
-        return flag.value
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"{variable}={text} must be a whole number") from error
-
-
-def _catch(function, *args):
-    try:
-        return function(*args)
-    except UserError as error:
-        _end(f"error: {error}", 1)
-    except OSError as error:
-        # A disk, a permission, a vanished directory: the machine's state, not a bug.
-        where = f": {error.filename}" if error.filename else ""
-        _end(f"error: {error.strerror or error}{where}", 1)
-    except Exception as error:
-        from resnet_flax.devices import hardware
-
-        if reason := hardware.why_none():
-            _end(f"error: {reason}", 1)
-        if distributed.count() == 1:
-            raise
-        # A failed exchange of data is how one process first notices that another has gone.
-        distributed.await_verdict()
-        traceback.print_exc()
-        _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}", 1)
-
-
 def _let_interrupts_kill() -> None:
-    """One more Ctrl-C is final: it would fill the screen with tracebacks of Python's own end."""
+    """A further Ctrl-C would fill the screen with tracebacks of Python's own end."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str) -> None:
     _let_interrupts_kill()
     print(message, file=sys.stderr)
-    distributed.fail(message.removeprefix("error: "), status)
-    sys.exit(status)
+    distributed.fail(message.removeprefix("error: "))
+    sys.exit(1)
 
 
 def run() -> None:
@@ -280,7 +195,25 @@ def run() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Before anything large is allocated.
     cpu.keep_freed_memory()
-    app.run(lambda argv: _catch(main, argv), flags_parser=lambda argv: _catch(_parse, argv))
+    try:
+        app.run(_main, flags_parser=_parse)
+    except UserError as error:
+        _end(f"error: {error}")
+    except OSError as error:
+        # A disk, a permission, a vanished directory: the machine's state, not a bug.
+        where = f": {error.filename}" if error.filename else ""
+        _end(f"error: {error.strerror or error}{where}")
+    except Exception as error:
+        from resnet_flax.devices import hardware
+
+        if reason := hardware.why_none():
+            _end(f"error: {reason}")
+        if distributed.count() == 1:
+            raise
+        # A failed exchange of data is how one process first notices that another has gone.
+        distributed.await_verdict()
+        traceback.print_exc()
+        _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
 if __name__ == "__main__":

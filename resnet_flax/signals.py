@@ -1,7 +1,7 @@
 """Signals, answered at once by a thread of their own.
 
-Python runs a signal's handler in the main thread, between two of its own instructions. That is late
-while XLA compiles, and an exception raised there is dropped where it hits a callback of a library.
+Python runs handlers in the main thread, between two of its own instructions: late while XLA
+compiles, and an exception raised inside a library's callback is dropped.
 """
 
 import _thread
@@ -21,19 +21,18 @@ class _Answer(NamedTuple):
 
 _answers: list[_Answer] = []  # The last one is in force.
 
-# Where Python writes the numbers of signals that arrive, for a thread that lives as long as the
-# process: one that ended beside those of other libraries has made processes abort at their end.
+# Where Python writes the numbers of signals, for a thread that lives as long as the process: one
+# that ended before the threads of other libraries has made processes abort at their end.
 _sink: int | None = None
 
-# What a program of ours does before it ends; None in a program that is not, as in a notebook.
+# What one of our own programs does before it ends; None in any other, as in a notebook.
 _farewell: Callable[[], None] | None = None
 
 
 def end_on_interrupt(farewell: Callable[[], None] = lambda: None) -> None:
-    """From here on Ctrl-C ends the program with status 130, unless `answered_by` is in force.
+    """From here on, outside of `answered_by`, Ctrl-C ends the program with status 130.
 
-    Args:
-      farewell: called first, in another thread.
+    `farewell` is called first, in another thread.
     """
     global _farewell
     if _farewell is None:
@@ -45,8 +44,8 @@ def end_on_interrupt(farewell: Callable[[], None] = lambda: None) -> None:
 def answered_by(ask: Callable[[int], bool], *numbers: signal.Signals) -> Iterator[None]:
     """Calls `ask(number)`, in another thread, for each of these signals that arrives.
 
-    Where it returns True the program ends at once; one that is not ours gets a KeyboardInterrupt.
-    Ignored signals, as under nohup, stay ignored. Outside of the main thread this does nothing.
+    If it returns True, the program ends at once; a notebook gets a KeyboardInterrupt. Ignored
+    signals, as under nohup, stay ignored. Outside of the main thread this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,6 +23,14 @@ SETTINGS = {
 HANG = 600  # Seconds that only a process that hangs needs.
 
 
+def until(condition, explain=lambda: "waited in vain"):
+    """Waits for the condition, however slow the machine is."""
+    limit = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < limit, explain()
+        time.sleep(0.05)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -58,22 +66,26 @@ class Processes:
         return ends
 
 
-def begin(workdir, count, *flags, settings=(), mode="train", each=None):
-    """Starts a run; `each` has further flags by process."""
-    values = SETTINGS | dict(settings)
-    command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}"]
-    command += ["--config=configs/quickstart.py", f"--workdir={workdir}", *flags]
-    command += [f"--config.{key}={value}" for key, value in values.items()]
-    if count > 1:
-        command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
-        command += [f"--num_processes={count}"]
-    own = [[f"--process_id={i}"] if count > 1 else [] for i in range(count)]
-    return Processes([command + own[i] + (each or {}).get(i, []) for i in range(count)])
+def flags(config="configs/quickstart.py", **settings):
+    """Of a short run, of --config and its keys."""
+    values = SETTINGS | settings
+    return [f"--config={config}", *(f"--config.{key}={value}" for key, value in values.items())]
 
 
-def run(workdir, count, *flags, **options):
+def begin(workdir, count, settings=(), mode="train"):
+    """Starts a run."""
+    command = [sys.executable, "-m", "resnet_flax.main", f"--mode={mode}", f"--workdir={workdir}"]
+    command += flags(**dict(settings))
+    if count == 1:
+        return Processes([command])
+    command += ["--distributed", f"--coordinator=127.0.0.1:{free_port()}"]
+    command += [f"--num_processes={count}"]
+    return Processes([*command, f"--process_id={i}"] for i in range(count))
+
+
+def run(workdir, count, **options):
     """Runs to the end; all processes must succeed. Returns what the first printed."""
-    with begin(workdir, count, *flags, **options) as running:
+    with begin(workdir, count, **options) as running:
         ends = running.finish()
     assert [status for status, _, _ in ends] == [0] * count, ends
     return ends[0][1]
@@ -82,11 +94,12 @@ def run(workdir, count, *flags, **options):
 def signal_at_step(workdir, step, index, number, count=2, **options):
     """Starts a run and sends process `index` a signal once this step is on record: all ends."""
     with begin(workdir, count, **options) as running:
-        limit = time.monotonic() + HANG
-        while max((r["step"] for r in records(workdir, "train")), default=0) < step:
+
+        def reached():
             assert all(child.poll() is None for child in running.children), running.finish()
-            assert time.monotonic() < limit
-            time.sleep(0.02)
+            return any(r["step"] >= step for r in records(workdir, "train"))
+
+        until(reached)
         running.children[index].send_signal(number)
         return running.finish()
 

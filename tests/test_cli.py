@@ -35,8 +35,10 @@ def test_a_run_says_what_was_learned_and_what_to_run_next(uninterrupted):
     assert "left" in done.err
     result = json.loads((directory / "result.json").read_text())
     assert f"{100 * result['test_error_last']:.2f} %" in done.out
-    starts = json.loads((directory / "run.json").read_text())["starts"]
-    assert "-m resnet_flax.main --config=configs/quickstart.py" in starts[0]["command"]
+    (start,) = json.loads((directory / "run.json").read_text())["starts"]
+    assert "-m resnet_flax.main --config=configs/quickstart.py" in start["command"]
+    # A relative one works too.
+    assert start["command"].endswith(f" --workdir={os.path.relpath(directory, ROOT)}")
 
 
 def test_evaluate_mode_gives_the_same_numbers(uninterrupted, tmp_path):
@@ -58,16 +60,9 @@ def test_evaluate_mode_gives_the_same_numbers(uninterrupted, tmp_path):
     assert "belongs to a run of another config" in done.stderr
 
 
-def test_a_relative_workdir_works_too(uninterrupted):
-    directory, _ = uninterrupted
-    (start,) = json.loads((directory / "run.json").read_text())["starts"]
-    assert start["command"].endswith(f" --workdir={os.path.relpath(directory, ROOT)}")
-    assert (directory / "result.json").exists()
-
-
 QUICK = "--config=configs/quickstart.py"
 BAD_INPUT = {
-    "no config": ([], "no configuration given"),
+    "no config": ([], "no configuration given; try --config=configs/quickstart.py"),
     "config file absent": (["--config=configs/absent.py"], "configs/absent.py"),
     "config file no text": (["--config=results/cifar10_short/curves.png"], "not a text file"),
     "config file broken": (["--config={tmp}/broken.py"], "SyntaxError"),
@@ -78,7 +73,6 @@ BAD_INPUT = {
         [QUICK, "--config.optim.lerning_rate=0.1"],
         "did you mean --config.optim.learning_rate?",
     ),
-    "section as key": ([QUICK, "--config.optim=3"], "--config.optim is a section of"),
     "wrong type": (
         [QUICK, "--config.optim.learning_rate=fast"],
         "error: --config.optim.learning_rate=fast must be a number",
@@ -87,15 +81,12 @@ BAD_INPUT = {
     "unknown mode": ([QUICK, "--mode=test"], "--mode=test must be one of train, evaluate"),
     "stray argument": ([QUICK, "stray"], "unexpected argument 'stray'"),
     "zero duration": ([QUICK, "--config.train.total_steps=0"], "must be a positive duration"),
-    "negative duration": ([QUICK, "--config.eval.every_steps=-1"], "must be a positive duration"),
-    "milestones": ([QUICK, "--config.optim.boundaries_steps=5,3"], "rising order"),
     "unknown model": ([QUICK, "--config.model.name=resnet21"], "unknown model 'resnet21'"),
     "unknown data": ([QUICK, "--config.data.name=cifar11"], "unknown data set 'cifar11'"),
     "devices": (
         [QUICK, "--config.data.batch_size=63", "--config.train.cpu_devices=2"],
         "batch_size=63 is not divisible by the 2 cpu devices",
     ),
-    "group": ([QUICK, "--config.model.bn_group_size=48"], "bn_group_size=48 does not divide"),
     "archive": (
         [QUICK, "--config.data.name=cifar10", "--config.data.archive=README.md",
          "--config.data.data_dir={tmp}"],
@@ -130,20 +121,13 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(name, tmp_path):
 
 
 def test_an_unwritable_workdir_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    # Root may write anywhere but where the kernel keeps its own.
-    directory = "/proc" if os.geteuid() == 0 else tmp_path
-    done = run(*SMALL, f"--workdir={directory}/run")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: cannot write in workdir")
-
-
-def test_a_workdir_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("precious")
-    done = run(*SMALL, f"--workdir={tmp_path}/file")
-    assert done.returncode == 1
-    assert "cannot write in workdir" in done.stderr
-    assert (tmp_path / "file").read_text() == "precious"
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for directory in ("/proc/run", file):  # Even root may not write there.
+        done = run(*SMALL, f"--workdir={directory}")
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: cannot write in workdir")
+    assert file.read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -167,10 +151,3 @@ def test_hardware_that_is_not_there_is_named_in_a_line(command, tmp_path):
     assert done.stderr.startswith("error: JAX_PLATFORMS=nonsense: jax finds no such devices here")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_no_argument_at_all_is_answered_with_what_to_try():
-    command = [sys.executable, "-m", "resnet_flax.main"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert done.stderr == "error: no configuration given; try --config=configs/quickstart.py\n"

@@ -1,14 +1,13 @@
 """The keys of the configuration and their values; the recipes of `configs/` are the papers'."""
 
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from resnet_flax import config as config_lib
-from resnet_flax import data, main
+from resnet_flax import data
 from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.data import streaming
 from resnet_flax.devices import sharding
@@ -31,9 +30,8 @@ IMAGENET += ["imagenet:plain18", "imagenet:plain34"]
 
 
 def load(name):
-    file, _, argument = name.partition(":")
-    module = runpy.run_path(str(ROOT / "configs" / f"{file}.py"))
-    return module["get_config"](*([argument] if argument else []))
+    file, colon, argument = name.partition(":")
+    return config_lib.read_file(f"{ROOT}/configs/{file}.py{colon}{argument}")
 
 
 def changed(**changes):
@@ -92,27 +90,26 @@ def test_stochastic_depth_has_its_papers_schedule(depth):
 
 def test_the_keras_recipe_is_the_example_s():
     c = load("keras:resnet56_keras_v2")
-    assert (c.model.name, c.train.total_steps) == ("resnet56_keras_v2", 200 * 1562.5)
+    o, steps = c.optim, c.train.total_steps
+    assert (c.model.name, steps) == ("resnet56_keras_v2", 200 * 1562.5)
+    given = {"boundaries": o.boundaries_steps, "decay_factors": o.decay_factors}
     rate = optim.make_schedule(
-        "piecewise",
-        learning_rate=c.optim.learning_rate,
-        total_steps=c.train.total_steps,
-        boundaries=c.optim.boundaries_steps,
-        decay_factors=c.optim.decay_factors,
+        "piecewise", learning_rate=o.learning_rate, total_steps=steps, **given
     )
     for epoch, want in ((0, 1e-3), (80, 1e-3), (81, 1e-4), (121, 1e-5), (161, 1e-6), (181, 5e-7)):
         assert float(rate((epoch + 0.5) * 1562.5)) == pytest.approx(want)
 
 
 def test_old_names_of_configs_are_answered_with_the_new_ones():
-    moved = {net: file for file, nets in main._MOVED.items() for net in nets.split()}
-    assert len(moved) == 17
-    for old, file in moved.items():
-        with pytest.raises(UserError) as refusal:
-            main._check_config_file(f"configs/{old}.py")
-        path = f"configs/{old}.py is now --config=configs/"
-        name = str(refusal.value).removeprefix(path).replace(".py:", ":")
-        assert name == f"{file}:{load(name).model.name}"
+    for old, new in [
+        ("plain20", "paper.py:plain20"),
+        ("resnet110_preact", "identity_mappings.py:resnet110_preact"),
+        ("resnet50", "imagenet.py:resnet50"),
+        ("resnet1202_stochastic_depth", "stochastic_depth.py:resnet1202"),
+    ]:
+        message = f"configs/{old}.py is now --config=configs/{new}"
+        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+            config_lib.read_file(f"configs/{old}.py")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -127,25 +124,21 @@ def test_every_config_traces(name):
     run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
-    chunk = 3, config.data.batch_size
+    array, chunk = jax.ShapeDtypeStruct, (3, config.data.batch_size)
     resident = {
-        "mean": jax.ShapeDtypeStruct((side, side, 3), jnp.float32),
-        "std": jax.ShapeDtypeStruct((1,), jnp.float32),
+        "mean": array((side, side, 3), jnp.float32),
+        "std": array((1,), jnp.float32),
         "key": jax.eval_shape(lambda: jax.random.key(0)),
     }
+    batches = labels = array(chunk, jnp.int32)
     if config.data.name in data.STREAMED:
-        batches = {
-            "images": jax.ShapeDtypeStruct((*chunk, side, side, 3), jnp.uint8),
-            "labels": jax.ShapeDtypeStruct(chunk, jnp.int32),
-        }
+        batches = {"images": array((*chunk, side, side, 3), jnp.uint8), "labels": labels}
     else:
-        batches = jax.ShapeDtypeStruct(chunk, jnp.int32)
-        resident["images"] = jax.ShapeDtypeStruct((50_000, side * side * 3), jnp.uint8)
-        resident["labels"] = jax.ShapeDtypeStruct((50_000,), jnp.int32)
+        resident["images"] = array((50_000, side * side * 3), jnp.uint8)
+        resident["labels"] = array((50_000,), jnp.int32)
     after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, batches)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
+    forms = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
+    assert forms[0] == forms[1]
     assert {k: v.shape for k, v in sums.items()} == {"loss": (3,), "error": (3,), "rate": (3,)}
 
 
@@ -248,11 +241,13 @@ def test_unknown_keys_and_wrong_types_are_named():
         config.optim.lerning_rate = 0.1
     with pytest.raises(UserError, match=r"lerning_rate .*did you mean --config.optim.learning_ra"):
         validate(config)
-    with pytest.raises(UserError, match="zzzzzz is no config key$"):
-        config_lib.check_key("zzzzzz")
-    with pytest.raises(UserError, match="--config.optim is a section of the config, not a key"):
-        config_lib.parse("optim", "3")
-    assert config_lib.nearest_key("batch_size") == "data.batch_size"
+    for key, message in [
+        ("zzzzzz", "zzzzzz is no config key$"),
+        ("batch_size", r"did you mean --config.data.batch_size\?"),
+        ("optim", "--config.optim is a section of the config, not a key"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            config_lib.parse(key, "3")
     config = base_config()
     with config.ignore_type():
         config.train.total_steps = "many"

@@ -38,8 +38,7 @@ def test_the_manifest_is_whole(given):
     hosts, name = (16, "mine") if given else (2, "resnet-flax")
     job, pod, container = parts(manifest)
     spec, rules = job["template"]["spec"], manifest["spec"]["failurePolicy"]
-    assert manifest["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
-    assert manifest["kind"] == "JobSet"
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert manifest["metadata"]["name"] == name
     assert manifest["spec"]["network"]["enableDNSHostnames"] is True
     # All pods are made again when one fails, and none on its own.

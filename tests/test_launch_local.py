@@ -6,7 +6,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -114,12 +113,12 @@ def test_forward(env, do, number, status):
 @pytest.mark.slow
 def test_a_run_told_to_stop_goes_on_when_started_again(tmp_path):
     env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
-    settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
-    flags = [f"--workdir={tmp_path}/run", f"--config={ROOT}/configs/quickstart.py"]
-    flags += [f"--config.{key}={value}" for key, value in settings.items()]
+    settings = {"model.bn_group_size": 16, "train.cpu_devices": 1}
+    flags = processes.flags(f"{ROOT}/configs/quickstart.py", **settings)
+    flags.append(f"--workdir={tmp_path}/run")
     first = start(env, "local.sh", "2", *flags)
-    while not any(tmp_path.glob("run/checkpoints/*/files.json")) and first.poll() is None:
-        time.sleep(0.02)
+    saved = lambda: any(tmp_path.glob("run/checkpoints/*/files.json"))  # noqa: E731
+    processes.until(lambda: saved() or first.poll() is not None)
     first.send_signal(signal.SIGTERM)
     out, _ = first.communicate(timeout=processes.HANG)
     assert first.returncode == 143, out

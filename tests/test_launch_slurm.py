@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import pytest
@@ -107,11 +106,11 @@ class Slurm:
         return done.stdout
 
     def until(self, condition, what):
-        limit = time.monotonic() + processes.HANG
-        while not condition():
+        def explain():
             logs = "".join(p.read_text()[-1500:] for p in self.path.glob("*.out"))
-            assert time.monotonic() < limit, f"waited in vain for {what}\n{logs}"
-            time.sleep(0.1)
+            return f"waited in vain for {what}\n{logs}"
+
+        processes.until(condition, explain)
 
     def submit(self, *flags, **env):
         return self.run(
@@ -127,7 +126,6 @@ class Slurm:
 
     def end(self, job):
         """Waits for the end; spares it the two minutes that SLURM lets a requeued job wait."""
-
         sooner = set()
 
         def ended():
@@ -221,12 +219,12 @@ def test_dry_run():
     assert {"--requeue", "--signal=B:TERM@120", "--open-mode=append"} <= set(options)
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_a_requeued_run_of_two_processes_ends_as_an_undisturbed_one(slurm, tmp_path):
     env = {"PYTHON": sys.executable, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    settings = processes.SETTINGS | {"model.bn_group_size": 16, "train.cpu_devices": 1}
-    flags = [f"--config={ROOT}/configs/quickstart.py"]
-    flags += [f"--config.{key}={value}" for key, value in settings.items()]
+    settings = {"model.bn_group_size": 16, "train.cpu_devices": 1}
+    flags = processes.flags(f"{ROOT}/configs/quickstart.py", **settings)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     job = slurm.submit(*flags, f"--workdir={whole}", **env)
     assert slurm.end(job)["JobState"] == "COMPLETED", slurm.log(job)

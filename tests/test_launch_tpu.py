@@ -8,12 +8,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.processes import HANG
+from tests.processes import HANG, until
 
 # What a worker has for Python: notes how it was called, trains by counting.
 PYTHON = r"""#!{python} -IS
@@ -116,13 +115,6 @@ def world(tmp_path):
     world = World(tmp_path)
     yield world
     world.end_processes()
-
-
-def until(condition):
-    limit = time.monotonic() + HANG
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.05)
 
 
 def test_a_preempted_run_goes_on_from_the_bucket(world):

@@ -10,6 +10,7 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.config import base_config, flatten
 from resnet_flax.models import ARCHITECTURES, OPTIONS
+from tests.conftest import ROOT
 
 # Under which option a net stands whose shortcuts are a variant of it; the others under A.
 OWN_SHORTCUTS = {"bare": "B", "conv_shortcut": "C"}
@@ -18,8 +19,6 @@ IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 @pytest.fixture(scope="module")
 def readme():
-    from tests.conftest import ROOT
-
     return (ROOT / "README.md").read_text()
 
 
@@ -50,14 +49,16 @@ def test_the_table_of_nets_is_true(readme):
     assert inside.split("\n", 2)[2] == net_table()
 
 
-def test_files_and_keys_that_readme_names_exist(readme, root):
-    for path in re.findall(r"\]\((?!http)([^)\s]+)\)", readme):
-        if "/" in path:
-            assert (root / path).exists(), path
-    for config in re.findall(r"--config=(configs/\w+\.py)", readme):
-        assert (root / config).exists(), config
+@pytest.mark.parametrize("file", ["README.md", "launch/README.md"])
+def test_files_and_keys_that_it_names_exist(file):
+    text = (ROOT / file).read_text()
+    for path in re.findall(r"\]\((?!http)([^)\s]+/[^)\s]+)\)", text):
+        assert (ROOT / file).parent.joinpath(path).exists(), path
+    for path in re.findall(r"(?:configs|launch|tests)/[\w./]+\.(?:py|sh|sbatch|yaml)", text):
+        assert (ROOT / path).exists(), path
     known = flatten(base_config())
-    for key in re.findall(r"--config\.([\w.]+)=", readme):
+    sections = "model|data|optim|train|eval|checkpoint"
+    for key in re.findall(rf"(?:--config\.|`)((?:{sections})\.\w+)", text):
         assert key in known, key
 
 
@@ -65,8 +66,8 @@ def test_files_and_keys_that_readme_names_exist(readme, root):
     "folder",
     ["cifar10/resnet20/seed0", "cifar10/plain20/seed0", "cifar10_short", "cifar10_short_plain20"],
 )
-def test_the_results_that_readme_quotes_are_the_recorded_ones(readme, root, folder):
-    result = json.loads((root / "results" / folder / "result.json").read_text())
+def test_the_results_that_readme_quotes_are_the_recorded_ones(readme, folder):
+    result = json.loads((ROOT / "results" / folder / "result.json").read_text())
     row = next(
         line for line in readme.splitlines() if f"[results/{folder}](" in line and "|" in line
     )

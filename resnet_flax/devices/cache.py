@@ -1,6 +1,5 @@
-"""What one run keeps for the next to start faster, in the user's cache directory.
+"""The user's cache directory, which makes the next run start faster; it may be deleted at any time.
 
-All of it may be deleted at any time, and what cannot be written is done without.
 RESNET_FLAX_CACHE names another directory; set but empty, it turns the cache off.
 """
 
@@ -12,14 +11,12 @@ import platform
 
 import jax
 
-_MOST_BYTES = 2 * 10**9
-
 # Programs that compile faster than this, in seconds, are not kept.
 _WORTH_KEEPING = 0.3
 
 
 def directory(name: str) -> pathlib.Path | None:
-    """The directory of that name, made if need be; None where the cache is off or unwritable."""
+    """A directory of the cache, made if need be; None where the cache is off or unwritable."""
     chosen = os.environ.get("RESNET_FLAX_CACHE")
     if chosen == "":
         return None
@@ -32,8 +29,8 @@ def directory(name: str) -> pathlib.Path | None:
     return path if os.access(path, os.W_OK | os.X_OK) else None
 
 
-def make_room(path: pathlib.Path, most: int = _MOST_BYTES) -> None:
-    """Deletes the oldest files of a directory until it has at most `most` bytes."""
+def make_room(path: pathlib.Path, most: int = 2 * 10**9) -> None:
+    """Deletes a directory's oldest files until at most `most` bytes are left."""
     with contextlib.suppress(OSError):
         files = [(file.stat(), file) for file in path.iterdir() if file.is_file()]
         total = sum(stat.st_size for stat, _ in files)
@@ -45,10 +42,9 @@ def make_room(path: pathlib.Path, most: int = _MOST_BYTES) -> None:
 
 
 def keep_programs() -> None:
-    """Lets jax keep what it compiles from one process to the next.
+    """Lets jax keep what it compiles, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    JAX_COMPILATION_CACHE_DIR, whatever its value, goes before. Only for a process that runs alone:
-    several must all compile, or all find, the same program.
+    Only for a process that runs alone: several must all compile, or all find, the same program.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

@@ -1,7 +1,4 @@
-"""What makes training on a CPU fast; none of it changes a result beyond rounding.
-
-Measured on two cores with ResNet-20, batch 128: see results/performance.md.
-"""
+"""What makes training on a CPU fast; measured in results/performance.md."""
 
 import contextlib
 import ctypes
@@ -13,25 +10,20 @@ from typing import Any
 
 import jax
 
-# Fewer images than this on each core's device cost more in dispatch than the core gains.
+# With fewer images on a device, dispatch costs more than the core gains.
 _MIN_EXAMPLES_PER_DEVICE = 16
 
-# More processes than this decode more than today's accelerators take from one machine.
+# More of them decode more than today's accelerators take from one machine.
 _MOST_WORKERS = 16
 
 
 def choose_devices(
     requested: int, batch_size: int, bn_group_size: int, *, cores: int, processes: int = 1
 ) -> int:
-    """How many devices each process splits its CPU into: XLA runs many operations on one core only.
+    """How many devices a process splits its CPU into: XLA runs many operations on one core only.
 
-    Args:
-      requested: the number wanted; 0: as many as there are cores, at most, that divide the batch
-        (and its batch-norm groups) evenly and leave each device at least 16 examples.
-      batch_size: examples per step, of all processes together.
-      bn_group_size: examples per batch-norm group; 0: the whole batch.
-      cores: of each process, as from `cores_per_process`.
-      processes: that share the batch.
+    As many as requested; for 0 the most, up to one per core, that divide the batch of all processes
+    (and its batch-norm groups; size 0: one) evenly and leave each device at least 16 examples.
     """
     if requested:
         return requested
@@ -43,7 +35,7 @@ def choose_devices(
 def describe_cores() -> dict[str, Any]:
     """This machine's identity, and the numbers of the cores this process may use."""
     try:
-        # The kernel's own: containers on one machine have names of their own.
+        # Not the node's name: each container has its own.
         machine = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         machine = platform.node()
@@ -53,7 +45,7 @@ def describe_cores() -> dict[str, Any]:
 
 
 def cores_per_process(described: list[dict[str, Any]]) -> int:
-    """Cores for each process, the same number for all, from `describe_cores` of each."""
+    """The number of cores that every process can have, from `describe_cores` of each."""
     machines: dict[str, list[list[int]]] = {}
     for one in described:
         machines.setdefault(one["machine"], []).append(one["cores"])
@@ -62,15 +54,15 @@ def cores_per_process(described: list[dict[str, Any]]) -> int:
 
 
 def choose_workers(requested: int, cores: int) -> int:
-    """How many processes decode images; -1: one for each of this process's cores, 16 at most."""
+    """How many processes decode images; -1: one per core, 16 at most."""
     return min(cores, _MOST_WORKERS) if requested < 0 else requested
 
 
 def keep_freed_memory(keep: bool = True) -> None:
     """Tells glibc to keep what XLA frees, or no longer to.
 
-    Without it, each step's activations are mapped anew and their pages cleared. Does nothing under
-    another C library, or where the environment has MALLOC_ settings of its own.
+    Otherwise each step maps its activations anew and clears their pages. Does nothing under another
+    C library, or where the environment has MALLOC_ settings.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
@@ -83,10 +75,9 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
-    """Keeps no freed memory where there is too little of it for this training step.
+    """Undoes `keep_freed_memory` where memory is short: six times what a step needs may be kept.
 
-    A block that one step has freed is of no use to the next once something small lies in it, so
-    several may be kept: there must be room for six.
+    A freed block is of no use to the next step once something small lies in it.
     """
     if jax.default_backend() == "cpu":
         step_bytes = compiled.memory_analysis().temp_size_in_bytes * jax.local_device_count()
@@ -95,7 +86,7 @@ def limit_kept_memory(compiled: jax.stages.Compiled) -> None:
 
 
 def memory_bytes() -> int:
-    """This machine's memory, or what a container may have of it; unknown: no limit."""
+    """This machine's memory, or a container's limit; `sys.maxsize` if unknown."""
     found = [sys.maxsize]
     with contextlib.suppress(AttributeError, OSError, ValueError):  # Not every system has these.
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,12 +1,8 @@
 """Several processes as one run: they find each other, exchange small values, and end together.
 
-JAX's runtime carries the values and the collectives of a training step. Alone, it fails badly (jax
-0.10.2): when a process is missing, killed, stopped or raises an exception, the others abort with a
-C++ stack trace after 10 seconds or more, and processes that disagree on their number train on. So
-every process first connects to process 0 at the coordinator's address. On this connection go a
-sign of life every few seconds and the reason why a process ends, which all print in one line.
-
-In a program of one process everything here does nothing.
+JAX's runtime carries the values and collectives, but (jax 0.10.2) when a process is missing, killed
+or stopped, the others abort with a C++ stack trace after 10 seconds or more. So every process also
+connects to process 0, to send signs of life and the reason for its end, which all print.
 """
 
 import contextlib
@@ -23,14 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from resnet_flax.devices.place import Place
-from resnet_flax.devices.place import find_place as find_place
 from resnet_flax.errors import UserError, first_line
 
 _NAME = f"{platform.node() or 'localhost'}, pid {os.getpid()}"
 
 
 class _Peer:
-    """A connection to another process, for JSON objects, one a line; empty lines mean nothing."""
+    """A connection to another process, for JSON objects, one a line; empty lines are ignored."""
 
     def __init__(self, connection: socket.socket):
         connection.settimeout(None)
@@ -43,7 +38,7 @@ class _Peer:
 
     def receive(self, timeout: float) -> dict[str, Any]:
         """The next message; BlockingIOError after `timeout` seconds of silence."""
-        # Counted by the kernel, which begins again when this process was stopped and goes on.
+        # The kernel counts, and begins again when this process was stopped and goes on.
         patience = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, patience)
         while b"\n" not in (unread := self._unread.lstrip()):
@@ -64,13 +59,9 @@ _ending, _leaving = threading.Lock(), threading.Event()
 def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> None:
     """Joins the other processes; call it before anything touches jax's devices.
 
-    Args:
-      place: this process's.
-      connect_timeout: seconds to wait for the others at the start.
-      peer_timeout: seconds without a sign of life after which a process counts as lost.
-
     Raises:
-      UserError: they did not all come, or do not agree on who they are.
+      UserError: a process is missing after `connect_timeout` seconds, or they disagree on who they
+        are. Later a process counts as lost after `peer_timeout` seconds without a sign of life.
     """
     if place.count == 1:
         return
@@ -78,7 +69,7 @@ def initialize(place: Place, *, connect_timeout: float, peer_timeout: float) -> 
 
     connect(place, connect_timeout, peer_timeout)
 
-    # Signals are the training loop's business; JAX would take SIGTERM for itself.
+    # JAX would take SIGTERM from the training loop.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(
         *place[:3],
@@ -138,10 +129,11 @@ def _await_others(port: int, timeout: float, peer_timeout: float) -> None:
 def _listen(port: int, patience: float) -> socket.socket:
     """A listening socket; a job that has just ended may hold the port for some seconds."""
     deadline = time.monotonic() + patience
-    kind = {"family": socket.AF_INET6, "dualstack_ipv6": True}
+    options = {}
+    if socket.has_dualstack_ipv6():
+        options = {"family": socket.AF_INET6, "dualstack_ipv6": True}
     while True:
         try:
-            options = kind if socket.has_dualstack_ipv6() else {}
             return socket.create_server(("", port), backlog=1024, **options)
         except OSError as error:
             if time.monotonic() > deadline:
@@ -175,7 +167,7 @@ def _report(address: tuple[str, int], timeout: float) -> _Peer:
 
 
 def _hear(index: int, peer: _Peer, timeout: float) -> None:
-    """Waits for the end of process `index`, or its word that another has ended."""
+    """Waits for the end of process `index`, or its news that another has ended."""
     lost = f"process {index} ({peer.name}) has"
     again = "; the same command, run again, goes on from the newest checkpoint"
     try:
@@ -227,24 +219,20 @@ def index() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that reads, writes and speaks for all."""
+    """Whether this process reads, writes and prints for all."""
     return index() == 0
 
 
 def gather(value: Any) -> list[Any]:
     """Every process's `value`, by index; all must call it.
 
-    Args:
-      value: of dicts with str keys, lists, str, bool, int, float, None and numpy arrays.
+    Values are of dicts with str keys, lists, str, bool, int, float, None and numpy arrays.
     """
     return _exchange(lambda: value, range(count()))
 
 
 def share(make: Callable[[], Any]) -> Any:
-    """What `make()` returns on process 0, where alone it runs; it returns what `gather` can send.
-
-    The others wait as long as it takes. An exception in it ends all, by way of `fail`.
-    """
+    """What `make()` returns on process 0, which alone calls it: a value that `gather` can send."""
     return _exchange(make, [0])[0]
 
 
@@ -265,19 +253,19 @@ def _exchange(make: Callable[[], Any], sources: Sequence[int]) -> list[Any]:
 
 
 def fail(reason: str, status: int = 1) -> None:
-    """Ends all processes, the others with the reason and status 1; returns if there is only one."""
+    """Ends all processes, the others with the reason and status 1; one alone goes on."""
     if count() > 1:
         _end(f"process {index()} failed: {reason}", status)
 
 
-def await_verdict(seconds: float = 5.0) -> None:
+def await_verdict() -> None:
     """Lets the news of another process's end arrive: a collective that fails does not name it."""
     if count() > 1:
-        time.sleep(seconds)
+        time.sleep(5)
 
 
 def finish() -> None:
-    """Leaves the others, in good order: returns when all are here."""
+    """Waits until all processes are here, and leaves them."""
     if count() > 1:
         import jax
 

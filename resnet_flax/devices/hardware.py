@@ -1,7 +1,8 @@
-"""The devices of a run, of all its processes, and what fits on them."""
+"""The devices of all processes of a run, their compiler options, and their memory."""
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 from typing import Any
@@ -14,49 +15,42 @@ from resnet_flax.config import flatten
 from resnet_flax.devices import cpu, distributed, sharding
 from resnet_flax.errors import UserError
 
-# What XLA leaves to its YNNPACK kernels: its default, convolutions and products, and elementwise
-# chains and reductions.
-_LIBRARY_FUSIONS = "INDIVIDUAL_CONVOLUTION", "INDIVIDUAL_DOT", "ELTWISE", "REDUCE"
-
-# What may be part of a CUDA graph. With all of these a training step is one graph; by default it is
-# many, and its convolutions are launched one by one.
-_GRAPH_PARTS = (
-    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,CONVOLUTION"
-)
-
 _COMPILER_OPTIONS = {
     "cpu": {
-        "xla_cpu_experimental_ynn_fusion_type": ",".join(
-            f"LIBRARY_FUSION_TYPE_{kind}" for kind in _LIBRARY_FUSIONS
+        # What XLA leaves to YNNPACK: convolutions and products by default; here also elementwise
+        # chains and reductions.
+        "xla_cpu_experimental_ynn_fusion_type": (
+            "LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,"
+            "LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"
         )
     },
-    "gpu": {"xla_gpu_enable_command_buffer": _GRAPH_PARTS},
+    "gpu": {
+        # What may be part of a CUDA graph. With all of these a training step is one graph; by
+        # default it is many, and its convolutions are launched one by one.
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,CONVOLUTION"
+        )
+    },
 }
 
 
-# Branches of one program side by side, not one after the other.
-_CONCURRENT = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-
-
 def compiler_options(platform: str, *, concurrent: bool = False) -> dict[str, str] | None:
-    """Options of `jax.jit` for a training step on "cpu", "gpu" or "tpu", None for none.
-
-    Options that this version of XLA lacks are left out.
+    """Options of `jax.jit` for a training step, None for none; unknown ones are left out.
 
     Args:
-      platform: of the devices.
+      platform: "cpu", "gpu" or "tpu".
       concurrent: whether the program trains several nets as independent branches.
     """
     options = dict(_COMPILER_OPTIONS.get(platform, {}))
     if concurrent and platform == "gpu":
-        options |= _CONCURRENT
+        options["xla_gpu_command_buffer_scheduling_mode"] = "CONCURRENT"
     return {k: v for k, v in options.items() if _is_known(k, v)} or None
 
 
 @functools.cache
 def _is_known(option: str, value: str) -> bool:
     try:
-        # Every backend parses the options of all, so that the platform's own need not be here.
+        # Every backend parses the options of all platforms.
         jax.jit(lambda x: x, compiler_options={option: value}).lower(0.0).compile()
     except Exception:
         return False
@@ -66,12 +60,11 @@ def _is_known(option: str, value: str) -> bool:
 def choose_mesh(config: ConfigDict) -> Mesh:
     """The devices to run on; a CPU is first split into several where that pays.
 
-    Call it before anything else touches jax's devices, which are counted once per process. Of
-    several processes all must call it.
+    All processes must call it, before anything else touches jax's devices.
 
     Raises:
       UserError: there are too few devices, they do not divide the batch, or the processes have
-        been given different configurations.
+        different configurations.
     """
     here = {"config": json.dumps(flatten(config)), "jax": jax.__version__, **cpu.describe_cores()}
     everywhere = distributed.gather(here)
@@ -85,7 +78,7 @@ def choose_mesh(config: ConfigDict) -> Mesh:
         processes=len(everywhere),
     )
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        # Where jax has counted its devices already, as in a notebook, what it has must do.
+        # Too late where jax has counted its devices, as in a notebook.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices()
@@ -95,17 +88,16 @@ def choose_mesh(config: ConfigDict) -> Mesh:
                 f"config.train.cpu_devices={requested}, but jax already runs with "
                 f"{jax.local_device_count()} devices in this process"
             )
-        processes = range(jax.process_count())
-        each = [[d for d in devices if d.process_index == p][:count] for p in processes]
-        devices = [d for own in each for d in own]
+        by_process = itertools.groupby(devices, key=lambda device: device.process_index)
+        devices = [d for _, own in by_process for d in itertools.islice(own, count)]
     return sharding.make_mesh(devices, config.data.batch_size)
 
 
 def why_none() -> str | None:
-    """Why jax has no devices, where it has none: JAX_PLATFORMS may name some that are not here."""
+    """Says that JAX_PLATFORMS names devices that are not here, where jax has none at all."""
     try:
         jax.devices()
-    except Exception:  # Of any kind: plugins fail in their own ways.
+    except Exception:  # Each plugin fails in its own way.
         return (
             f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: jax finds no such devices here; "
             "unset it, or set JAX_PLATFORMS=cpu"
@@ -114,12 +106,7 @@ def why_none() -> str | None:
 
 
 def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
-    """Raises UserError where this process's devices have too little memory for a training step.
-
-    Args:
-      compiled: the step.
-      batch_size: for the message.
-    """
+    """Raises UserError where this process's devices have too little memory for a training step."""
     if jax.default_backend() == "cpu":
         there_is = cpu.memory_bytes()
     else:
@@ -146,7 +133,7 @@ def _check_same(everywhere: list[dict[str, Any]]) -> None:
             )
         theirs = json.loads(other["config"])
         for key in ours:
-            # Paths are each machine's own matter.
+            # Paths may differ from machine to machine.
             local = key in ("data.data_dir", "data.archive", "data.mirror")
             if ours[key] != theirs[key] and not local:
                 raise UserError(

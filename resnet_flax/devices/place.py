@@ -1,4 +1,4 @@
-"""Which process this is, of how many, and where process 0 listens."""
+"""Finds out which process this is, of how many, and where process 0 listens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,18 +7,18 @@ from resnet_flax.errors import UserError, first_line
 
 
 class Place(NamedTuple):
-    """Where process 0 listens, how many processes there are, and which one this is."""
+    """A process among those of its run."""
 
-    address: str  # HOST:PORT
+    address: str  # HOST:PORT where process 0 listens.
     count: int
     index: int  # From 0.
     local_devices: Sequence[int] | None = None  # The machine's accelerators for it; None: all.
 
 
 def find_place(coordinator: str | None, count: int | None, index: int | None) -> Place:
-    """This process's place; what is None is asked of the cluster.
+    """This process's place; JAX asks the cluster for what is None.
 
-    JAX knows SLURM, Cloud TPU, Open MPI, and Kubernetes (which needs the package `kubernetes`, a
+    It knows SLURM, Cloud TPU, Open MPI, and Kubernetes (which needs the package `kubernetes`, a
     service account that may read pods and jobs, and completion mode Indexed).
 
     Raises:
@@ -31,7 +31,7 @@ def find_place(coordinator: str | None, count: int | None, index: int | None) ->
 
         try:
             detected = ClusterEnv.auto_detect_unset_distributed_params(*given, None, None, 60)
-        except Exception as error:  # Of any kind: each cluster fails in its own way.
+        except Exception as error:  # Each cluster fails in its own way.
             reason = f"the cluster does not tell its processes: {first_line(error)}"
             raise UserError(f"--distributed: {reason}") from error
         coordinator, count, index, local_devices = detected

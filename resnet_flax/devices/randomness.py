@@ -1,4 +1,4 @@
-"""Random numbers that depend on the seed alone, whatever the switches of JAX and Flax."""
+"""Random numbers that depend on the seed alone, whatever JAX's and Flax's switches."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,10 +18,7 @@ def make_key(seed: int | jax.Array) -> jax.Array:
 
 @contextlib.contextmanager
 def default_switches() -> Iterator[None]:
-    """Resets JAX_ENABLE_X64, JAX_THREEFRY_PARTITIONABLE and FLAX_FIX_RNG_SEPARATOR, inside.
-
-    Each changes what is drawn from a key. Also a decorator.
-    """
+    """Resets, inside, every switch that changes what is drawn from a key. Also a decorator."""
     with (
         jax.enable_x64(False),
         jax.threefry_partitionable(True),

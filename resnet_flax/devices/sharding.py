@@ -1,4 +1,4 @@
-"""Devices as a mesh with one axis, `data`: batches are split over it, all else is replicated."""
+"""Devices as a mesh with one axis, `data`: batches are split over it, the rest is replicated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,7 @@ AXIS = "data"
 
 
 def make_mesh(devices: Sequence[jax.Device], batch_size: int) -> Mesh:
-    """A one-axis mesh over `devices`.
-
-    Raises:
-      UserError: their number does not divide `batch_size`.
-    """
+    """A one-axis mesh; UserError if the number of devices does not divide `batch_size`."""
     if batch_size % len(devices):
         raise UserError(
             f"config.data.batch_size={batch_size} is not divisible by the {len(devices)} "
@@ -28,7 +24,7 @@ def make_mesh(devices: Sequence[jax.Device], batch_size: int) -> Mesh:
 
 
 def platform(mesh: Mesh) -> str:
-    """The devices' platform, "cpu", "gpu" or "tpu"; they need not be present."""
+    """One of "cpu", "gpu" and "tpu"; the devices need not be present."""
     return mesh.devices.flat[0].platform
 
 
@@ -38,7 +34,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def split(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Array axis number `axis` split over the devices."""
+    """Array axis `axis` split over the devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, AXIS))
 
 
@@ -60,14 +56,13 @@ def rows_here(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 
 def put_rows(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Places k batches of which each process has the rows `rows_here`.
+    """Places k batches of which each process has the rows `rows_here`: [k, R, ...] to [k, B, ...].
 
-    Takes arrays [k, R, ...] and returns [k, B, ...], with the second axis split over the devices.
+    The second axis is split over the devices.
     """
-
-    def whole(value: np.ndarray) -> tuple[int, ...]:
-        rows = value.shape[1] // len(mesh.local_devices) * mesh.size
-        return len(value), rows, *value.shape[2:]
-
-    shapes = {name: whole(value) for name, value in batches.items()}
+    here = len(mesh.local_devices)
+    shapes = {
+        name: (len(value), value.shape[1] // here * mesh.size, *value.shape[2:])
+        for name, value in batches.items()
+    }
     return jax.make_array_from_process_local_data(split(mesh, 1), batches, shapes)

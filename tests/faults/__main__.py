@@ -42,17 +42,14 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.outcome == "passed":
             return
-        title = self._titles[report.nodeid]
         properties = report.user_properties
         tries, survived = dict(properties).get("tries", (1, int(report.passed)))
-        if report.skipped:
-            tries = survived = 0
-        row = self.rows.setdefault(title, [0, 0])
-        row[0] += tries
-        row[1] += survived
         notes = "; ".join(v for k, v in properties if k == "note")
         if report.skipped:
-            notes = report.longrepr[2]
+            tries, survived, notes = 0, 0, report.longrepr[2]
+        row = self.rows.setdefault(self._titles[report.nodeid], [0, 0])
+        row[0] += tries
+        row[1] += survived
         name = report.nodeid.removeprefix("tests/faults/")
         self.lines.append(f"{report.outcome:8}{name}" + (f": {notes}" if notes else ""))
         if report.failed:
@@ -67,19 +64,21 @@ def _header() -> list[str]:
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     here = environment.describe(mesh)
     versions = ", ".join(f"{k} {v}" for k, v in here["versions"].items())
-    command = shlex.join(["python", "-m", "tests.faults", *sys.argv[1:]])
-    hardware = here["hardware"].split(" as ")[0]
     return [
-        f"Command: {command}",
+        f"Command: {shlex.join(['python', '-m', 'tests.faults', *sys.argv[1:]])}",
         f"Commit: {here['commit']}",
-        f"Hardware: {hardware}",
+        f"Hardware: {here['hardware'].split(' as ')[0]}",
         f"Versions: Python {here['python']}, {versions}",
     ]
 
 
-def _report(recorder: "Recorder") -> str:
-    tries, survived = map(sum, zip(*recorder.rows.values(), strict=True))
+def _report(rows: dict[str, list[int]]) -> str:
+    tries, survived = map(sum, zip(*rows.values(), strict=True))
     head = "\n".join(f"- {line}" for line in _header())
+    table = "\n".join(
+        f"| {title} | {tried or 'skipped'} | {of_them if tried else ''} |"
+        for title, (tried, of_them) in rows.items()
+    )
     return f"""# Faults
 
 {INTRODUCTION}
@@ -87,15 +86,10 @@ def _report(recorder: "Recorder") -> str:
 - Tries: {tries}, of which the run survived {survived}. What happened in each:
   [faults.log](faults.log).
 
-{_table(recorder.rows)}
+| what happens to the run | tries | survived |
+|---|---|---|
+{table}
 """
-
-
-def _table(rows: dict[str, list[int]]) -> str:
-    lines = ["| what happens to the run | tries | survived |", "|---|---|---|"]
-    for title, (tries, survived) in rows.items():
-        lines.append(f"| {title} | {tries or 'skipped'} | {survived if tries else ''} |")
-    return "\n".join(lines)
 
 
 def main() -> int:
@@ -111,7 +105,7 @@ def main() -> int:
         return status
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "faults.log").write_text("\n".join([*_header(), "", *recorder.lines]) + "\n")
-    (arguments.out / "faults.md").write_text(_report(recorder))
+    (arguments.out / "faults.md").write_text(_report(recorder.rows))
     return status
 
 

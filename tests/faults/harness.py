@@ -45,12 +45,7 @@ class Outcome:
         assert "Traceback" not in self.err
 
     def assert_refused(self, *messages: str, noise=False) -> None:
-        """It ended with a documented error of a few lines, not a traceback.
-
-        Args:
-          *messages: what the error must contain.
-          noise: allow libraries to have complained before, in their own words.
-        """
+        """It ended with an error that contains these; `noise`: libraries may complain before it."""
         assert self.code == 1, (self.code, self.err)
         assert noise or "Traceback" not in self.err, self.err
         lines = self.err.splitlines()
@@ -61,34 +56,36 @@ class Outcome:
 
 
 class Run:
-    """A run's directory and the processes started on it.
+    """A run's directory and the processes started on it."""
 
-    Attributes:
-      directory: the run's.
-      starts: processes started so far.
-      outcome: how the one process ended of a run that was not disturbed.
-    """
-
-    outcome: Outcome
+    outcome: Outcome  # Of an undisturbed run's one process.
 
     def __init__(self, directory: pathlib.Path, devices: int = 2, *flags: str, logs=None):
-        """Names it; `logs` is a folder for what the processes print (default: beside it)."""
+        """`logs` is a folder for what the processes print (default: beside the directory)."""
         self.directory, self.starts = directory, 0
         self._logs = logs or directory.parent / f"{directory.name}.logs"
         self._flags = (*FLAGS, f"--config.train.cpu_devices={devices}", *flags)
 
-    def arguments(self, *flags: str) -> list[str]:
-        where = f"--workdir={self.directory}"
-        return [sys.executable, "-m", "resnet_flax.main", *self._flags, where, *flags]
-
     def start(self, *flags: str, **options) -> "Process":
         """Starts training; `options` are those of `Process`."""
         self.starts += 1
-        return Process(self.arguments(*flags), self._logs / str(self.starts), **options)
+        flags = (*self._flags, f"--workdir={self.directory}", *flags)
+        return Process(flags, self._logs / str(self.starts), **options)
 
     def finish(self, *flags: str, **options) -> Outcome:
         """Starts training and waits for its end."""
         return self.start(*flags, **options).wait()
+
+    def finish_as(self, reference: "Run", **options) -> None:
+        """Trains to the end, which must be the same as the reference's."""
+        self.finish(**options).assert_finished()
+        assert_same_end(self, reference)
+
+    def kill(self, moment: Callable[[], bool]) -> None:
+        """Starts training and kills it at a moment."""
+        process = self.start()
+        assert process.hit(signal.SIGKILL, moment), "ended before it could be killed"
+        assert process.wait().code == -signal.SIGKILL
 
     def checkpoints(self) -> list[int]:
         return checkpoint.steps_in(self.directory / "checkpoints")
@@ -111,28 +108,29 @@ class Run:
 
 
 class Process:
-    """A process whose output goes to files: nobody needs to read it for it to go on."""
+    """A process of `resnet_flax.main`, whose output goes to files: it never waits for a reader."""
 
-    def __init__(self, arguments, logs: pathlib.Path, env=None, remove=(), shell="", **options):
+    def __init__(self, flags, logs: pathlib.Path, env=None, remove=(), shell="", **options):
         """Starts it.
 
         Args:
-          arguments: of the command.
+          flags: of the command.
           logs: folder for its output.
           env: environment variables to set.
           remove: environment variables to take away.
           shell: a line of a shell that comes first: "ulimit -f 200".
           **options: of `subprocess.Popen`; `stdout` and `stderr` in place of files.
         """
+        command = [sys.executable, "-m", "resnet_flax.main", *flags]
         logs.mkdir(parents=True)
         self._logs = logs
         environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"} | (env or {})
         environment = {k: v for k, v in environment.items() if k not in remove}
         if shell:
-            arguments = ["sh", "-c", f'{shell}; exec "$@"', "sh", *arguments]
+            command = ["sh", "-c", f'{shell}; exec "$@"', "sh", *command]
         with open(logs / "out", "wb") as out, open(logs / "err", "wb") as err:
             self.process = subprocess.Popen(
-                arguments,
+                command,
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -140,17 +138,11 @@ class Process:
             )
 
     def hit(self, number: signal.Signals | None, moment: Callable[[], bool], delay=0.0) -> bool:
-        """Sends a signal at a moment; None: leaves the process halted.
+        """Sends a signal `delay` seconds after a moment; None: leaves the process halted.
 
-        Args:
-          number: the signal.
-          moment: whether it is the moment.
-          delay: seconds to wait from then on.
-
-        Returns:
-          False where the process ended before.
+        False where the process ended before.
         """
-        # Halted first, so that what the moment is still holds when the signal comes.
+        # Halted first, so that the moment has not passed when the signal comes.
         deadline = time.monotonic() + TIMEOUT
         while self.process.poll() is None:
             assert time.monotonic() < deadline, "the moment never came"
@@ -191,9 +183,7 @@ class Process:
 
 
 def evaluate(*flags: str, logs: pathlib.Path, **options) -> Outcome:
-    """Runs `--mode=evaluate`."""
-    command = [sys.executable, "-m", "resnet_flax.main", "--mode=evaluate", *flags]
-    return Process(command, logs, **options).wait()
+    return Process(["--mode=evaluate", *flags], logs, **options).wait()
 
 
 def assert_same_state(run: Run, reference: Run) -> None:
@@ -206,14 +196,13 @@ def assert_same_state(run: Run, reference: Run) -> None:
 
 
 def assert_finite(run: Run) -> None:
-    """Every number of every checkpoint is."""
     for step in run.checkpoints():
         tree, _ = checkpoint.read(run.directory / "checkpoints" / str(step))
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(tree))
 
 
 def assert_same_end(run: Run, reference: Run) -> None:
-    """The same state, records and result, and nothing left half-written."""
+    """The same state, records and result, and no litter."""
     assert_same_state(run, reference)
     curves = [[_timeless(x) for x in r.records()] for r in (run, reference)]
     assert curves[0] == curves[1]
@@ -224,8 +213,7 @@ def assert_same_end(run: Run, reference: Run) -> None:
     assert results[0]["seconds"] > 0
     assert run.read("config.json") == reference.read("config.json")
     assert run.read("preprocess.safetensors") == reference.read("preprocess.safetensors")
-    # No litter: nothing temporary, nothing half-written.
-    # As many as ever; the one before the last may be where the run was told to stop.
+    # The last but one may be where the run was told to stop.
     assert run.checkpoints()[-1] == reference.checkpoints()[-1]
     assert len(run.checkpoints()) == len(reference.checkpoints())
     here, known = ({p.name for p in r.directory.iterdir()} for r in (run, reference))

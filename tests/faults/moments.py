@@ -1,7 +1,4 @@
-"""Moments of a run: functions from a run to a predicate of what lies in its directory.
-
-So the machine's speed does not matter.
-"""
+"""Moments of a run: functions from a run to a predicate on its directory, whatever the speed."""
 
 from tests.faults.harness import EVALUATE_EVERY, STEPS, Run
 
@@ -59,6 +56,18 @@ def ending(run: Run):
         return scored and not (run.directory / "result.json").exists()
 
     return check
+
+
+# name: (the moment, the longest random delay after it in seconds; 0: the very moment)
+RANDOM = {
+    "while it starts": (lambda run: lambda: True, 2.0),
+    "before the first step": (begun, 2.0),
+    "at any step": (lambda run: at_step(run, 1), 0.7),
+    "during a save": (saving, 0),
+    "between a save and its list of files": (unlisted, 0),
+    "during an evaluation": (evaluating, 0),
+    "while the result is written": (ending, 0.4),
+}
 
 
 def _step(name: str) -> int:

@@ -2,7 +2,6 @@
 
 import random
 import shutil
-import signal
 
 import pytest
 
@@ -146,8 +145,7 @@ def test_results_are_made_again(undisturbed, tmp_path, each, name):
     def check(kind):
         run = copy_of(undisturbed(), tmp_path / kind, finished=True)
         assert damage(run.directory / name, kind)
-        run.finish().assert_finished()
-        harness.assert_same_end(run, undisturbed())
+        run.finish_as(undisturbed())
 
     each(KINDS, check)
 
@@ -189,9 +187,7 @@ def test_log_cut_anywhere(undisturbed, tmp_path, note, each, attempt):
     """metrics.jsonl of a killed run cut in mid-line: mended, no step twice, none missing"""
     chosen = random.Random(attempt)
     run = harness.Run(tmp_path / "run")
-    process = run.start()
-    assert process.hit(signal.SIGKILL, moments.at_step(run, chosen.randrange(7, 35)))
-    process.wait()
+    run.kill(moments.at_step(run, chosen.randrange(7, 35)))
     # A crash may lose what came after the last checkpoint, never what came before it.
     content = run.read("metrics.jsonl")
     saved = run.checkpoints()[-1]
@@ -200,5 +196,4 @@ def test_log_cut_anywhere(undisturbed, tmp_path, note, each, attempt):
     cut = chosen.randrange(kept, len(content))
     (run.directory / "metrics.jsonl").write_bytes(content[:cut])
     note(f"checkpoint {saved}, cut {cut - kept} bytes after its records")
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import os
 import shutil
-import signal
 import subprocess
 
 import pytest
@@ -50,8 +49,7 @@ def test_full_disk(undisturbed, tmp_path, small_disk):
     process.wait().assert_refused(os.strerror(errno.ENOSPC))
     assert run.checkpoints()
     filler.unlink()
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -88,8 +86,7 @@ def test_full_disk_at(undisturbed, tmp_path, small_disk, moment):
     # At the end, too, a save is under way.
     outcome.assert_refused(os.strerror(errno.ENOSPC), noise=moment != "at the start")
     filler.unlink()
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -98,8 +95,7 @@ def test_full_home_and_temporary_directory(undisturbed, tmp_path, small_disk):
     fill(small_disk)
     names = "HOME", "TMPDIR", "XDG_CACHE_HOME", "MPLCONFIGDIR", "JAX_COMPILATION_CACHE_DIR"
     run = harness.Run(tmp_path / "run")
-    run.finish(env=dict.fromkeys(names, str(small_disk))).assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed(), env=dict.fromkeys(names, str(small_disk)))
 
 
 @pytest.mark.long
@@ -107,30 +103,27 @@ def test_file_size_limit(undisturbed, tmp_path):
     """A limit to the size of files that checkpoints exceed: an error; without it, it goes on"""
     run = harness.Run(tmp_path / "run")
     run.finish(shell="ulimit -f 200").assert_refused(os.strerror(errno.EFBIG), noise=True)
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
 def test_read_only(undisturbed, tmp_path, small_disk):
     """Read-only disk, before a run and for one that was stopped: refused; writable, it goes on"""
-    remount = lambda how: subprocess.run(  # noqa: E731
-        ["mount", "-o", f"remount,{how}", str(small_disk)], check=True
-    )
+
+    def remount(how):
+        subprocess.run(["mount", "-o", f"remount,{how}", small_disk], check=True)
+
     run = harness.Run(small_disk / "run", logs=tmp_path / "logs")
     remount("ro")
     run.finish().assert_refused("cannot write in workdir")
     remount("rw")
-    process = run.start()
-    assert process.hit(signal.SIGKILL, moments.at_step(run, 12))
-    process.wait()
+    run.kill(moments.at_step(run, 12))
     remount("ro")
     run.finish().assert_refused("cannot write in workdir")
     scores = harness.evaluate(f"--weights={run.directory}", logs=tmp_path / "scores")
     assert scores.code == 0, scores.err
     remount("rw")
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -161,20 +154,6 @@ def test_vanished(undisturbed, tmp_path, each):
             shutil.rmtree(run.directory)
         if how == "moved away":
             away.rename(run.directory)
-        run.finish().assert_finished()
-        harness.assert_same_end(run, undisturbed())
+        run.finish_as(undisturbed())
 
     each(["removed", "moved away", "replaced"], check)
-
-
-@pytest.mark.long
-def test_second_process(undisturbed, tmp_path):
-    """A second process on the same directory: refused, the first one undisturbed"""
-    run = harness.Run(tmp_path / "run")
-    first = run.start()
-    assert first.hit(None, moments.at_step(run, 3))
-    run.finish().assert_refused("another process is training in workdir")
-    first.go_on()
-    first.wait().assert_finished()
-    assert run.resumed_from() == [0]
-    harness.assert_same_end(run, undisturbed())

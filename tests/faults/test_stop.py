@@ -8,13 +8,6 @@ import pytest
 
 from tests.faults import harness, moments
 
-# name: (the moment, the longest random delay after it in seconds; 0: the very moment)
-MOMENTS = {
-    "at any step": (lambda run: moments.at_step(run, 1), 0.7),
-    "during a save": (moments.saving, 0),
-    "during an evaluation": (moments.evaluating, 0),
-}
-
 
 def stop(run, predicate, number=signal.SIGTERM, delay=0.0):
     """Sends a signal at a moment; returns the step at which the run says it stopped."""
@@ -41,24 +34,22 @@ def test_second_process_and_sigterm(undisturbed, tmp_path):
     run.finish().assert_refused("another process is training in workdir")
     first.go_on()
     step = stopped(run, first, moments.saving(run, after=10))
-    run.finish().assert_finished()
+    run.finish_as(undisturbed())
     assert run.resumed_from() == [0, step]
-    harness.assert_same_end(run, undisturbed())
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", ["at any step", "during a save", "during an evaluation"])
 def test_sigterm(undisturbed, tmp_path, note, moment, attempt):
     """SIGTERM {moment}"""
     chosen = random.Random(f"SIGTERM {moment} {attempt}")
     devices = chosen.choice((1, 2))
     run = harness.Run(tmp_path / "run", devices)
-    make, longest = MOMENTS[moment]
+    make, longest = moments.RANDOM[moment]
     step = stop(run, make(run), delay=chosen.uniform(0, longest))
     note(f"{devices} device(s), stopped at step {step}")
-    run.finish().assert_finished()
+    run.finish_as(undisturbed(devices))
     assert run.resumed_from() == [0, step]
-    harness.assert_same_end(run, undisturbed(devices))
 
 
 @pytest.mark.long
@@ -77,8 +68,7 @@ def test_sigterm_before_the_first_step(undisturbed, tmp_path, note, moment, make
     note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert outcome.code in (0, -signal.SIGTERM)
     assert "Traceback" not in outcome.err
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -89,9 +79,8 @@ def test_sigterm_again_and_again(undisturbed, tmp_path, note):
     while steps[-1] < 30:
         steps.append(stop(run, moments.at_step(run, steps[-1] + 8)))
     note(f"stopped at steps {steps[1:]}")
-    run.finish().assert_finished()
+    run.finish_as(undisturbed())
     assert run.resumed_from() == steps
-    harness.assert_same_end(run, undisturbed())
 
 
 @pytest.mark.long
@@ -109,9 +98,8 @@ def test_ctrl_c(undisturbed, tmp_path):
     """Ctrl-C, once"""
     run = harness.Run(tmp_path / "run")
     step = stop(run, moments.at_step(run, 7), signal.SIGINT)
-    run.finish().assert_finished()
+    run.finish_as(undisturbed())
     assert run.resumed_from() == [0, step]
-    harness.assert_same_end(run, undisturbed())
 
 
 @pytest.mark.long
@@ -128,8 +116,7 @@ def test_ctrl_c_again_and_again(undisturbed, tmp_path, note):
     note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert "Traceback" not in outcome.err
     assert outcome.code in (0, 130, -signal.SIGINT), outcome.err
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -143,5 +130,4 @@ def test_ctrl_c_while_it_starts(undisturbed, tmp_path, note, attempt):
     note(f"exit status {outcome.code}, {moments.describe(run)}")
     assert outcome.code in (0, 130), outcome.err
     assert "Traceback" not in outcome.err
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())

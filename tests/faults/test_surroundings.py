@@ -65,8 +65,7 @@ def test_clock(undisturbed, tmp_path):
     process = run.start(env=env)
     assert process.hit(signal.SIGTERM, moments.at_step(run, 17))
     assert process.wait().code == 0
-    run.finish(env=env).assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed(), env=env)
     result = json.loads(run.read("result.json"))
     assert result["seconds"] > 0
     assert result["images_per_second"] > 0
@@ -94,13 +93,10 @@ sys.meta_path.insert(0, Finder())
 def test_changed_data(undisturbed, tmp_path):
     """One pixel of the data changes under a stopped run: refused; restored, it goes on"""
     run = harness.Run(tmp_path / "run")
-    process = run.start()
-    assert process.hit(signal.SIGKILL, moments.at_step(run, 17))
-    process.wait()
+    run.kill(moments.at_step(run, 17))
     outcome = run.finish(env=patched(tmp_path / "site", DATA))
     outcome.assert_refused("digits is not the one that the run in", "fingerprint")
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
 
 
 @pytest.mark.long
@@ -154,8 +150,7 @@ def test_environment(undisturbed, tmp_path, surroundings):
     """{surroundings}: the run is finished all the same"""
     env, remove = ENVIRONMENTS[surroundings]
     run = harness.Run(tmp_path / "run")
-    run.finish(env=env, remove=remove).assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed(), env=env, remove=remove)
 
 
 NO_TEMPORARY = """
@@ -189,5 +184,4 @@ def test_terminal(undisturbed, tmp_path):
     process.process.send_signal(signal.SIGHUP)
     process.go_on()
     assert process.wait().code in (0, -signal.SIGHUP)
-    run.finish().assert_finished()
-    harness.assert_same_end(run, undisturbed())
+    run.finish_as(undisturbed())
