@@ -137,10 +137,8 @@ class ResNet(nn.Module):
         stages = zip(self.stage_sizes, self.widths, out_widths, self.survivals(), strict=True)
         for stage, (size, width, out_width, survivals) in enumerate(stages, 1):
             block = functools.partial(make_block, width, out_width)
-            is_first = stage == 1
-            first = block(
-                strides=1 if is_first else 2, is_first=is_first, name=f"stage{stage}_block1"
-            )
+            strides = 1 if stage == 1 else 2
+            first = block(strides=strides, is_first=stage == 1, name=f"stage{stage}_block1")
             x = run(first, x, survivals[0])
             if self.scan and size > 1:
                 x = self._scan(block(name=f"stage{stage}_rest"), x, survivals[1:])

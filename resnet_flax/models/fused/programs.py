@@ -232,8 +232,10 @@ def finish(options, first, second, sums, scale, shape):
 
     def body(_, first_ref, second_ref, a_ref, b_ref, scale_ref, *out_refs):
         group, rows = pl.program_id(0), jnp.arange(pl.next_power_of_2(size))
-        at, inside = group * size + rows, rows < size
-        totals = [jnp.sum(_load(ref, at, inside), axis=0)[None] for ref in (first_ref, second_ref)]
+        totals = [
+            jnp.sum(_load(ref, group * size + rows, rows < size), axis=0)[None]
+            for ref in (first_ref, second_ref)
+        ]
         found = deferred.normalize_backward(
             [ref[group, :][None] for ref in (a_ref, b_ref)],
             scale_ref[0, :],
