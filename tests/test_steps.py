@@ -15,6 +15,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.training import augment, evaluate, optim, state, steps
 from resnet_flax.training.feed import ResidentFeed
+from tests.test_models import ONCE, jit
 
 SHAPE = (8, 8, 3)
 
@@ -28,9 +29,8 @@ def make_data(count=64, classes=10, seed=0):
     return (means[labels] + noise).astype(np.uint8), labels
 
 
-NET = create_model("resnet8")
-# Where the net is of no account: one that compiles quickly.
-SMALL = NET.clone(stage_sizes=(1, 1), widths=(8, 16))
+# Compiles quickly.
+SMALL = create_model("resnet8").clone(stage_sizes=(1, 1), widths=(8, 16))
 
 
 @functools.cache
@@ -39,33 +39,30 @@ def shared(*args, **options):
     return Setup(*args, **options)
 
 
+def make_rate(value=0.05, **options):
+    return optim.scale_by_rate(optax.constant_schedule(value), **options)
+
+
 class Setup:
-    def __init__(
-        self, devices=1, ema_decay=0.0, model=SMALL, pad=2, batch=16, compiler_options=None, **rate
-    ):
+    """A net and data on some devices; `options` are those of `make_train_chunk`."""
+
+    def __init__(self, devices=1, model=SMALL, optimizer=None, batch=16, **options):
         self.mesh = sharding.make_mesh(jax.devices()[:devices], batch)
-        self.model = model
-        rate = optim.scale_by_rate(optax.constant_schedule(0.05), **rate)
-        self.optimizer = optim.sgd(rate)
+        self.model, self.batch = model, batch
+        self.optimizer = optimizer or optim.sgd(make_rate())
         self.everywhere = sharding.replicated(self.mesh)
         self.by_row = sharding.split(self.mesh, 1)
         by_batch = sharding.split(self.mesh)
+        defaults = {"pad": 2, "flip": True, "label_smoothing": 0.0, "ema_decay": 0.0}
+        options = defaults | options
         self.chunk = steps.make_train_chunk(
-            self.model,
-            self.optimizer,
-            sharding=by_batch,
-            pad=pad,
-            flip=True,
-            label_smoothing=0.0,
-            ema_decay=ema_decay,
-            compiler_options=compiler_options,
+            self.model, self.optimizer, sharding=by_batch, **options
         )
+        self.ema, self.states = options["ema_decay"] > 0, {}
         self.eval_chunk = steps.make_eval_chunk(self.model, sharding=by_batch)
         self.statistics = steps.make_batch_statistics(
             self.model, sharding=by_batch, pad=0, flip=False
         )
-        self.ema, self.states = ema_decay > 0, {}
-        self.batch = batch
         self.feed = self.put(*make_data())
         self.resident = self.feed.resident
 
@@ -97,8 +94,23 @@ def assert_close(a, b, **tolerance):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
+def run(setup, steps):
+    """Losses, and parameters and statistics, of single steps on one batch."""
+    current, losses = setup.state(), []
+    for _ in range(steps):
+        current, sums = setup.train(current, batches(1))
+        losses.append(float(sums["loss"][0]))
+    return losses, jax.device_get((current.params, current.batch_stats))
+
+
+def assert_same_run(one, other):
+    assert_close(one, other, rtol=2e-3, atol=2e-4)
+    # The first step differs by rounding only: same examples, same crops, same global statistics.
+    np.testing.assert_allclose(one[0][0], other[0][0], rtol=1e-5)
+
+
 def test_a_chunk_of_steps_equals_single_steps():
-    setup = shared(ema_decay=0.9)
+    setup = shared(ema_decay=0.75)
     index = batches(3)
     chunked, sums = setup.train(setup.state(), index)
     single, parts = setup.state(), []
@@ -111,56 +123,33 @@ def test_a_chunk_of_steps_equals_single_steps():
     assert_close(together, jax.device_get(sums), rtol=1e-4)
 
 
-def test_a_chunk_is_traced_once():
-    setup = Setup()
-    current = setup.state()
-    for _ in range(3):
-        current, _ = setup.train(current, batches(1))
-    assert setup.chunk._cache_size() == 1
-
-
 def test_eight_devices_equal_one_and_draw_the_same_crops():
-    index = batches(1)
-    results = []
-    for devices in (1, 8):
-        setup = shared(devices=devices)
-        losses, current = [], setup.state()
-        for _ in range(6):
-            current, sums = setup.train(current, index)
-            losses.append(float(sums["loss"][0]))
-        results.append(
-            (losses, jax.device_get(current.params), jax.device_get(current.batch_stats))
-        )
-    assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
-    # The first step differs by rounding only: same examples, same crops, same global statistics.
-    np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
+    assert_same_run(*(run(shared(devices=devices), 6) for devices in (1, 8)))
 
 
-@pytest.mark.parametrize("fast", ["kernels", "pairs", "all of it"])
-def test_what_is_fast_on_a_cpu_computes_the_same(fast):
-    everything = fast == "all of it"
-    options = {"model": NET}
-    if fast == "kernels" or everything:
-        options["compiler_options"] = compiler_options("cpu")
-        assert options["compiler_options"], "this XLA has lost the option; see devices.py"
-    if fast == "pairs" or everything:
-        options["model"] = NET.clone(cpu_convolutions=True)
-    if everything:
-        options["devices"] = 2
-    results = []
-    for setup in (shared(model=NET), Setup(**options)):
-        losses, current = [], setup.state()
-        for _ in range(4):
-            current, sums = setup.train(current, batches(1))
-            losses.append(float(sums["loss"][0]))
-        results.append((losses, jax.device_get((current.params, current.batch_stats))))
-    assert_close(results[0], results[1], rtol=2e-3, atol=2e-4)
-    np.testing.assert_allclose(results[0][0][0], results[1][0][0], rtol=1e-5)
+def test_a_chunk_is_traced_once():
+    setup = shared(devices=1)
+    current, _ = setup.train(setup.state(), batches(1))
+    traced = setup.chunk._cache_size()
+    for _ in range(2):
+        current, _ = setup.train(current, batches(1))
+    assert setup.chunk._cache_size() == traced
+
+
+def test_what_is_fast_on_a_cpu_computes_the_same():
+    kernels = compiler_options("cpu")
+    assert kernels, "this XLA has lost the option; see hardware.py"
+    fast = Setup(2, model=SMALL.clone(cpu_convolutions=True), compiler_options=kernels)
+    assert_same_run(run(shared(devices=1), 4), run(fast, 4))
+
+
+def compile_sort():
+    return jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x)).lower(jnp.ones((64, 64))).compile()
 
 
 @pytest.mark.parametrize(("has", "kept"), [(6, True), (5, False)])
 def test_freed_memory_is_kept_where_there_is_room(has, kept, monkeypatch):
-    compiled = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x)).lower(jnp.ones((64, 64))).compile()
+    compiled = compile_sort()
     need = compiled.memory_analysis().temp_size_in_bytes * jax.local_device_count()
     assert need > 0
     monkeypatch.setattr(cpu, "memory_bytes", lambda: has * need)
@@ -171,7 +160,7 @@ def test_freed_memory_is_kept_where_there_is_room(has, kept, monkeypatch):
 
 
 def test_a_step_that_cannot_fit_is_refused(monkeypatch):
-    compiled = jax.jit(lambda x: jnp.sort(jnp.sin(x) @ x)).lower(jnp.ones((64, 64))).compile()
+    compiled = compile_sort()
     m = compiled.memory_analysis()
     need = m.temp_size_in_bytes + m.argument_size_in_bytes + m.output_size_in_bytes
     monkeypatch.setattr(cpu, "memory_bytes", lambda: need * jax.local_device_count())
@@ -182,51 +171,34 @@ def test_a_step_that_cannot_fit_is_refused(monkeypatch):
 
 
 def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
-    losses = []
     # A group is two devices' examples, then half of one's.
-    for devices in (8, 2, 1):
-        setup = Setup(devices, model=SMALL.clone(bn_group_size=4))
-        _, sums = setup.train(setup.state(), batches(1))
-        losses.append(float(sums["loss"][0]))
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
-    ungrouped = shared(devices=1)
-    _, sums = ungrouped.train(ungrouped.state(), batches(1))
-    assert abs(float(sums["loss"][0]) - losses[0]) > 1e-3
+    grouped = [
+        Setup(devices, model=SMALL.clone(bn_group_size=4), compiler_options=ONCE)
+        for devices in (8, 2)
+    ]
+    eight, two, ungrouped = (run(setup, 1)[0] for setup in (*grouped, shared(devices=1)))
+    np.testing.assert_allclose(eight, two, rtol=1e-5)
+    assert abs(ungrouped[0] - eight[0]) > 1e-3
 
 
 def test_one_batch_can_be_learned_by_heart():
-    setup = Setup(model=NET, pad=0)
-    current, index = setup.state(), batches(1)
-    for _ in range(40):
-        current, sums = setup.train(current, index)
-    assert float(sums["loss"][0]) < 0.02
-    assert float(sums["error"][0]) == 0
+    losses, _ = run(shared(pad=0), 60)
+    assert losses[-1] < 0.02
 
 
 def test_first_step_is_golden():
     """Recorded once, from the code that the checks against numpy in this suite vouch for."""
-    setup = shared(model=NET)
+    setup = Setup(model=create_model("resnet8"), compiler_options=ONCE)
     current, sums = setup.train(setup.state(), batches(1))
-    got = [float(sums["loss"][0]), float(sums["error"][0])]
-    norm = optax.tree.norm(current.params)
-    np.testing.assert_allclose([*got, norm], GOLDEN, rtol=1e-4)
-
-
-GOLDEN = [3.160926, 0.9375, 27.328737]
+    got = [float(sums["loss"][0]), float(sums["error"][0]), optax.tree.norm(current.params)]
+    np.testing.assert_allclose(got, [3.160926, 0.9375, 27.328737], rtol=1e-4)
 
 
 def test_first_loss_and_update_equal_a_plain_computation():
     """The step against the same mathematics written without the package's step."""
-    setup = Setup(pad=0, warmup_steps=1, warmup_rate=0.03)
-    setup.chunk = steps.make_train_chunk(
-        setup.model,
-        setup.optimizer,
-        sharding=sharding.split(setup.mesh),
-        pad=0,
-        flip=False,
-        label_smoothing=0.1,
-        ema_decay=0.0,
-    )
+    optimizer = optim.sgd(make_rate(warmup_steps=1, warmup_rate=0.03))
+    options = {"pad": 0, "flip": False, "label_smoothing": 0.1, "compiler_options": ONCE}
+    setup = Setup(optimizer=optimizer, **options)
     before = jax.device_get(setup.state())
     index = batches(1)
     images, labels = make_data()
@@ -239,7 +211,7 @@ def test_first_loss_and_update_equal_a_plain_computation():
         own = log_p[jnp.arange(16), labels[index[0]]]
         return -jnp.mean(0.9 * own + 0.1 * log_p.mean(axis=1))
 
-    want, grads = jax.jit(jax.value_and_grad(loss))(before.params)
+    want, grads = jit(jax.value_and_grad(loss))(before.params)
     after, sums = setup.train(setup.state(), index)
     np.testing.assert_allclose(sums["loss"][0], want, rtol=1e-5)
     np.testing.assert_allclose(sums["rate"][0], 0.03, rtol=1e-6)
@@ -265,18 +237,16 @@ def test_averaged_weights_follow_their_formula():
     assert after.evaluated() is after.ema
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("batch_size", [1, 10, 64, 1000])
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (10, 8), (1000, 8)])
 def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
     setup = shared(devices=devices)
     count = 43
     images, labels = make_data(count)
     feed = setup.put(images, labels)
-    current = setup.state()
-    variables = current.evaluated()
+    variables = setup.state().evaluated()
     score = evaluate.evaluate(setup.eval_chunk, variables, feed, batch_size=batch_size)
     x = (images.astype(np.float32) - 128) / 64
-    logits = np.asarray(jax.jit(setup.model.apply)(jax.device_get(current.evaluated()), x))
+    logits = np.asarray(jit(setup.model.apply)(jax.device_get(variables), x))
     log_p = np.asarray(jax.nn.log_softmax(logits))
     assert score.examples == count
     assert score.wrong == int(np.sum(logits.argmax(axis=1) != labels))
@@ -334,9 +304,8 @@ def test_initial_state_does_not_depend_on_layout_or_devices():
 
 
 STRICT = (
-    "resnet8 resnet20_bottleneck resnet20_preact resnet47_preact highway20 resnet20_keras_v1 "
-    "resnet56_keras_v2 resnet110_exclusive_gating resnet110_shortcut_gating "
-    "resnet110_dropout_shortcut resnet110_bn_after_addition resnet110_relu_before_addition "
+    "resnet8 resnet20_bottleneck resnet47_preact highway20 resnet56_keras_v2 "
+    "resnet110_exclusive_gating resnet110_shortcut_gating resnet110_dropout_shortcut "
     "resnet110_relu_only_preact"
 ).split()
 
@@ -352,7 +321,9 @@ def strict():
 def test_strict_promotion_nets(name, strict):
     def step(key, x):
         for options in ({}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "defer": True}):
-            model = create_model(name, **options).clone(stage_sizes=(1, 1, 1))
+            model = create_model(name, **options).clone(
+                stage_sizes=(1, 1), widths=(4, 8), out_widths=None
+            )
             variables = model.init(key, x)
             model.apply(variables, x)
 
@@ -366,7 +337,8 @@ def test_strict_promotion_nets(name, strict):
 
 
 def test_strict_promotion_training_and_evaluation(strict):
-    setup = Setup(ema_decay=0.5, warmup_steps=2, warmup_linear=True)
+    rate = make_rate(warmup_steps=2, warmup_linear=True)
+    setup = Setup(optimizer=optim.sgd(rate), ema_decay=0.5, compiler_options=ONCE)
     trained, _ = setup.train(setup.state(), batches(1))
     evaluate.evaluate(setup.eval_chunk, trained.evaluated(), setup.feed, batch_size=16)
     setup.statistics(trained.evaluated(), setup.resident, batches(1)[0], np.int32(0))

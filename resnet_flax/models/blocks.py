@@ -1,8 +1,8 @@
 """Residual blocks and their shortcuts.
 
-A shortcut is a function `(block, x) -> array` from a block and its input [B, H, W, C] to what is
-added to the block's branch: [B, H/s, W/s, out_features]. Layers that it makes belong to the block.
-None stands for no shortcut: the block's output is its branch alone.
+A shortcut is a function of a block and its input [B, H, W, C]. It returns what the block adds to
+its branch, [B, H/s, W/s, out_features]; the layers it makes belong to the block. With None in its
+place the output is the branch alone.
 """
 
 from collections.abc import Callable
@@ -18,14 +18,14 @@ Shortcut = Callable[["Block", jax.Array], jax.Array]
 
 
 def identity(block: "Block", x: jax.Array) -> jax.Array:
-    """The input itself, where the block keeps its shape."""
+    """For blocks that keep the shape."""
     return x
 
 
 def pad_identity(block: "Block", x: jax.Array) -> jax.Array:
     """Option A [R §3.3]: every `strides`-th pixel, new channels filled with zeros, no parameters.
 
-    The zeros go half before and half after the old channels, as in the PyTorch weights in
+    Half of the zeros go before the old channels and half after them, as in the PyTorch weights in
     circulation; any other place gives the same net up to a permutation of channels.
     """
     new = block.out_features - x.shape[-1]
@@ -44,79 +44,75 @@ def projection(block: "Block", x: jax.Array) -> jax.Array:
 
 
 class Block(nn.Module):
-    """What all blocks share.
+    """What all blocks share; a block defines `_branch`, and `_join` and `_end` where it differs.
 
-    Class attributes describe the nets made of a block: `expansion`, output channels over
-    `features`, unless the net sets them; `weighted_layers` per block; `preactivation`, no ReLU
-    follows the addition and the net ends in one; `stem_activation`, BN-ReLU follows the stem;
-    `final_norm`, BN precedes the ReLU at the net's end; `ends_in_norm`, BN ends the branch, right
-    before the addition; `draws`, training always draws random numbers.
-
-    Random numbers are drawn in training from the rng collection `drop`. In evaluation, and where
-    `drop` is not given, everything random is replaced by its expectation.
-
-    Attributes:
-      features: width of the block's 3x3 convolutions.
-      out_features: output channels.
-      conv: makes a convolution `conv(features, kernel=3, strides=1, name=…)`.
-      norm: makes a batch normalisation `norm(name=…)`.
-      shortcuts: used where the block changes the shape, and where it keeps it.
-      strides: 1 or 2.
-      is_first: whether it is the net's first block.
-      stride_in_3x3: a bottleneck's stride sits in its 3x3 and not in its first 1x1 ("v1.5").
-      last_scale_init: initialiser of the scale that ends the branch, where `ends_in_norm`.
-      gate_bias: initial bias of a gate.
-      train: whether to draw random numbers.
+    Training draws random numbers from the rng collection `drop`. In evaluation, and without `drop`,
+    everything random is replaced by its expectation.
     """
 
-    features: int
+    features: int  # width of the 3x3 convolutions
     out_features: int
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
-    shortcuts: tuple[Shortcut | None, Shortcut | None]
+    conv: Callable[..., nn.Module]  # conv(features, kernel=3, strides=1, name=…)
+    norm: Callable[..., nn.Module]  # norm(name=…), batch normalisation
+    shortcuts: tuple[Shortcut | None, Shortcut | None]  # where the shape changes, and elsewhere
     strides: int = 1
-    is_first: bool = False
-    stride_in_3x3: bool = False
-    last_scale_init: nn.initializers.Initializer = nn.initializers.ones
-    gate_bias: float = -6.0
+    is_first: bool = False  # of the net
+    stride_in_3x3: bool = False  # of a bottleneck, instead of in its first 1x1 ("v1.5")
+    last_scale_init: nn.initializers.Initializer = nn.initializers.ones  # if `ends_in_norm`
+    gate_bias: float = -6.0  # initial
     train: bool = False
 
-    expansion = 1
+    expansion = 1  # output channels over `features`, unless the net sets them
     weighted_layers = 2
-    preactivation = False
-    stem_activation = True
-    final_norm = False
-    ends_in_norm = False
-    draws = False
+    preactivation = False  # no ReLU follows the addition, and the net ends in one
+    stem_activation = True  # BN-ReLU follows the stem
+    final_norm = False  # BN precedes the ReLU at the net's end
+    ends_in_norm = False  # BN ends the branch, right before the addition
+    draws = False  # training always draws random numbers
 
-    def changes_shape(self, x: jax.Array) -> bool:
-        """Whether the block maps `x` to another shape."""
+    @nn.compact
+    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
+        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
+        x, y = self._activate(x)
+        return self._end(self._join(x, self._branch(y), survival))
+
+    def _activate(self, x):
+        """The inputs of the shortcut and of the branch."""
+        return x, x
+
+    def _join(self, x, y, survival):
+        y, shortcut = self._drop(y, survival), self._shortcut(x)
+        return y if shortcut is None else y + shortcut
+
+    def _end(self, x):
+        return x if self.preactivation else relu(x)
+
+    def _changes_shape(self, x):
         return self.strides != 1 or x.shape[-1] != self.out_features
 
-    def shortcut(self, x: jax.Array) -> jax.Array | None:
-        """The shortcut's output for input `x`, or None."""
+    def _shortcut(self, x):
         changing, same = self.shortcuts
-        function = changing if self.changes_shape(x) else same
+        function = changing if self._changes_shape(x) else same
         return function and deferred.array(function(self, x))
 
-    def keep(self, probability: jax.typing.ArrayLike, shape: tuple[int, ...] = ()) -> jax.Array:
+    def _keep(self, probability, shape=()):
         """1 with `probability`, else 0, of `shape`; `probability` itself where nothing is drawn."""
         if self.train and self.has_rng("drop"):
             probability = jnp.asarray(probability, jnp.float32)
             return jax.random.bernoulli(self.make_rng("drop"), probability, shape)
         return jnp.asarray(probability)
 
-    def drop(self, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Stochastic depth (Huang et al. 2016, arXiv:1603.09382) of branch `y`.
+    def _drop(self, y, survival):
+        """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), for the whole batch at once."""
+        return y if survival is None else y * self._keep(survival).astype(y.dtype)
 
-        It survives for the whole batch with probability `survival` or is 0; None: it always does.
-        """
-        return y if survival is None else y * self.keep(survival).astype(y.dtype)
+    def _two_convs(self, x):
+        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
+        y = relu(self.norm(name="bn1")(y))
+        return self.conv(self.features, name="conv2")(y)
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Adds the shortcut of input `x` to branch `y`."""
-        y, shortcut = self.drop(y, survival), self.shortcut(x)
-        return y if shortcut is None else y + shortcut
+    def _bottleneck_strides(self):
+        return (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
 
 
 class BasicBlock(Block):
@@ -124,14 +120,8 @@ class BasicBlock(Block):
 
     ends_in_norm = True
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, name="conv2")(y)
-        y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
-        return relu(self.join(x, y, survival))
+    def _branch(self, x):
+        return self.norm(name="bn2", scale_init=self.last_scale_init)(self._two_convs(x))
 
 
 class BottleneckBlock(Block):
@@ -141,63 +131,45 @@ class BottleneckBlock(Block):
     weighted_layers = 3
     ends_in_norm = True
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
+    def _branch(self, x):
+        s1, s2 = self._bottleneck_strides()
         y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
         y = relu(self.norm(name="bn1")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.out_features, kernel=1, name="conv3")(y)
-        y = self.norm(name="bn3", scale_init=self.last_scale_init)(y)
-        return relu(self.join(x, y, survival))
+        return self.norm(name="bn3", scale_init=self.last_scale_init)(y)
 
 
-class PreactBlock(Block):
-    """What pre-activation blocks share: the first BN-ReLU, and the net's end."""
+class PreactBasicBlock(Block):
+    """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e]."""
 
     preactivation = True
     stem_activation = False
     final_norm = True
 
-    def activate(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The inputs of the shortcut and of the branch.
-
-        The first BN-ReLU is shared by both where the shape changes, and in the first block of the
-        net, whose input is a bare convolution's output [I, Appendix].
-        """
+    def _activate(self, x):
+        # The shortcut shares the first BN-ReLU where the shape changes, and in the first block of
+        # the net, whose input is a bare convolution's output [I, Appendix].
         y = relu(self.norm(name="bn1")(x))
-        return y if self.is_first or self.changes_shape(x) else x, y
+        return y if self.is_first or self._changes_shape(x) else x, y
 
-
-class PreactBasicBlock(PreactBlock):
-    """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e]."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        x, y = self.activate(x)
-        y = self.conv(self.features, strides=self.strides, name="conv1")(y)
+    def _branch(self, x):
+        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
         y = relu(self.norm(name="bn2")(y))
-        y = self.conv(self.features, name="conv2")(y)
-        return self.join(x, y, survival)
+        return self.conv(self.features, name="conv2")(y)
 
 
-class PreactBottleneckBlock(PreactBlock):
+class PreactBottleneckBlock(PreactBasicBlock):
     """BN-ReLU-conv1-BN-ReLU-conv3-BN-ReLU-conv1, shortcut [I, Appendix]."""
 
     expansion = 4
     weighted_layers = 3
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        s1, s2 = (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
-        x, y = self.activate(x)
-        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(y)
+    def _branch(self, x):
+        s1, s2 = self._bottleneck_strides()
+        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
         y = relu(self.norm(name="bn2")(y))
         y = self.conv(self.features, strides=s2, name="conv2")(y)
         y = relu(self.norm(name="bn3")(y))
-        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
-        return self.join(x, y, survival)
+        return self.conv(self.out_features, kernel=1, name="conv3")(y)

@@ -14,30 +14,17 @@ from resnet_flax.models.resnet import ResNet
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer of a net, for one image.
+    """One layer of a net, for one image."""
 
-    Attributes:
-      name: as in the canonical layout, "stage1_block1/conv1".
-      kind: "Conv", "BatchNorm" or "Dense".
-      shape: of the output, (H, W, C) or (C,).
-      parameters: trainable ones.
-      multiply_adds: of convolutions and dense layers, the paper's "FLOPs" [R Table 1]; else 0.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
+    name: str  # in the canonical layout, "stage1_block1/conv1"
+    kind: str  # "Conv", "BatchNorm" or "Dense"
+    shape: tuple[int, ...]  # of the output, (H, W, C) or (C,)
     parameters: int
-    multiply_adds: int
+    multiply_adds: int  # the paper's "FLOPs" [R Table 1]; 0 for "BatchNorm"
 
 
 def layers(model: ResNet, image_size: int) -> list[Layer]:
-    """Every layer of a net that has parameters, in the order of the computation.
-
-    Args:
-      model: the net.
-      image_size: side of a square image of 3 channels, pixels.
-    """
+    """Every layer with parameters in the order of computation, for `image_size` pixels squared."""
     found: dict[str, Layer] = {}
 
     def note(next_fun, args, kwargs, context):
@@ -45,13 +32,9 @@ def layers(model: ResNet, image_size: int) -> list[Layer]:
         if context.method_name == "__call__" and isinstance(module, Conv | BatchNorm | nn.Dense):
             params, shape = module.variables["params"], out.shape[1:]
             kernel = params["kernel"].size if "kernel" in params else 0
-            found["/".join(module.path)] = Layer(
-                "/".join(module.path),
-                type(module).__name__,
-                shape,
-                sum(p.size for p in jax.tree.leaves(params)),
-                math.prod(shape[:-1]) * kernel,
-            )
+            name, size = "/".join(module.path), sum(p.size for p in jax.tree.leaves(params))
+            products = math.prod(shape[:-1]) * kernel
+            found[name] = Layer(name, type(module).__name__, shape, size, products)
         return out
 
     # Scanned, a thousand layers trace in a moment; equal blocks are copied afterwards.
@@ -61,11 +44,9 @@ def layers(model: ResNet, image_size: int) -> list[Layer]:
     rows = []
     for stage, group in itertools.groupby(found.values(), _scanned_stage):
         group = list(group)
-        for block in range(2, model.stage_sizes[stage - 1] + 1) if stage else (None,):
-            rows += [
-                dataclasses.replace(x, name=x.name.replace("_rest/", f"_block{block}/", 1))
-                for x in group
-            ]
+        for block in range(2, model.stage_sizes[stage - 1] + 1) if stage else [1]:
+            names = [x.name.replace("_rest/", f"_block{block}/", 1) for x in group]
+            rows += [dataclasses.replace(x, name=n) for x, n in zip(group, names, strict=True)]
     return rows
 
 

@@ -15,8 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# Wider layers are fast as they are.
-_MOST_CHANNELS = 16
+_MOST_CHANNELS = 16  # wider layers are fast as they are
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -25,14 +24,8 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 def convolve(x: jax.Array, kernel: jax.Array, strides: int, padding: Padding) -> jax.Array:
     """`jax.lax.conv_general_dilated`, up to rounding and without forward-mode derivatives.
 
-    Args:
-      x: [B, H, W, C], floating.
-      kernel: [h, w, C, D], of the same dtype.
-      strides: of the window, in both directions.
-      padding: pixels above and below, left and right; less than h and w.
-
-    Returns:
-      [B, (H + padding - h) // strides + 1, …, D].
+    `x` is [B, H, W, C], `kernel` [h, w, C, D], of one floating dtype. `padding`, above and below,
+    left and right, is less than h and w. Returns [B, (H + padding - h) // strides + 1, …, D].
     """
     if in_pairs(x.shape, kernel.shape, strides, padding):
         return _in_pairs(x, kernel)
@@ -45,14 +38,12 @@ def _plain(x, kernel, padding, window_strides=(1, 1), **dilation):
     )
 
 
-def in_pairs(
-    x_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: int, padding: Padding
-) -> bool:
+def in_pairs(x_shape, kernel_shape, strides: int, padding: Padding) -> bool:
     """Whether `convolve` computes pairs of pixels."""
     *window, channels, features = kernel_shape
-    narrow = max(channels, features) <= _MOST_CHANNELS
-    usual = (window, strides, padding) == ([3, 3], 1, ((1, 1), (1, 1)))
-    return usual and narrow and x_shape[2] % 2 == 0
+    is_narrow = max(channels, features) <= _MOST_CHANNELS
+    is_usual = (window, strides, padding) == ([3, 3], 1, ((1, 1), (1, 1)))
+    return is_usual and is_narrow and x_shape[2] % 2 == 0
 
 
 def _in_pairs(x, kernel):
@@ -60,9 +51,8 @@ def _in_pairs(x, kernel):
     extra = -x.shape[3] % 4
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, extra)))
     # The left pixel sees the first three columns of the window, the right one the last three.
-    left, right = (
-        jnp.pad(kernel, ((0, 0), columns, (0, extra), (0, 0))) for columns in ((0, 1), (1, 0))
-    )
+    sides = (0, 1), (1, 0)
+    left, right = (jnp.pad(kernel, ((0, 0), side, (0, extra), (0, 0))) for side in sides)
     pairs = _plain(x, jnp.concatenate([left, right], axis=-1), ((1, 1), (1, 1)), (1, 2))
     return pairs.reshape(*x.shape[:3], -1)
 
@@ -89,12 +79,8 @@ def _backward(strides, padding, saved, gradient):
 
     # For the kernel: the input, with the gradient as the kernel and examples as channels.
     around = tuple((padding[i][0], spread[i] + before[i] - x.shape[1 + i]) for i in (0, 1))
-    of_kernel = _plain(
-        x.transpose(3, 1, 2, 0),
-        gradient.transpose(1, 2, 0, 3),
-        around,
-        rhs_dilation=(strides, strides),
-    )
+    x, gradient = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
+    of_kernel = _plain(x, gradient, around, rhs_dilation=(strides, strides))
     return of_x, of_kernel.transpose(1, 2, 0, 3)
 
 

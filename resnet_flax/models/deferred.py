@@ -26,15 +26,10 @@ _again = jax.lax.optimization_barrier
 
 @dataclasses.dataclass(eq=False)
 class Convolved:
-    """A convolution's output and its sums.
-
-    Attributes:
-      y: [B, H, W, C].
-      sums: of its pixels and of their squares, float32 [G, C], over G groups of B / G examples.
-    """
+    """A convolution's output [B, H, W, C] and its sums over G groups of B / G examples."""
 
     y: jax.Array
-    sums: Sums
+    sums: Sums  # of pixels and of their squares, float32 [G, C]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,23 +46,14 @@ class Convolved:
 
 @dataclasses.dataclass(eq=False)
 class Normalized(Convolved):
-    """The batch normalisation of `y`, plus a shortcut, and then ReLU, not computed yet.
+    """The batch normalisation of `y`, plus a shortcut, and then ReLU, not computed yet."""
 
-    Attributes:
-      scale: float32 [C].
-      bias: float32 [C].
-      epsilon: added to the variance.
-      shortcut: [B, H, W, C] or None.
-      rectified: whether ReLU follows.
-      computed: the value, once something has computed it.
-    """
-
-    scale: jax.Array
+    scale: jax.Array  # float32 [C], as the bias
     bias: jax.Array
     epsilon: float
-    shortcut: jax.Array | None = None
-    rectified: bool = False
-    computed: jax.Array | None = None
+    shortcut: jax.Array | None = None  # [B, H, W, C]
+    rectified: bool = False  # whether ReLU follows
+    computed: jax.Array | None = None  # the value, once something has computed it
 
     def compute(self) -> jax.Array:
         """The value, computed once."""
@@ -97,10 +83,8 @@ def sums(x: jax.Array | Convolved, groups: int) -> Sums:
 
 
 def mean_and_variance(sums: Sums, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Mean and variance of each channel, float32 [G, C], from the `sums` of an array of `shape`.
-
-    The variance is a difference, as in flax.linen: a second pass would cost more launches.
-    """
+    """Mean and variance of each channel, float32 [G, C], from the `sums` of an array of `shape`."""
+    # The variance is a difference, as in flax.linen: a second pass would cost more launches.
     mean, square = (s * (1 / _count(shape, sums)) for s in sums)
     return mean, jnp.maximum(square - jnp.square(mean), 0)
 
@@ -153,16 +137,11 @@ _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
-    """Gradients with respect to `Normalized.sums`, `scale` and `bias`.
+    """Gradients with respect to the `sums`, `scale` and `bias` of an array of `shape`.
 
-    Args:
-      sums: float32 [G, C] each, of an array of `shape` and of its squares.
-      scale: float32 [C].
-      totals: float32 [G, C] each, of the gradient of the normalised array and of its product with
-        the array.
-      shape: (B, H, W, C).
-      epsilon: added to the variance.
-      again: a barrier between two uses of its argument; the identity inside one GPU program.
+    `totals`, float32 [G, C] each, are of the gradient of the normalised array and of its product
+    with the array. `again` separates two uses of its argument; inside one GPU program it is the
+    identity.
     """
     (sums_1, totals_1), (totals_2, sums_2) = again((sums, totals)), again((totals, sums))
     mean, inverse = (v[:, 0] for v in _mean_and_inverse(sums_1, shape, epsilon))
@@ -177,7 +156,6 @@ def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
 
 
 def _mean_and_inverse(sums, shape, epsilon):
-    """Mean and inverse deviation, float32 [G, 1, C]."""
     mean, var = mean_and_variance(sums, shape)
     return mean[:, None], jax.lax.rsqrt(var + epsilon)[:, None]
 
@@ -188,11 +166,10 @@ def _grouped(x, groups):
 
 
 def add_up(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums over the pixels of several [G, pixels, C], in one reduction: [G, C] each."""
+    """Sums over the pixels of several [G, pixels, C], [G, C] each, in one reduction."""
     zeros = (np.float32(0),) * len(arrays)
     return jax.lax.reduce(arrays, zeros, lambda a, b: tuple(map(operator.add, a, b)), (1,))
 
 
 def _count(shape, sums):
-    """Pixels per group and channel of an array of `shape`."""
     return np.float32(math.prod(shape[:-1]) // len(sums[0]))

@@ -18,28 +18,17 @@ class Conv(nn.Module):
 
     `SAME` with stride 2 would pad on one side only: then the outputs would not line up with
     `x[:, ::2, ::2]`, nor with the weights that other frameworks publish.
-
-    Attributes:
-      features: output channels.
-      kernel: k.
-      strides: of the window, in both directions.
-      dtype: of the computation; parameters are float32.
-      kernel_init: initialiser of the kernel.
-      bias_init: initialiser of the bias; None: no bias, as in the papers' nets.
-      same: pad as TensorFlow's `SAME` does, for the Keras nets.
-      cpu_convolutions: compute by `cpu_convolution.convolve`, faster on a CPU.
-      fused: compute by `fused.convolve` where that is possible, for a GPU.
     """
 
     features: int
     kernel: int = 3
     strides: int = 1
-    dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike = jnp.float32  # of the computation; parameters are float32
     kernel_init: nn.initializers.Initializer = he_normal
-    bias_init: nn.initializers.Initializer | None = None
-    same: bool = False
-    cpu_convolutions: bool = False
-    fused: bool = False
+    bias_init: nn.initializers.Initializer | None = None  # None: no bias, as in the papers' nets
+    same: bool = False  # pad as TensorFlow's `SAME` does, for the Keras nets
+    cpu_convolutions: bool = False  # compute by `cpu_convolution`
+    fused: bool = False  # compute by `fused` where that is possible
 
     @nn.compact
     def __call__(self, x: jax.Array | deferred.Convolved) -> jax.Array | deferred.Convolved:
@@ -78,32 +67,19 @@ class BatchNorm(nn.Module):
     defined on the global batch, so they do not depend on the number of devices.
 
     Variables, all float32 [C]: `params/scale`, `params/bias`, `batch_stats/mean`, `…/var`.
-
-    Attributes:
-      train: normalise by the batch and update the running statistics; else normalise by these.
-      momentum: share of the old running statistics kept at each step (PyTorch's 0.1 is 0.9 here).
-      epsilon: added to the variance.
-      group_size: examples per group, or None for the whole batch.
-      dtype: of the result; the arithmetic is float32.
-      scale_init: initialiser of the scale.
-      defer: in training, return a `deferred.Normalized`.
     """
 
-    train: bool
-    momentum: float = 0.9
+    train: bool  # normalise by the batch and update the running statistics; else normalise by these
+    momentum: float = 0.9  # share of the old statistics kept at each step (PyTorch's 0.1 is 0.9)
     epsilon: float = 1e-5
-    group_size: int | None = None
-    dtype: DTypeLike = jnp.float32
+    group_size: int | None = None  # None: the whole batch
+    dtype: DTypeLike = jnp.float32  # of the result; the arithmetic is float32
     scale_init: nn.initializers.Initializer = nn.initializers.ones
-    defer: bool = False
+    defer: bool = False  # in training, return a `deferred.Normalized`
 
     @nn.compact
     def __call__(self, x: jax.Array | deferred.Convolved) -> jax.Array | deferred.Normalized:
-        """Normalises `x` [B, H, W, C].
-
-        Raises:
-          ValueError: the batch does not divide into groups of `group_size`.
-        """
+        """Normalises `x` [B, H, W, C]; ValueError: B does not divide by `group_size`."""
         channels = x.shape[-1]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32)
@@ -138,8 +114,7 @@ class BatchNorm(nn.Module):
         return y
 
 
-def _mean(x: jax.Array) -> jax.Array:
-    """Means of each group and channel of [G, B, H, W, C]: [G, 1, 1, 1, C]."""
+def _mean(x):
     return jnp.mean(x, axis=(1, 2, 3), keepdims=True)
 
 
@@ -147,10 +122,7 @@ def _mean(x: jax.Array) -> jax.Array:
 # of x, this one x alone, and takes twice as many sums.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _normalise(x, scale, bias, epsilon):
-    """Float32 [G, B, H, W, C] normalised by group; means and variances [G, 1, 1, 1, C].
-
-    `scale` and `bias` are [1, 1, 1, 1, C].
-    """
+    """Float32 [G, B, H, W, C] normalised by group, and means and variances [G, 1, 1, 1, C]."""
     mean = _mean(x)
     # Two passes: E[x^2] - E[x]^2 cancels where the mean is large against the deviation.
     var = _mean(jnp.square(x - mean))
@@ -179,7 +151,7 @@ def relu(x: jax.Array | deferred.Normalized) -> jax.Array | deferred.Normalized:
 
 
 @jax.custom_jvp
-def _relu(x: jax.Array) -> jax.Array:
+def _relu(x):
     """Value and derivative of `flax.linen.relu`, except that NaN passes a gradient.
 
     The derivative is taken from the result, so that the backward pass need not keep `x`. (From

@@ -20,11 +20,11 @@ def to_canonical(tree: Any) -> Any:
             return node
         out = {}
         for name, child in node.items():
-            if not (match := re.fullmatch(r"(stage\d+)_rest", name)):
+            if match := re.fullmatch(r"(stage\d+)_rest", name):
+                for i in range(jax.tree.leaves(child)[0].shape[0]):
+                    out[f"{match[1]}_block{i + 2}"] = jax.tree.map(lambda x, i=i: _row(x, i), child)
+            else:
                 out[name] = unstack(child)
-                continue
-            for i in range(jax.tree.leaves(child)[0].shape[0]):
-                out[f"{match[1]}_block{i + 2}"] = jax.tree.map(lambda x, i=i: _row(x, i), child)
         return out
 
     return jax.tree.map(unstack, tree, is_leaf=_is_dict)

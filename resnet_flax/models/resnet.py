@@ -23,61 +23,38 @@ class ResNet(nn.Module):
     are alike, run as one `lax.scan` and their variables are stacked under `stage<s>_rest`;
     `models.layout` converts between the two. Without it, compiling a net of a thousand layers takes
     many minutes.
-
-    Attributes:
-      stage_sizes: blocks per stage.
-      widths: width of each stage's 3x3 convolutions; the first is the stem's too.
-      block: class of the blocks.
-      shortcuts: of blocks that change the shape, and of all others; see `blocks`.
-      out_widths: output channels of each stage; None: `widths` times the block's `expansion`.
-      num_classes: outputs of the dense layer; 0: no dense layer, the net returns pooled features.
-      stem_kernel: size of the first convolution: 3, or 7 for ImageNet.
-      stem_strides: its stride.
-      stem_pool: follow it by a 3x3 max-pool of stride 2.
-      zero_init_last: initialise the scale that ends a branch to 0: every block starts as its
-        shortcut (Goyal et al. 2017, arXiv:1706.02677); not the paper's.
-      stride_in_3x3: a bottleneck's stride sits in its 3x3 convolution and not in the first 1x1.
-      gate_bias: initial bias of the gates, in the nets that have gates.
-      conv: makes a convolution, as `layers.Conv` does.
-      head_init: initialiser of the dense layer's kernel.
-      dtype: of the activations; parameters, statistics and logits are always float32.
-      bn_momentum: share of the running statistics kept at each step.
-      bn_epsilon: added to the variance.
-      bn_group_size: examples per batch-norm group, None for the global batch.
-      survival: probability that the last block's branch takes part in a training step; it falls
-        linearly over the blocks from 1 (stochastic depth, arXiv:1603.09382; there 0.5).
-      scan: run equal blocks as one scan.
-      remat: keep only block inputs for the backward pass and recompute the rest. On a CPU it saves
-        memory with `scan` only, see results/performance.md.
-      cpu_convolutions: compute convolutions by `cpu_convolution`: faster on a CPU, and without
-        forward-mode derivatives.
-      defer: in training, compute normalised activations where they are used, see `deferred`; faster
-        on a GPU. Nets that scan, remat or draw random numbers train without.
-      fused: with `defer`, compute 3x3 convolutions of 16 to 64 channels by `fused`.
     """
 
-    stage_sizes: tuple[int, ...]
-    widths: tuple[int, ...]
+    stage_sizes: tuple[int, ...]  # blocks per stage
+    widths: tuple[int, ...]  # of each stage's 3x3 convolutions; the first is the stem's too
     block: type[Block]
-    shortcuts: tuple[Shortcut | None, Shortcut | None]
-    out_widths: tuple[int, ...] | None = None
-    num_classes: int = 10
-    stem_kernel: int = 3
+    shortcuts: tuple[Shortcut | None, Shortcut | None]  # see `Block`
+    out_widths: tuple[int, ...] | None = None  # None: `widths` times the block's `expansion`
+    num_classes: int = 10  # 0: no dense layer, the net returns pooled features
+    stem_kernel: int = 3  # 7 for ImageNet
     stem_strides: int = 1
-    stem_pool: bool = False
+    stem_pool: bool = False  # a 3x3 max-pool of stride 2 follows the stem
+    # Every block starts as its shortcut (Goyal et al. 2017, arXiv:1706.02677): the scale that ends
+    # a branch starts at 0. Not the papers'.
     zero_init_last: bool = False
-    stride_in_3x3: bool = False
+    stride_in_3x3: bool = False  # see `Block`, as `gate_bias`
     gate_bias: float = -6.0
     conv: Callable[..., nn.Module] = Conv
     head_init: nn.initializers.Initializer = he_normal
-    dtype: DTypeLike = jnp.float32
-    bn_momentum: float = 0.9
+    dtype: DTypeLike = jnp.float32  # of activations; all else, logits too, is float32
+    bn_momentum: float = 0.9  # see `BatchNorm`
     bn_epsilon: float = 1e-5
     bn_group_size: int | None = None
+    # Stochastic depth (arXiv:1603.09382; 0.5 there): the probability that the last block's branch
+    # takes part in a training step. It falls linearly over the blocks from 1.
     survival: float = 1.0
-    scan: bool = False
+    scan: bool = False  # run equal blocks as one scan
+    # Keep only block inputs for the backward pass and recompute the rest. On a CPU it saves memory
+    # with `scan` only, see results/performance.md.
     remat: bool = False
-    cpu_convolutions: bool = False
+    cpu_convolutions: bool = False  # by `cpu_convolution`: no forward-mode derivatives
+    # In training, compute activations where they are used (`deferred`), and with `fused` 3x3
+    # convolutions of 16 to 64 channels by `fused`, on a GPU. Not with `scan`, `remat` or `draws`.
     defer: bool = False
     fused: bool = False
 
@@ -97,15 +74,13 @@ class ResNet(nn.Module):
         return self.survival < 1 or self.block.draws
 
     def survivals(self) -> list[Sequence[np.float32 | None]]:
-        """Each stage's probabilities that a block's branch takes part: [blocks] each.
+        """Each stage's probabilities that a block's branch takes part: [blocks], or Nones.
 
-        1 - l / L * (1 - survival) for block l of L; None without stochastic depth.
+        They are 1 - l / L * (1 - survival) for block l of L.
         """
         total = sum(self.stage_sizes)
-        if self.survival == 1:
-            blocks = np.full(total, None)
-        else:
-            blocks = np.float32(1 - np.arange(1, total + 1) / total * (1 - self.survival))
+        blocks = np.float32(1 - np.arange(1, total + 1) / total * (1 - self.survival))
+        blocks = np.full(total, None) if self.survival == 1 else blocks
         return np.split(blocks, np.cumsum(self.stage_sizes)[:-1])
 
     @nn.compact
@@ -117,10 +92,9 @@ class ResNet(nn.Module):
         Args:
           x: the images.
           train: normalise by batch statistics, for which `batch_stats` must be mutable, and draw
-            random numbers if `rngs` has a key `drop`, see `blocks.Block`.
+            random numbers if `rngs` has a key `drop`, see `Block`.
           features: return each stage's output instead, [B, H/s, W/s, D] in the net's dtype, for a
-            detection or segmentation head. The last one of a pre-activation net is after its final
-            BN-ReLU.
+            detection or segmentation head; the last one after the final ReLU.
 
         Returns:
           Logits; with `num_classes=0` the pooled features, float32 [B, D].
@@ -150,32 +124,27 @@ class ResNet(nn.Module):
             gate_bias=self.gate_bias,
             train=train,
         )
-        x = conv(
-            self.widths[0], kernel=self.stem_kernel, strides=self.stem_strides, name="stem_conv"
-        )(x)
+        stem = {"kernel": self.stem_kernel, "strides": self.stem_strides}
+        x = conv(self.widths[0], **stem, name="stem_conv")(x)
         if self.block.stem_activation:
             x = relu(norm(name="stem_bn")(x))
         if self.stem_pool:
-            # Explicit padding: SAME would pad one side only, as with convolutions.
-            padding = ((1, 1), (1, 1))
-            x = nn.max_pool(deferred.array(x), (3, 3), strides=(2, 2), padding=padding)
+            # SAME would pad one side only, as with convolutions.
+            x = nn.max_pool(deferred.array(x), (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
-        outputs = []
+        outputs, run = [], nn.remat(_call) if self.remat else _call
         out_widths = self.out_widths or tuple(w * self.block.expansion for w in self.widths)
         stages = zip(self.stage_sizes, self.widths, out_widths, self.survivals(), strict=True)
         for stage, (size, width, out_width, survivals) in enumerate(stages, 1):
             block = functools.partial(make_block, width, out_width)
-            first = block(
-                strides=1 if stage == 1 else 2,
-                is_first=stage == 1,
-                name=f"stage{stage}_block1",
-            )
-            x = self._run(first, x, survivals[0])
+            strides = 1 if stage == 1 else 2
+            first = block(strides=strides, is_first=stage == 1, name=f"stage{stage}_block1")
+            x = run(first, x, survivals[0])
             if self.scan and size > 1:
                 x = self._scan(block(name=f"stage{stage}_rest"), x, survivals[1:])
             else:
                 for i in range(1, size):
-                    x = self._run(block(name=f"stage{stage}_block{i + 1}"), x, survivals[i])
+                    x = run(block(name=f"stage{stage}_block{i + 1}"), x, survivals[i])
             outputs.append(x)
 
         if self.block.final_norm:
@@ -194,10 +163,7 @@ class ResNet(nn.Module):
             return x
         return nn.Dense(self.num_classes, kernel_init=self.head_init, name="head")(x)
 
-    def _run(self, block: Block, x: jax.Array, survival: np.float32 | None) -> jax.Array:
-        return nn.remat(_call)(block, x, survival) if self.remat else block(x, survival)
-
-    def _scan(self, block: Block, x: jax.Array, survivals: Sequence) -> jax.Array:
+    def _scan(self, block, x, survivals):
         # Inside a scan the loop already keeps XLA from merging the two computations.
         call = nn.remat(_call, prevent_cse=False) if self.remat else _call
         scanned = nn.scan(
@@ -209,7 +175,7 @@ class ResNet(nn.Module):
         return scanned(block, x, None if self.survival == 1 else jnp.asarray(survivals))[0]
 
 
-def _call(block: Block, x: jax.Array, survival: jax.Array | None) -> jax.Array:
+def _call(block, x, survival):
     return block(x, survival)
 
 

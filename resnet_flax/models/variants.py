@@ -30,8 +30,8 @@ class HighwayLayer(Block):
 
     `highway<6n+2>` is `plain<6n+2>` with a gate at each layer that keeps its input's shape: a layer
     H(x) = ReLU(BN(conv3(x))) becomes y = H(x) T(x) + x (1 - T(x)), T(x) = sigmoid(conv3(x) + b),
-    with b negative at first, so that the input passes. The net's first convolution, and those that
-    change the shape, stay plain layers, as in that paper, whose formula needs equal shapes.
+    with b negative at first, so that the input passes. The net's first convolution, and the layers
+    that change the shape, stay plain, as in that paper, whose formula needs equal shapes.
 
     The published Highway-19 and Highway-32 that [R, Table 6] quotes are other nets: they have the
     layers and widths of FitNets, max-pooling, and no batch normalisation.
@@ -39,22 +39,21 @@ class HighwayLayer(Block):
 
     weighted_layers = 1
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
+    def _branch(self, x):
         y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        return self.join(x, y, survival)
+        return relu(self.norm(name="bn1")(y))
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Gates layer `y` and input `x`, where their shapes agree."""
-        y = self.drop(y, survival)
-        if self.changes_shape(x):
+    def _join(self, x, y, survival):
+        y = self._drop(y, survival)
+        if self._changes_shape(x):
             return y
         x, y = deferred.array(x), deferred.array(y)
         transform = _gate(self, x, kernel=3)
         wide_x, wide_y = x.astype(jnp.float32), y.astype(jnp.float32)
         return (transform * wide_y + (1 - transform) * wide_x).astype(y.dtype)
+
+    def _end(self, x):
+        return x
 
 
 # What Identity Mappings [I] compares its nets with, on ResNet-110 with post-activation blocks. [I]
@@ -65,9 +64,8 @@ class HighwayLayer(Block):
 class ConstantScalingBlock(BasicBlock):
     """Shortcut and branch times 0.5 [I, Fig. 2b]: 12.35 % in [I, Table 1], the original 6.61 %."""
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Adds halves."""
-        return 0.5 * self.shortcut(x) + 0.5 * deferred.array(self.drop(y, survival))
+    def _join(self, x, y, survival):
+        return 0.5 * self._shortcut(x) + 0.5 * deferred.array(self._drop(y, survival))
 
 
 class ExclusiveGatingBlock(BasicBlock):
@@ -76,11 +74,10 @@ class ExclusiveGatingBlock(BasicBlock):
     [I, Table 1] has 8.70 % at best, with an initial bias of -6.
     """
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Adds both, gated."""
-        x, y = deferred.array(x), deferred.array(self.drop(y, survival))
+    def _join(self, x, y, survival):
+        x, y = deferred.array(x), deferred.array(self._drop(y, survival))
         g = _gate(self, x)
-        shortcut = self.shortcut(x.astype(jnp.float32))
+        shortcut = self._shortcut(x.astype(jnp.float32))
         return ((1 - g) * shortcut + g * y.astype(jnp.float32)).astype(y.dtype)
 
 
@@ -90,11 +87,10 @@ class ShortcutGatingBlock(BasicBlock):
     [I, Table 1] has 12.86 % with an initial bias of 0, 6.91 % with -6.
     """
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Adds the gated shortcut."""
-        x, y = deferred.array(x), deferred.array(self.drop(y, survival))
+    def _join(self, x, y, survival):
+        x, y = deferred.array(x), deferred.array(self._drop(y, survival))
         g = _gate(self, x)
-        return ((1 - g) * self.shortcut(x.astype(jnp.float32))).astype(y.dtype) + y
+        return ((1 - g) * self._shortcut(x.astype(jnp.float32))).astype(y.dtype) + y
 
 
 class DropoutShortcutBlock(BasicBlock):
@@ -106,23 +102,20 @@ class DropoutShortcutBlock(BasicBlock):
 
     draws = True
 
-    def join(self, x: jax.Array, y: jax.Array, survival: jax.Array | None) -> jax.Array:
-        """Adds the thinned shortcut."""
-        shortcut = self.shortcut(x)
-        shortcut = shortcut * self.keep(0.5, shortcut.shape).astype(shortcut.dtype)
-        return shortcut + self.drop(y, survival)
+    def _join(self, x, y, survival):
+        shortcut = self._shortcut(x)
+        shortcut = shortcut * self._keep(0.5, shortcut.shape).astype(shortcut.dtype)
+        return shortcut + self._drop(y, survival)
 
 
 class BNAfterAdditionBlock(Block):
     """conv3-BN-ReLU-conv3, shortcut, BN-ReLU [I, Fig. 4b]: 8.17 % in [I, Table 2]."""
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, name="conv2")(y)
-        return relu(self.norm(name="bn2")(self.join(x, y, survival)))
+    def _branch(self, x):
+        return self._two_convs(x)
+
+    def _end(self, x):
+        return relu(self.norm(name="bn2")(x))
 
 
 class ReLUBeforeAdditionBlock(Block):
@@ -131,36 +124,29 @@ class ReLUBeforeAdditionBlock(Block):
     Its last scale cannot start at 0: behind a ReLU it would stay there.
     """
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, name="conv2")(y)
-        y = relu(self.norm(name="bn2")(y))
-        return self.join(x, y, survival)
+    def _branch(self, x):
+        return relu(self.norm(name="bn2")(self._two_convs(x)))
+
+    def _end(self, x):
+        return x
 
 
 class ReLUOnlyPreactBlock(Block):
     """ReLU-conv3-BN-ReLU-conv3-BN, shortcut [I, Fig. 4d]: 6.71 % in [I, Table 2].
 
-    The first ReLU is shared by branch and shortcut where the shape changes; after the last block
+    The branch and the shortcut share the first ReLU where the shape changes; after the last block
     there is one more, as with full pre-activation [I, Appendix].
     """
 
     preactivation = True
     ends_in_norm = True
 
-    @nn.compact
-    def __call__(self, x: jax.Array, survival: jax.Array | None = None) -> jax.Array:
-        """Maps [B, H, W, C] to [B, H/s, W/s, out_features]."""
+    def _activate(self, x):
         y = relu(x)
-        x = y if self.is_first or self.changes_shape(x) else x
-        y = self.conv(self.features, strides=self.strides, name="conv1")(y)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, name="conv2")(y)
-        y = self.norm(name="bn2", scale_init=self.last_scale_init)(y)
-        return self.join(x, y, survival)
+        return y if self.is_first or self._changes_shape(x) else x, y
+
+    def _branch(self, x):
+        return self.norm(name="bn2", scale_init=self.last_scale_init)(self._two_convs(x))
 
 
 # The nets of https://keras.io/examples/cifar10_resnet, versions 1 and 2, which many tutorials train
@@ -169,24 +155,18 @@ class ReLUOnlyPreactBlock(Block):
 # *truncated* normal; batch normalisation adds 1e-3 to the variance, and in that example's training
 # keeps 0.99 of its running statistics (`bn_momentum=0.99`, see `configs/keras.py`).
 
+_truncated = nn.initializers.he_normal()
 # Arguments of `ResNet`. Version 1 has [R]'s 6n+2 layers with basic blocks. Where the shape changes,
 # the shortcut is a 1x1 convolution without batch normalisation; [R §4.2] has option A.
 KERAS_V1: dict[str, Any] = {
     "conv": functools.partial(
-        Conv,
-        kernel_init=nn.initializers.he_normal(),
-        bias_init=nn.initializers.zeros,
-        same=True,
+        Conv, kernel_init=_truncated, bias_init=nn.initializers.zeros, same=True
     ),
-    "head_init": nn.initializers.he_normal(),
+    "head_init": _truncated,
     "bn_epsilon": 1e-3,
 }
 # Version 2 has [I]'s 9n+2 layers with other widths: in [I] they are 16, 32, 64 and four times that.
-KERAS_V2: dict[str, Any] = {
-    **KERAS_V1,
-    "widths": (16, 64, 128),
-    "out_widths": (64, 128, 256),
-}
+KERAS_V2 = KERAS_V1 | {"widths": (16, 64, 128), "out_widths": (64, 128, 256)}
 
 
 class KerasPreactBlock(PreactBottleneckBlock):
@@ -197,6 +177,5 @@ class KerasPreactBlock(PreactBottleneckBlock):
 
     stem_activation = True
 
-    def activate(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """What goes into the shortcut and into the branch."""
+    def _activate(self, x):
         return x, x if self.is_first else relu(self.norm(name="bn1")(x))

@@ -15,26 +15,15 @@ from resnet_flax.models.resnet import ResNet
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a name stands for; everything else about a net is an option.
+    """What a name stands for; everything else about a net is an option."""
 
-    Attributes:
-      stage_sizes: blocks per stage.
-      widths: width of each stage's 3x3 convolutions.
-      block: class of the blocks.
-      shortcut: "A", "B" or "C": the paper's choice for this net; or another key of `_SHORTCUTS`,
-        which then cannot be changed.
-      image_size: side of the square images the net is for, pixels.
-      num_classes: classes of the data set the net is for.
-      extra: further arguments of `ResNet`.
-    """
-
-    stage_sizes: tuple[int, ...]
-    widths: tuple[int, ...]
+    stage_sizes: tuple[int, ...]  # blocks per stage
+    widths: tuple[int, ...]  # of each stage's 3x3 convolutions
     block: type[blocks.Block]
-    shortcut: str
-    image_size: int = 32
-    num_classes: int = 10
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shortcut: str  # "A", "B" or "C", the paper's choice; or another key of `_SHORTCUTS`, fixed
+    image_size: int = 32  # side of the images the net is for, pixels
+    num_classes: int = 10  # of the data set the net is for
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # arguments of `ResNet`
 
     @property
     def weighted_layers(self) -> int:
@@ -50,11 +39,7 @@ class Architecture:
 def cifar_architecture(
     depth: int, block: type[blocks.Block], shortcut: str, widths=(16, 32, 64), **extra: Any
 ) -> Architecture:
-    """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks.
-
-    Raises:
-      ValueError: there is no such n.
-    """
+    """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks."""
     n, rest = divmod(depth - 2, 3 * block.weighted_layers)
     if n < 1 or rest:
         raise ValueError(f"depth={depth} is not {3 * block.weighted_layers}n + 2 with n >= 1")
@@ -86,48 +71,40 @@ _CIFAR = (
     ("resnet{}_relu_before_addition", (110,), variants.ReLUBeforeAdditionBlock, "A", {}),
     ("resnet{}_relu_only_preact", (110,), variants.ReLUOnlyPreactBlock, "A", {}),
 )
-_IMAGENET = (
-    ("resnet18", (2, 2, 2, 2), blocks.BasicBlock, "B"),
-    ("plain18", (2, 2, 2, 2), blocks.BasicBlock, "none"),
-    ("resnet34", (3, 4, 6, 3), blocks.BasicBlock, "B"),
-    ("plain34", (3, 4, 6, 3), blocks.BasicBlock, "none"),
-    ("resnet50", (3, 4, 6, 3), blocks.BottleneckBlock, "B"),
-    ("resnet101", (3, 4, 23, 3), blocks.BottleneckBlock, "B"),
-    ("resnet152", (3, 8, 36, 3), blocks.BottleneckBlock, "B"),
-)
+_IMAGENET = {
+    "resnet18": _imagenet((2, 2, 2, 2), blocks.BasicBlock, "B"),
+    "plain18": _imagenet((2, 2, 2, 2), blocks.BasicBlock, "none"),
+    "resnet34": _imagenet((3, 4, 6, 3), blocks.BasicBlock, "B"),
+    "plain34": _imagenet((3, 4, 6, 3), blocks.BasicBlock, "none"),
+    "resnet50": _imagenet((3, 4, 6, 3), blocks.BottleneckBlock, "B"),
+    "resnet101": _imagenet((3, 4, 23, 3), blocks.BottleneckBlock, "B"),
+    "resnet152": _imagenet((3, 8, 36, 3), blocks.BottleneckBlock, "B"),
+}
 ARCHITECTURES: dict[str, Architecture] = {
     name.format(depth): cifar_architecture(depth, block, shortcut, **extra)
     for name, depths, block, shortcut, extra in _CIFAR
     for depth in depths
-} | {name: _imagenet(*rest) for name, *rest in _IMAGENET}
+} | _IMAGENET
 
-# What users may choose between, where a net leaves them the choice.
-OPTIONS = ("A", "B", "C")
+OPTIONS = ("A", "B", "C")  # the user's choice, where a net leaves it
+_PADDED = ("A", "constant_scaling", "exclusive_gating", "shortcut_gating")
 # Shortcuts of blocks that change the shape, and of the others.
-_SHORTCUTS = {
-    "A": (blocks.pad_identity, blocks.identity),
+_SHORTCUTS = dict.fromkeys(_PADDED, (blocks.pad_identity, blocks.identity)) | {
     "B": (blocks.projection, blocks.identity),
     "C": (blocks.projection, blocks.projection),
     "none": (None, None),
     "highway": (None, None),
     "bare": (blocks.bare_projection, blocks.identity),
     "conv_shortcut": (blocks.bare_projection, blocks.bare_projection),
-    "constant_scaling": (blocks.pad_identity, blocks.identity),
-    "exclusive_gating": (blocks.pad_identity, blocks.identity),
-    "shortcut_gating": (blocks.pad_identity, blocks.identity),
 }
 # A pre-activation net's projections have no batch normalisation [I].
 _PREACT_SHORTCUTS = _SHORTCUTS | {"B": _SHORTCUTS["bare"], "C": _SHORTCUTS["conv_shortcut"]}
 
 
 def get_architecture(name: str) -> Architecture:
-    """The architecture called `name`.
-
-    Raises:
-      UserError: there is none; the message suggests the nearest name.
-    """
+    """The architecture called `name`; a UserError suggests the nearest name."""
     if name not in ARCHITECTURES:
-        # Nearly all names are much alike: of the closest ones, that of the nearest depth.
+        # Nearly all names are much alike: of the closest ones, take the one of the nearest depth.
         close = difflib.get_close_matches(str(name).lower(), ARCHITECTURES, n=8)
         near = min(close, key=lambda n: abs(_depth(n) - _depth(str(name))), default=None)
         hint = f" (did you mean {near!r}?)" if near else ""
@@ -148,16 +125,14 @@ def resolve_shortcut(name: str, shortcut: str | None) -> str:
       UserError: unknown net or option, or the net leaves no choice.
     """
     own = get_architecture(name).shortcut
-    if shortcut in (None, "auto", own):
+    # "A" is what every other 6n+2 net has: asking for it changes nothing in a plain one.
+    if shortcut in (None, "auto", own) or (own, shortcut) == ("none", "A"):
         return own
     if own == "none":
-        # "A" is what every other 6n+2 net has: asking for it changes nothing in a plain one.
-        if shortcut != "A":
-            raise UserError(
-                f"model {name!r} is plain and has no shortcuts: leave out shortcut={shortcut!r}, "
-                f"or take {name.replace('plain', 'resnet')!r}"
-            )
-        return own
+        raise UserError(
+            f"model {name!r} is plain and has no shortcuts: leave out shortcut={shortcut!r}, "
+            f"or take {name.replace('plain', 'resnet')!r}"
+        )
     if own not in OPTIONS:
         raise UserError(f"model {name!r} has shortcuts of its own: leave out shortcut={shortcut!r}")
     if shortcut not in OPTIONS:
@@ -179,19 +154,15 @@ def create_model(
 
     Args:
       name: one of `ARCHITECTURES`.
-      num_classes: outputs of the last layer; 0: none, the net returns pooled features; None: 10 for
-        a CIFAR net, 1000 for an ImageNet net.
+      num_classes: 0: the net returns pooled features; None: 10 for a CIFAR net, 1000 for ImageNet.
       shortcut: "A" identity padded with zeros, "B" projection where the shape changes, "C"
         projection everywhere; None takes the paper's: A for 6n+2 nets [R §4.2], B for bottleneck
         [R §4.1] and pre-activation nets [I] (there without batch normalisation).
       dtype: of activations, float32 or bfloat16 (or their names); parameters stay float32.
-      zero_init_last: see `ResNet`.
-      survival: see `ResNet`.
+      zero_init_last: see `ResNet`, as `survival`.
+      survival: 1: no stochastic depth.
       **options: other attributes of `ResNet`: `stride_in_3x3`, `gate_bias`, `bn_momentum`,
         `bn_group_size`, `scan`, `remat`, `cpu_convolutions`, `defer`, `fused`.
-
-    Returns:
-      A linen module mapping [B, H, W, C] to float32 logits [B, num_classes], see `ResNet`.
 
     Raises:
       TypeError: `ResNet` has no such option.
@@ -199,8 +170,7 @@ def create_model(
     """
     architecture = get_architecture(name)
     block = architecture.block
-    if num_classes is None:
-        num_classes = architecture.num_classes
+    num_classes = architecture.num_classes if num_classes is None else num_classes
     if num_classes < 0:
         raise UserError(f"num_classes={num_classes} must be 0 (pooled features) or more")
     try:

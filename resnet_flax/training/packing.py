@@ -23,7 +23,7 @@ def pack(tree: Any) -> Any:
         if not isinstance(node, dict):
             return node
         parts = {"kernel": [], "other": []}
-        for path, x in jax.tree_util.tree_leaves_with_path(node):
+        for path, x in jax.tree.leaves_with_path(node):
             # cuDNN wants a convolution's kernel by output channels.
             x = jnp.moveaxis(x, 3, 0) if x.ndim == 4 else x
             parts[_name(path)].append(x.astype(jnp.float32).ravel())
@@ -45,10 +45,10 @@ def unpack(packed: Any, like: Any, split: Callable = slices) -> Any:
         if not isinstance(node, dict):
             return vectors
         sizes = {"kernel": [], "other": []}
-        for path, x in jax.tree_util.tree_leaves_with_path(node):
+        for path, x in jax.tree.leaves_with_path(node):
             sizes[_name(path)].append(math.prod(x.shape))
-        cut = {"kernel": slices, "other": split}
-        parts = {name: iter(cut[name](x, sizes[name])) for name, x in vectors.items()}
+        cuts = {"kernel": slices, "other": split}
+        parts = {name: iter(cuts[name](x, sizes[name])) for name, x in vectors.items()}
 
         def take(path, x):
             part = next(parts[_name(path)])
@@ -56,14 +56,14 @@ def unpack(packed: Any, like: Any, split: Callable = slices) -> Any:
                 return part.reshape(x.shape)
             return jnp.moveaxis(part.reshape(x.shape[3], *x.shape[:3]), 0, 3)
 
-        return jax.tree_util.tree_map_with_path(take, node)
+        return jax.tree.map_with_path(take, node)
 
     return jax.tree.map(unpack_dict, like, packed, is_leaf=_is_dict)
 
 
-def _is_dict(node: Any) -> bool:
+def _is_dict(node):
     return isinstance(node, dict)
 
 
-def _name(path) -> str:
+def _name(path):
     return "kernel" if path[-1].key == "kernel" else "other"

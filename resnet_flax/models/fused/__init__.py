@@ -22,9 +22,9 @@ import jax.numpy as jnp
 
 from resnet_flax.models import deferred
 from resnet_flax.models.fused import programs
-from resnet_flax.models.fused.programs import SLICES, TILES, split
+from resnet_flax.models.fused.programs import split
 
-__all__ = ["SLICES", "TILES", "convolve", "fits", "split"]
+__all__ = ["convolve", "fits", "split"]
 
 
 def fits(x: jax.Array | deferred.Convolved, kernel_shape: tuple[int, ...]) -> bool:
@@ -35,20 +35,15 @@ def fits(x: jax.Array | deferred.Convolved, kernel_shape: tuple[int, ...]) -> bo
         and x.computed is None
         and x.y.dtype == jnp.bfloat16
         and kernel_shape[:2] == (3, 3)
-        and all(channels in TILES for channels in kernel_shape[2:])
+        and all(channels in programs.TILES for channels in kernel_shape[2:])
     )
 
 
 def convolve(x: deferred.Normalized, kernel: jax.Array, strides: int) -> deferred.Convolved:
-    """The convolution of `x`, which is computed on the way.
+    """The convolution of `x` [B, H, W, C], which is computed on the way; `fits` says of which.
 
-    Args:
-      x: [B, H, W, C], bfloat16, see `fits`.
-      kernel: bfloat16 [3, 3, C, K].
-      strides: 1 or 2.
-
-    Returns:
-      bfloat16 [B, ceil(H / strides), …, K], with its sums over the same groups.
+    All is bfloat16: the kernel [3, 3, C, K] and the result [B, ceil(H / strides), …, K], which has
+    sums over the same groups as `x`. `strides` is 1 or 2.
     """
     x.computed, y, sums = _convolve(
         (x.epsilon, strides), x.y, x.sums, x.scale, x.bias, x.shortcut, kernel

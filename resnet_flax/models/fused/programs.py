@@ -18,9 +18,8 @@ from resnet_flax.models import deferred
 # Pixels of a tile and warps, by channels of the normalised array.
 TILES = {16: (256, 8), 32: (128, 4), 64: (64, 4)}
 # Slices in which a kernel's gradient is summed, and pixels of their tiles, by the wider channels.
-SLICES = {16: (128, 128), 32: (128, 64), 64: (64, 64)}
-# Asynchronous copies in flight.
-_STAGES = 4
+_SLICES = {16: (128, 128), 32: (128, 64), 64: (64, 64)}
+_STAGES = 4  # asynchronous copies in flight
 
 
 def _launch(body, grid, out, arrays, *, warps, name):
@@ -156,13 +155,10 @@ def forward(options, y, sums, scale, bias, shortcut, kernel):
 
 
 def backward(options, y, sums, scale, kernel, value, of_value, out, of_out, of_sums, has_shortcut):
-    """Gradients of `forward`, without the kernel's and what `finish` computes.
+    """Gradients of `forward`, without the kernel's and those from `finish`.
 
-    `of_value` is a list of no or one array.
-
-    Returns:
-      The total gradient of the output; that of `y`; the totals by image [B, C] that `finish`
-      takes; the shortcut's gradient, where there is one.
+    `of_value` is a list of at most one array. Returns the total gradient of the output, the one of
+    `y`, the totals by image [B, C] that `finish` takes, and the shortcut's, where there is one.
     """
     epsilon, strides = options
     images, height, width, channels = y.shape
@@ -241,7 +237,7 @@ def finish(options, first, second, sums, scale, shape):
             for ref in (first_ref, second_ref)
         ]
         found = deferred.normalize_backward(
-            [a_ref[group, :][None], b_ref[group, :][None]],
+            [ref[group, :][None] for ref in (a_ref, b_ref)],
             scale_ref[0, :],
             totals,
             shape=(size, *shape[1:]),
@@ -261,7 +257,7 @@ def kernel_gradient(options, x, of_out):
     """float32 [3, 3, C, K] of input x [B, H, W, C] and the output's gradient [B, H', W', K]."""
     strides = options[1]
     (_, height, width, channels), (_, *below, outputs) = x.shape, of_out.shape
-    slices, tile = SLICES[max(channels, outputs)]
+    slices, tile = _SLICES[max(channels, outputs)]
     pixels = math.prod(of_out.shape[:3])
     slices = min(slices, pl.cdiv(pixels, tile))
     steps = pl.cdiv(pixels, tile * slices)
