@@ -278,7 +278,7 @@ def test_every_option_together_traces(name):
 
 def test_the_highway_config_compares_under_the_papers_recipe():
     for depth in (20, 32, 44, 56, 110):
-        ours, theirs = load("highway", f"highway{depth}"), load(f"resnet{depth}")
+        ours, theirs = load(f"highway:highway{depth}"), load(f"resnet{depth}")
         assert ours.optim.warmup_rate == theirs.optim.warmup_rate
         ours.model.name = theirs.model.name
         ours.model.gate_bias = theirs.model.gate_bias
