@@ -88,6 +88,7 @@ def choose_mesh(config: ConfigDict) -> Mesh:
                 f"config.train.cpu_devices={requested}, but jax already runs with "
                 f"{jax.local_device_count()} devices in this process"
             )
+        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
         by_process = itertools.groupby(devices, key=lambda device: device.process_index)
         devices = [d for _, own in by_process for d in itertools.islice(own, count)]
     return sharding.make_mesh(devices, config.data.batch_size)
