@@ -9,13 +9,12 @@ import functools
 import itertools
 import math
 import pathlib
-import runpy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from resnet_flax.errors import UserError, first_line
+from resnet_flax.errors import UserError
 
 # Durations and seeds have 32 bits on the devices.
 LONGEST = 2**31
@@ -161,39 +160,21 @@ _MOVED = {
 }
 
 
-def read_file(place: str) -> ConfigDict:
-    """What `get_config` of a file returns: "configs/modern.py", "configs/paper.py:plain20".
-
-    Raises:
-      UserError: there is no such file, or it fails.
-    """
-    name, colon, argument = place.partition(":")
-    path = pathlib.Path(name)
+def check_file(place: str) -> None:
+    """Raises a UserError if "configs/modern.py" or "configs/paper.py:plain20" is no text file."""
+    path = pathlib.Path(place.partition(":")[0])
     try:
         path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         for file, moved in _MOVED.items():
             if path.stem in moved.split():
                 net = path.stem.removesuffix("_stochastic_depth")
-                raise UserError(f"{name} is now --config={path.parent}/{file}.py:{net}") from error
+                raise UserError(f"{path} is now --config={path.parent}/{file}.py:{net}") from error
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
-            f"cannot read the config file {name!r}: {reason}; the project's are in configs/, for "
-            "example --config=configs/resnet20.py"
+            f"cannot read the config file {str(path)!r}: {reason}; the project's are in configs/, "
+            "for example --config=configs/resnet20.py"
         ) from error
-    try:
-        config = runpy.run_path(name)["get_config"](*([argument] if colon else []))
-    except UserError:
-        raise
-    except Exception as error:  # The file is Python: it can fail in any way.
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"the configuration is wrong: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(
-            f"get_config() of the config file returns a {type(config).__name__}, must be a "
-            "ConfigDict: begin with resnet_flax.config.base_config()"
-        )
-    return config
 
 
 def check_key(key: str) -> None:

@@ -1,5 +1,6 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
+import itertools
 import os
 import pathlib
 import signal
@@ -7,15 +8,15 @@ import sys
 import traceback
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import signals
-from resnet_flax.config import check_key, override, read_file, validate
+from resnet_flax.config import check_file, check_key, parse, validate
 from resnet_flax.devices import cache, cpu, distributed, place
-from resnet_flax.errors import UserError
+from resnet_flax.errors import UserError, first_line
 from resnet_flax.runs import progress
 
-_CONFIG = flags.DEFINE_string(
+_CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A file of configs/; change a key with --config.optim.learning_rate=0.05."
 )
 _WORKDIR = flags.DEFINE_string(
@@ -66,12 +67,17 @@ _FLAG_VARIABLES = {
 
 
 def _parse(argv: list[str]) -> dict[str, str]:
-    """Parses flags; returns the values of --config.KEY=VALUE, as text, by key."""
+    """Parses flags; returns the values of --config.KEY=VALUE, as text, by key.
+
+    Without --config they change the configuration that a run or a weights file comes with.
+    """
     given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
     rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
     changes = {}
-    for argument in argv[1:]:
+    for argument, after in itertools.pairwise([*argv[1:], ""]):
         flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag == "config":
+            check_file(value if equals else after)
         if not argument.startswith("-") or not flag.startswith("config."):
             rest.append(argument)
             continue
@@ -80,12 +86,19 @@ def _parse(argv: list[str]) -> dict[str, str]:
         if not equals:
             raise UserError(f"{argument}: write --config.{key}=VALUE")
         changes[key] = value
+    if any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest[1:]):
+        rest += [f"--config.{key}={parse(key, value)}" for key, value in changes.items()]
     try:
         rest = flags.FLAGS(rest)
     except SystemExit:
         sys.exit(0)  # From --help; absl's own status is 1.
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
+    except UserError:
+        raise
+    except Exception as error:  # A config file is Python: it can fail in any way.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the configuration is wrong: {reason}") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}; flags begin with --")
     return changes
@@ -108,7 +121,7 @@ def _path(text: str | None) -> str | None:
 
 def _directory(config: ConfigDict) -> str:
     """--workdir; by default configs/modern.py:resnet56 trains in runs/modern-resnet56/seed0."""
-    path, colon, argument = _CONFIG.value.partition(":")
+    path, colon, argument = flags.FLAGS["config"].config_filename.partition(":")
     name = pathlib.Path(path).stem + colon.replace(":", "-") + argument
     own = f"/seed{config.seed}" if config.train.num_seeds == 1 else ""
     return _path(_WORKDIR.value) or f"runs/{name}{own}"
@@ -159,10 +172,13 @@ def _main(changes: dict[str, str]) -> None:
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")
-    config = None
-    if _CONFIG.value is not None:
-        config = read_file(_CONFIG.value)
-        override(config, changes)
+    config = _CONFIG.value
+    if config is not None:
+        if not isinstance(config, ConfigDict):
+            raise UserError(
+                f"get_config() of the config file returns a {type(config).__name__}, must be a "
+                "ConfigDict: begin with resnet_flax.config.base_config()"
+            )
         validate(config)
     # Libraries log every step at the default level.
     logging.set_verbosity(logging.WARNING)

@@ -1,6 +1,7 @@
 """The keys of the configuration and their values; the recipes of `configs/` are the papers'."""
 
 import re
+import runpy
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,8 @@ IMAGENET += ["imagenet:plain18", "imagenet:plain34"]
 
 def load(name):
     file, colon, argument = name.partition(":")
-    return config_lib.read_file(f"{ROOT}/configs/{file}.py{colon}{argument}")
+    get_config = runpy.run_path(f"{ROOT}/configs/{file}.py")["get_config"]
+    return get_config(*[argument] if colon else [])
 
 
 def changed(**changes):
@@ -109,7 +111,7 @@ def test_old_names_of_configs_are_answered_with_the_new_ones():
     ]:
         message = f"configs/{old}.py is now --config=configs/{new}"
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            config_lib.read_file(f"configs/{old}.py")
+            config_lib.check_file(f"configs/{old}.py")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -12,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from resnet_flax.config import flatten, read_file
+from resnet_flax.config import flatten
 from resnet_flax.devices import cpu, distributed, hardware
 from resnet_flax.devices.place import Place, find_place
 from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint
 from resnet_flax.training import train
 from tests import conftest, processes
+from tests.test_config import load
 
 CPU = {"train.cpu_devices": 1}
 
@@ -35,7 +36,7 @@ def assert_same_curve(a, b):
 def one(tmp_path_factory):
     """An uninterrupted run of one process on one device."""
     directory = tmp_path_factory.mktemp("one") / "run"
-    config = read_file(f"{conftest.ROOT}/configs/quickstart.py")
+    config = load("quickstart")
     config.update_from_flattened_dict(processes.SETTINGS | CPU)
     train.train(config, directory)
     return directory
