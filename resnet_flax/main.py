@@ -88,6 +88,7 @@ def _parse(argv: list[str]) -> dict[str, str]:
         changes[key] = value
     if any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest[1:]):
         rest += [f"--config.{key}={parse(key, value)}" for key, value in changes.items()]
+    sys.argv[:] = rest  # Where ml_collections looks for the changes; --config comes first.
     try:
         rest = flags.FLAGS(rest)
     except SystemExit:
