@@ -8,7 +8,6 @@ import difflib
 import functools
 import itertools
 import math
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,7 +45,7 @@ _KEYS: dict[str, tuple[Any, str | tuple]] = {
     "data.name": ("cifar10", ""),  # "cifar10", "cifar100", "digits", "folder", "imagenet2012"
     # TFDS directory; "": $TFDS_DATA_DIR, else TFDS's default. For "folder": the folder of images
     "data.data_dir": ("", ""),
-    "data.archive": ("", ""),  # the tar.gz (imagenet2012: the folder of two) to prepare it from
+    "data.archive": ("", ""),  # the tar.gz to prepare it from; imagenet2012: the folder of two tars
     "data.mirror": ("", ""),  # URL of a copy of the archive (or of its directory), after `archive`
     "data.split": ("all", ""),  # "all" (50k) for training; "45k/5k": a balanced tenth to validate
     "data.batch_size": (128, "[1, inf)"),  # examples per step over all devices
@@ -149,32 +148,6 @@ def flatten(config: ConfigDict) -> dict[str, Any]:
 @functools.cache
 def _defaults() -> dict[str, Any]:
     return flatten(base_config())
-
-
-# Configs that once had a file of their own, by the file that now takes them as its argument.
-_MOVED = {
-    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
-    "identity_mappings": "resnet110_preact resnet164_preact",
-    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
-    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
-}
-
-
-def check_file(place: str) -> None:
-    """Raises a UserError if "configs/modern.py" or "configs/paper.py:plain20" is no text file."""
-    path = pathlib.Path(place.partition(":")[0])
-    try:
-        path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        for file, moved in _MOVED.items():
-            if path.stem in moved.split():
-                net = path.stem.removesuffix("_stochastic_depth")
-                raise UserError(f"{path} is now --config={path.parent}/{file}.py:{net}") from error
-        reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(
-            f"cannot read the config file {str(path)!r}: {reason}; the project's are in configs/, "
-            "for example --config=configs/resnet20.py"
-        ) from error
 
 
 def check_key(key: str) -> None:

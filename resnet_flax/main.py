@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from resnet_flax import signals
-from resnet_flax.config import check_file, check_key, parse, validate
+from resnet_flax.config import check_key, parse, validate
 from resnet_flax.devices import cache, cpu, distributed, place
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.runs import progress
@@ -66,6 +66,32 @@ _FLAG_VARIABLES = {
 }
 
 
+# Configs that once had a file of their own, by the file that now takes them as its argument.
+_MOVED = {
+    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
+    "identity_mappings": "resnet110_preact resnet164_preact",
+    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
+    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
+}
+
+
+def _check_file(place: str) -> None:
+    """Raises a UserError if "configs/modern.py" or "configs/paper.py:plain20" is no text file."""
+    path = pathlib.Path(place.partition(":")[0])
+    try:
+        path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        for file, moved in _MOVED.items():
+            if path.stem in moved.split():
+                net = path.stem.removesuffix("_stochastic_depth")
+                raise UserError(f"{path} is now --config={path.parent}/{file}.py:{net}") from error
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(
+            f"cannot read the config file {str(path)!r}: {reason}; the project's are in configs/, "
+            "for example --config=configs/resnet20.py"
+        ) from error
+
+
 def _parse(argv: list[str]) -> dict[str, str]:
     """Parses flags; returns the values of --config.KEY=VALUE, as text, by key.
 
@@ -77,7 +103,7 @@ def _parse(argv: list[str]) -> dict[str, str]:
     for argument, after in itertools.pairwise([*argv[1:], ""]):
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == "config":
-            check_file(value if equals else after)
+            _check_file(value if equals else after)
         if not argument.startswith("-") or not flag.startswith("config."):
             rest.append(argument)
             continue
@@ -230,7 +256,7 @@ def run() -> None:
         # A failed exchange of data is how one process first notices that another has gone.
         distributed.await_verdict()
         traceback.print_exc()
-        _end(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        _end(f"{type(error).__name__}: {first_line(error)}")
 
 
 if __name__ == "__main__":

@@ -98,6 +98,11 @@ BAD_INPUT = {
         ["--mode=evaluate", "--config.data.pad", "3"],
         "--config.data.pad=VALUE",
     ),
+    "before --config": (["--config.train.total_steps=0", QUICK], "must be a positive duration"),
+    "given twice": (
+        ["--config.optim.boundaries_steps=5,6", QUICK, "--config.optim.boundaries_steps=5,3"],
+        "boundaries_steps=(5, 3) must be in rising order",
+    ),
     "no such run": (["--mode=evaluate", "--workdir={tmp}/absent"], "absent does not exist"),
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from resnet_flax import config as config_lib
-from resnet_flax import data
+from resnet_flax import data, main
 from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.data import streaming
 from resnet_flax.devices import sharding
@@ -111,7 +111,7 @@ def test_old_names_of_configs_are_answered_with_the_new_ones():
     ]:
         message = f"configs/{old}.py is now --config=configs/{new}"
         with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            config_lib.check_file(f"configs/{old}.py")
+            main._check_file(f"configs/{old}.py")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -11,7 +11,7 @@ ROOMS = [
     {"data"},
     {"runs"},
     {"training"},
-    {"pretrained", "reporting"},
+    {"pretrained"},
     {"tools"},
     {"main", "__main__"},
 ]
@@ -49,4 +49,4 @@ def test_imports_point_downwards_and_in_no_circle(root):
 def test_no_file_is_much_over_300_lines(root):
     for folder in ("resnet_flax", "configs"):
         for path in (root / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 360, path
+            assert len(path.read_text().splitlines()) <= 310, path

@@ -437,6 +437,8 @@ def test_weights_of_another_net_name_the_first_mismatch(finished, small_config, 
         UserError, match="is of another net: its name is 'resnet8', but 'resnet20' here"
     ):
         scoring.score(small_config, None, str(directory / "weights.safetensors"))
+    with pytest.raises(UserError, match="resnet20 is of other classes .'airplane' to 'truck'"):
+        scoring.score(None, None, "resnet20", overrides={"data.name": "digits"})
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UserError, match="cannot be read"):
         scoring.score(None, None, str(tmp_path / "text.safetensors"))

@@ -75,7 +75,7 @@ def meshes(mesh: Mesh, count: int) -> list[Mesh]:
 def programs(meshes: Sequence[Mesh]) -> list[list[int]]:
     """Which nets, by their positions in `meshes`, train in one program.
 
-    On a GPU those of one mesh are its branches: one net after the other leaves most of a GPU idle.
+    On a GPU the nets of one mesh are its branches: one net after the other leaves most of it idle.
     Elsewhere branches gain nothing, and each net has a program of its own.
     """
     by_mesh: dict[Mesh, list[int]] = {}

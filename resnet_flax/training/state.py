@@ -21,7 +21,7 @@ class TrainState:
     Attributes:
       step: int32 scalar, steps done.
       params: float32 parameters, in the model's layout (see `models.layout`).
-      batch_stats: float32 running means and variances, likewise.
+      batch_stats: float32 running means and variances, in the model's layout.
       opt_state: state of the optimizer.
       ema: `{"params": …, "batch_stats": …}` averaged over steps, or None.
     """
@@ -52,7 +52,7 @@ def abstract_variables(model: ResNet) -> Any:
     scanned = model.clone(scan=True)
 
     def initialise(key):
-        # The side is of no account: nothing in the nets depends on it.
+        # Any side will do: no variable depends on it.
         return initial_variables(scanned, key, (32, 32, 3))
 
     return layout.to_canonical(jax.eval_shape(initialise, jax.random.key(0)))
