@@ -120,14 +120,16 @@ def world(tmp_path):
 def test_a_preempted_run_goes_on_from_the_bucket(world):
     bucket = "bucket/b/p/vm"
     with world.watching("--spot", "--bucket=gs://b/p", "--", *FLAGS) as watch:
-        until(lambda: int(world.read(f"{bucket}/step") or 0) > 5)
+        until(lambda: len(world.starts()) == 2 and int(world.read(f"{bucket}/step") or 0) > 5)
         assert world.verbs() == ["create"]
-        # The disk goes with the machine.
+        # The disk goes with the machine, in one moment as `watch` sees it.
+        os.killpg(watch.pid, signal.SIGSTOP)
         world.end_processes()
         for home in (world.path / "workers").glob("*"):
             home.rename(world.path / f"gone{home.name}")
         saved = int(world.read(f"{bucket}/step"))
         world.write("tpu-vm", "PREEMPTED")
+        os.killpg(watch.pid, signal.SIGCONT)
         until(lambda: len(world.starts()) == 4)
         world.write("finish", "0")
         _, errors = watch.communicate(timeout=HANG)
