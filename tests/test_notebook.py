@@ -40,9 +40,9 @@ def test_it_runs_from_top_to_bottom(cells, tmp_path, monkeypatch, capsys):
             exec(compile(text, f"cell {number}", "exec"), names)
     assert names["results"]["resnet8"]["steps"] == 4
     figures = list(map(names["plt"].figure, names["plt"].get_fignums()))
-    assert len(figures) == sum("image/png" in str(c["outputs"]) for c in cells) == 5
+    assert len(figures) == sum("image/png" in str(c["outputs"]) for c in cells) == 6
     # As many responses as layers with batch normalisation: all but the last.
-    (line,) = figures[2].axes[0].get_lines()
+    (line,) = figures[4].axes[0].get_lines()
     assert list(line.get_xdata()) == list(range(1, 8))
     names["plt"].close("all")
     assert "resnet8      training error" in capsys.readouterr().out
