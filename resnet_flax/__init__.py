@@ -3,9 +3,9 @@
 import importlib
 import sys
 
-__all__ = ["create_model", "load_pretrained"]
+__all__ = ["create_model", "fit", "load_pretrained"]
 
-_PLACES = {"create_model": "models", "load_pretrained": "pretrained"}
+_PLACES = {"create_model": "models", "fit": "fitting", "load_pretrained": "pretrained"}
 
 if sys.argv[:1] == ["-m"]:
     # `python -m resnet_flax.…` is about to import the program, which takes seconds.

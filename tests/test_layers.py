@@ -13,7 +13,7 @@ ROOMS = [
     {"training"},
     {"pretrained"},
     {"tools"},
-    {"main", "__main__"},
+    {"main", "__main__", "fitting"},
 ]
 
 

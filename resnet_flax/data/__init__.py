@@ -2,7 +2,7 @@
 
 import os
 
-from resnet_flax.data import cifar, dataset, digits, folder, imagenet, streaming
+from resnet_flax.data import arrays, cifar, dataset, digits, folder, imagenet, streaming
 from resnet_flax.data.dataset import Dataset, check_split
 from resnet_flax.errors import UserError, did_you_mean
 
@@ -41,6 +41,11 @@ def load(
       UserError: the name or split is unknown; the data are absent or damaged; the disk is full or
         read-only; there is no network.
     """
+    if name == arrays.NAME:
+        raise UserError(
+            "this run was trained on arrays in Python: resume it by the same call of "
+            "resnet_flax.fit; predict and convert take its weights"
+        )
     if name not in NAMES:
         raise UserError(
             f"unknown data set {name!r}{did_you_mean(name, NAMES, 0.5)}; "

@@ -34,6 +34,7 @@ def train(
     directory: pathlib.Path,
     init_weights: str | None = None,
     checkpoint_dir: str | None = None,
+    dataset: Dataset | None = None,
 ) -> dict:
     """Trains a run, or resumes it, and leaves everything in `directory`.
 
@@ -50,6 +51,7 @@ def train(
         run, or the name of published weights.
       checkpoint_dir: where the checkpoints lie, a path or a URL that orbax can write to, of this
         run alone; None: in `directory`. A run whose directory was lost resumes from there.
+      dataset: to train on; None: the one that `config.data` names.
 
     Returns:
       The content of `result.json`, or `{"stopped": step}` if SIGTERM or SIGINT ended the run early.
@@ -79,8 +81,9 @@ def train(
             run.directory = stack.enter_context(Directory.open(run.path))
             run.directory.check_config(flatten(run.config))
             run.directory.check_not_in_group()
-        for run, dataset in zip(runs, _load_data([run.config for run in runs]), strict=True):
-            run.dataset = dataset
+        loaded = [dataset] if dataset else _load_data([run.config for run in runs])
+        for run, own in zip(runs, loaded, strict=True):
+            run.dataset = own
         for run in runs:
             begin = functools.partial(_find_start, run, initial, checkpoint_dir, progress.say)
             run.start = distributed.share(begin)
