@@ -18,7 +18,7 @@ MESH = sharding.make_mesh(jax.devices()[:1], 1)
 
 def abstract_state(model, seed=0, ema=True):
     rate = optim.scale_by_rate(optax.constant_schedule(0.1))
-    return state.create_state(model, optim.sgd(rate), seed=seed, image_shape=(8, 8, 3), ema=ema)
+    return state.create_state(model, optim.sgd(rate), seed=seed, ema=ema)
 
 
 def make_state(*args, **options):

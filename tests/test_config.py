@@ -125,7 +125,7 @@ def test_every_config_traces(name):
     model = setup.make_model(config, "cpu").clone(scan=True)
     run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
-    state = run.abstract_state(image_shape=(side, side, 3))
+    state = run.abstract_state()
     array, chunk = jax.ShapeDtypeStruct, (3, config.data.batch_size)
     resident = {
         "mean": array((side, side, 3), jnp.float32),
@@ -138,7 +138,7 @@ def test_every_config_traces(name):
     else:
         resident["images"] = array((50_000, side * side * 3), jnp.uint8)
         resident["labels"] = array((50_000,), jnp.int32)
-    after, sums = jax.eval_shape(run.make_train_chunk(), state, resident, batches)
+    (after,), (sums,) = jax.eval_shape(run.make_train_chunk(), [state], [resident], [batches])
     forms = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (state, after)]
     assert forms[0] == forms[1]
     assert {k: v.shape for k, v in sums.items()} == {"loss": (3,), "error": (3,), "rate": (3,)}

@@ -10,7 +10,7 @@ import pytest
 from resnet_flax.devices import sharding
 from resnet_flax.training import optim, packing, state
 from tests.test_models import ONCE, small
-from tests.test_steps import SHAPE, SMALL, Setup, assert_close, batches, make_rate
+from tests.test_steps import SMALL, Setup, assert_close, batches, make_rate
 
 TINY = SMALL.clone(stage_sizes=(1,), widths=(8,))
 
@@ -26,9 +26,7 @@ OPTIMIZERS = {
 def drawn_state(optimizer="sgd", model=SMALL):
     """A state whose numbers are all different."""
     abstract = jax.eval_shape(
-        lambda: state.create_state(
-            model, OPTIMIZERS[optimizer], seed=0, image_shape=SHAPE, ema=True
-        )
+        lambda: state.create_state(model, OPTIMIZERS[optimizer], seed=0, ema=True)
     )
     random = np.random.default_rng(0)
     return jax.tree.map(
@@ -100,7 +98,7 @@ def test_a_chunk_of_steps_is_the_same_packed(optimizer, devices, model, options)
 def test_several_nets_in_one_program_are_the_same_packed():
     found, index = [], [jnp.asarray(batches(2)), jnp.asarray(batches(2)[::-1].copy())]
     for pack in (False, True):
-        setup = Setup(model=TINY, pack=pack, several=True, compiler_options=ONCE)
+        setup = Setup(model=TINY, pack=pack, compiler_options=ONCE)
         residents = [setup.resident, setup.resident | {"key": jax.random.key(3)}]
         found.append(setup.chunk([setup.state(seed) for seed in (0, 1)], residents, index))
     assert_same(*found)
@@ -151,6 +149,6 @@ def test_a_gradient_that_is_not_finite_is_told_of_its_step(name, value, pack):
     images[32:48] = 255
     resident = setup.resident | {"images": jax.device_put(images, setup.everywhere)}
     index = np.arange(64, dtype=np.int32).reshape(4, 16)
-    _, sums = setup.chunk(setup.state(), resident, sharding.put(index, setup.by_row))
+    _, (sums,) = setup.chunk([setup.state()], [resident], [sharding.put(index, setup.by_row)])
     assert list(np.isfinite(sums["loss"])) == [True, True, False, False]
     assert np.all(np.isfinite(sums["error"]))

@@ -104,7 +104,8 @@ def test_on_a_gpu_they_are_branches_of_one_program():
     together = setups[0].make_train_chunk(several=True)
     states, sums = together([s.create_state() for s in setups], residents, batches)
     for one, (resident, batch), state, own in zip(setups, parts, states, sums, strict=True):
-        lone_state, lone = one.make_train_chunk()(one.create_state(), resident, batch)
+        chunk = one.make_train_chunk()
+        (lone_state,), (lone,) = chunk([one.create_state()], [resident], [batch])
         assert own["loss"].shape == (2,)
         for a, b in ((own, lone), (state.params, lone_state.params)):
             jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), a, b)

@@ -34,9 +34,9 @@ SMALL = create_model("resnet8").clone(stage_sizes=(1, 1), widths=(8, 16))
 
 
 @functools.cache
-def shared(*args, **options):
+def shared(devices):
     """A `Setup` whose compiled functions several tests use."""
-    return Setup(*args, **options)
+    return Setup(devices, ema_decay=0.75)
 
 
 def make_rate(value=0.05, **options):
@@ -73,16 +73,16 @@ class Setup:
 
     def state(self, seed=0):
         if seed not in self.states:
-            create = functools.partial(
-                state.create_state, self.model, self.optimizer, seed=seed, image_shape=SHAPE
-            )
+            create = functools.partial(state.create_state, self.model, self.optimizer, seed=seed)
             made = state.place(lambda _: create(ema=self.ema), self.everywhere)
             self.states[seed] = jax.device_get(made)
         # Copies: a step donates its state.
         return jax.device_put(jax.tree.map(np.copy, self.states[seed]), self.everywhere)
 
     def train(self, current, index):
-        return self.chunk(current, self.resident, sharding.put(index, self.by_row))
+        rows = sharding.put(index, self.by_row)
+        (after,), (sums,) = self.chunk([current], [self.resident], [rows])
+        return after, sums
 
 
 def batches(count, batch=16):
@@ -110,7 +110,7 @@ def assert_same_run(one, other):
 
 
 def test_a_chunk_of_steps_equals_single_steps():
-    setup = shared(ema_decay=0.75)
+    setup = shared(1)
     index = batches(3)
     chunked, sums = setup.train(setup.state(), index)
     single, parts = setup.state(), []
@@ -124,11 +124,11 @@ def test_a_chunk_of_steps_equals_single_steps():
 
 
 def test_eight_devices_equal_one_and_draw_the_same_crops():
-    assert_same_run(*(run(shared(devices=devices), 6) for devices in (1, 8)))
+    assert_same_run(*(run(shared(devices), 6) for devices in (1, 8)))
 
 
 def test_a_chunk_is_traced_once():
-    setup = shared(devices=1)
+    setup = shared(1)
     current, _ = setup.train(setup.state(), batches(1))
     traced = setup.chunk._cache_size()
     for _ in range(2):
@@ -140,7 +140,7 @@ def test_what_is_fast_on_a_cpu_computes_the_same():
     kernels = compiler_options("cpu")
     assert kernels, "this XLA has lost the option; see hardware.py"
     fast = Setup(2, model=SMALL.clone(cpu_convolutions=True), compiler_options=kernels)
-    assert_same_run(run(shared(devices=1), 4), run(fast, 4))
+    assert_same_run(run(shared(1), 4), run(fast, 4))
 
 
 def compile_sort():
@@ -176,13 +176,13 @@ def test_groups_of_batch_norm_are_the_same_whatever_the_devices():
         Setup(devices, model=SMALL.clone(bn_group_size=4), compiler_options=ONCE)
         for devices in (8, 2)
     ]
-    eight, two, ungrouped = (run(setup, 1)[0] for setup in (*grouped, shared(devices=1)))
+    eight, two, ungrouped = (run(setup, 1)[0] for setup in (*grouped, shared(1)))
     np.testing.assert_allclose(eight, two, rtol=1e-5)
     assert abs(ungrouped[0] - eight[0]) > 1e-3
 
 
 def test_one_batch_can_be_learned_by_heart():
-    losses, _ = run(shared(pad=0), 60)
+    losses, _ = run(Setup(pad=0), 60)
     assert losses[-1] < 0.02
 
 
@@ -220,7 +220,7 @@ def test_first_loss_and_update_equal_a_plain_computation():
 
 
 def test_a_lost_net_is_noticed_even_where_its_loss_is_finite():
-    setup = shared(devices=1)
+    setup = shared(1)
     current = setup.state()
     kernel = current.params["stem_conv"]["kernel"]
     current.params["stem_conv"]["kernel"] = kernel.at[0, 0, 0, 0].set(jnp.nan)
@@ -229,7 +229,7 @@ def test_a_lost_net_is_noticed_even_where_its_loss_is_finite():
 
 
 def test_averaged_weights_follow_their_formula():
-    setup = shared(ema_decay=0.75)
+    setup = shared(1)
     start = jax.device_get(setup.state())
     after, _ = setup.train(setup.state(), batches(1))
     want = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, start.params, after.params)
@@ -239,7 +239,7 @@ def test_averaged_weights_follow_their_formula():
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (10, 8), (1000, 8)])
 def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
-    setup = shared(devices=devices)
+    setup = shared(devices)
     count = 43
     images, labels = make_data(count)
     feed = setup.put(images, labels)
@@ -262,7 +262,7 @@ def test_every_example_is_scored_once_whatever_the_batch(batch_size, devices):
 
 
 def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
-    setup = shared(devices=1)
+    setup = shared(1)
     variables = setup.state().evaluated()
     index = np.concatenate([np.arange(64), np.full(8, -1)]).astype(np.int32).reshape(3, 24)
     together = setup.eval_chunk(variables, setup.resident, index)
@@ -273,7 +273,7 @@ def test_several_evaluation_batches_in_one_dispatch_equal_one_by_one():
 
 
 def test_reestimated_statistics_are_averages_over_training_batches():
-    setup = shared(devices=1)
+    setup = shared(1)
     variables = setup.state().evaluated()
     got = evaluate.reestimate_statistics(
         setup.statistics, variables, setup.feed, examples=64, batch_size=16

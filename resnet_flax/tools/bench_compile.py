@@ -58,9 +58,7 @@ def lower(
     batches = abstract(here.train_feed.chunk(0, 1), sharding.split(mesh, 1), steps, batch_size)
     # Pallas asks what it compiles for.
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        if nets == 1:
-            return run.make_train_chunk().lower(state, resident, batches, None)
-        chunk = run.make_train_chunk(several=True)
+        chunk = run.make_train_chunk(several=nets > 1)
         return chunk.lower([state] * nets, [resident] * nets, [batches] * nets)
 
 

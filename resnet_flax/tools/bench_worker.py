@@ -53,15 +53,12 @@ class Trainer:
     def _arguments(self, group: Sequence[int]):
         feeds = [self._feeds[i] for i in group]
         batches = [f.chunk(self._step, self.length) for f in feeds]
-        arguments = [self.states[i] for i in group], [f.resident for f in feeds], batches
-        return arguments if len(group) > 1 else (*(x[0] for x in arguments), None)
+        return [self.states[i] for i in group], [f.resident for f in feeds], batches
 
     def _dispatch(self) -> list[Any]:
         found = []
         for group, program in self._groups:
             states, sums = program(*self._arguments(group))
-            if len(group) == 1:
-                states, sums = [states], [sums]
             for i, state in zip(group, states, strict=True):
                 self.states[i] = state
             found += sums

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Divisors where the mean of each pixel is subtracted.
+# What images are divided by after the mean of each pixel is subtracted.
 _PIXEL_MEANS = {"pixel_mean": 1, "pixel_mean_255": 255}
-# Channel means and deviations of ImageNet's training images, as published nets use them.
+# Means and deviations of the channels of ImageNet's training images, as published nets use them.
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Principal components of the colours of ImageNet's pixels, of values 0 to 1: standard deviations,
-# and directions as rows of (red, green, blue).
+# Principal components of the colours of ImageNet's pixels, 0 to 1: standard deviations, and
+# directions as rows of (red, green, blue).
 _COLOR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
 _COLOR_DIRECTIONS = (
     (-0.5675, -0.5808, -0.5836),
@@ -20,21 +20,18 @@ _COLOR_DIRECTIONS = (
 )
 _COLOR_STRENGTH = 0.1
 _FILLS = {"zero": "constant", "edge": "edge"}  # `jnp.pad`'s names
-# The widest border that is cropped by selects, one for each place where a crop can begin.
-_MOST_SELECTED = 16
+_MOST_SELECTED = 16  # the widest border that `_crop_by_selects` is for
 
 
 def statistics(images: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """The mean and deviation that `normalize` takes, from training images uint8 [N, H, W, C].
+    """The mean and deviation for `normalize`, float32, from training images uint8 [N, H, W, C].
 
-    float32, in units of pixel values 0 to 255. Of `kind`
-    "pixel_mean": the mean of each pixel [H, W, C], and [1] ("the per-pixel mean subtracted"
-    [R §4.1]); "pixel_mean_255": the same mean, and [255]; "channel": mean and standard deviation of
-    each channel, [C] and [C]; "imagenet": ImageNet's channel statistics, whatever the images.
+    Kinds are "pixel_mean": the mean of each pixel [H, W, C], and [1] ("the per-pixel mean
+    subtracted" [R §4.1]); "pixel_mean_255": the same mean, and [255]; "channel": mean and standard
+    deviation of each channel [C]; "imagenet": these of ImageNet, whatever the images.
     """
     if kind == "imagenet":
-        mean, std = (np.array(values, np.float32) * 255 for values in _IMAGENET)
-        return mean, std
+        return tuple(np.array(values, np.float32) * 255 for values in _IMAGENET)
     if kind in _PIXEL_MEANS:
         mean = images.sum(axis=0, dtype=np.int64) / len(images)
         return mean.astype(np.float32), np.full(1, _PIXEL_MEANS[kind], np.float32)
@@ -56,9 +53,9 @@ def normalize(images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
 def draw_crops(key: jax.Array, batch: int, *, pad: int, flip: bool) -> dict[str, jax.Array]:
     """Draws what `crop_and_mirror` does to each image of a batch [R §4.2].
 
-    With `pad`, the pixels added on each side before cropping back, `offsets`: int32 [B, 2], 0 to
-    2 * pad. With `flip`, `mirror`: bool [B, 1, 1, 1], with probability one half. A draw depends on
-    the key and the position in the (global) batch, not on how the batch is split over devices.
+    With `pad`, the border in pixels, `offsets`: int32 [B, 2], 0 to 2 * pad. With `flip`, `mirror`:
+    bool [B, 1, 1, 1], with probability one half. A draw depends on the key and the position in the
+    (global) batch, not on how the batch is split over devices.
     """
     offset_key, flip_key = jax.random.split(key)
     draws = {}

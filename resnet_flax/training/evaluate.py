@@ -11,28 +11,21 @@ import numpy as np
 from resnet_flax.errors import UserError
 from resnet_flax.training.feed import Feed
 
-# From here on the top-5 error says more than a table of every class.
 MANY_CLASSES = 100
+"""From here on the top-5 error says more than a table of every class."""
 
-# Batches that may be on their way to the devices while the sums of one are read.
+# Chunks that wait to be scored; a fast decoder would fill a slow device with more.
 _SENT_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The result of an evaluation.
+    """The result of an evaluation."""
 
-    Attributes:
-      loss: mean cross-entropy, nats.
-      confusion: int64 [K, K], examples by (label, prediction).
-      top5_wrong: examples whose label is none of the five likeliest classes.
-      unreadable: examples whose images cannot be read, counted in nothing else.
-    """
-
-    loss: float
-    confusion: np.ndarray
-    top5_wrong: int
-    unreadable: int = 0
+    loss: float  # mean cross-entropy, nats
+    confusion: np.ndarray  # int64 [K, K], examples by (label, prediction)
+    top5_wrong: int  # examples whose label is none of the five likeliest classes
+    unreadable: int = 0  # examples whose images cannot be read, counted in nothing else
 
     @property
     def examples(self) -> int:
@@ -46,26 +39,21 @@ class Score:
 
     @property
     def error(self) -> float:
-        """Fraction of the examples that is misclassified."""
+        """Fraction of the examples misclassified."""
         return self.wrong / self.examples
 
     @property
     def top5_error(self) -> float:
-        """Fraction of the examples whose label is none of the five likeliest classes."""
+        """`top5_wrong` as a fraction of the examples."""
         return self.top5_wrong / self.examples
 
     def class_errors(self) -> np.ndarray:
         """Fraction misclassified of each class, float64 [K]; nan for a class without examples."""
-        total = self.confusion.sum(axis=1)
-        return 1 - np.divide(
-            np.diag(self.confusion), total, out=np.full(len(total), np.nan), where=total > 0
-        )
+        with np.errstate(invalid="ignore"):
+            return 1 - np.diag(self.confusion) / self.confusion.sum(axis=1)
 
     def as_record(self) -> dict[str, Any]:
-        """Plain values for a log: loss, error, counts, and the error of each class.
-
-        For many classes the top-5 error stands in place of the classes' errors.
-        """
+        """Plain values for a log: loss, error, counts, and the classes' or the top-5 error."""
         record = {
             "loss": self.loss,
             "error": self.error,
@@ -92,12 +80,8 @@ def evaluate(
 ) -> Score | None:
     """Scores all examples of `feed`; None if `stopped()`, asked before each batch, returns True.
 
-    Args:
-      eval_chunk: from `steps.make_eval_chunk`.
-      variables: `{"params": …, "batch_stats": …}`.
-      feed: the data.
-      batch_size: examples per batch; rounded up to a multiple of the devices.
-      stopped: see above.
+    `eval_chunk` is from `steps.make_eval_chunk`, `variables` are `{"params": …, "batch_stats": …}`;
+    `batch_size` is rounded up to a multiple of the devices.
 
     Raises:
       UserError: too many images cannot be read, or none can.
@@ -115,7 +99,6 @@ def evaluate(
         if stopped():
             return None
         waiting.append(eval_chunk(variables, feed.resident, batches))
-        # Else a fast decoder would fill a slow device with batches that wait to be scored.
         if len(waiting) > _SENT_AHEAD:
             add()
     while waiting:
@@ -134,8 +117,8 @@ def reestimate_statistics(
 ) -> Any:
     """`variables` with batch-norm statistics averaged over training batches.
 
-    `examples` of the training data, in whole batches, are spread evenly over `feed`;
-    `batch_statistics` is from `steps.make_batch_statistics`.
+    The batches hold about `examples` examples, evenly spaced in `feed`; `batch_statistics` is from
+    `steps.make_batch_statistics`.
     """
     total, count = None, 0
     for batch in feed.spread(examples, batch_size):

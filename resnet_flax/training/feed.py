@@ -1,9 +1,9 @@
-"""Feeds: what the compiled functions of `steps` take, wherever the data are."""
+"""Feeds: the inputs of the compiled functions in `steps`, wherever the data are."""
 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,13 +18,7 @@ from resnet_flax.errors import UserError
 
 @dataclasses.dataclass(eq=False)
 class Feed:
-    """A feed; besides what is here it has three methods.
-
-    chunk(step, count): input of `steps.make_train_chunk` for `count` steps from `step` on.
-    batches(batch_size): inputs of `steps.make_eval_chunk`, every example once.
-    spread(examples, batch_size): inputs of `steps.make_batch_statistics`, about `examples`
-    examples, evenly spaced.
-    """
+    """The examples of a split, as a base class."""
 
     split: Split | Part | streaming.StreamedSplit
     mean: np.ndarray  # of `augment.statistics`
@@ -50,15 +44,31 @@ class Feed:
             "key": jax.jit(make_key, out_shardings=everywhere)(),
         }
 
+    def chunk(self, step: int, count: int) -> Any:
+        """The batches of `count` training steps from `step` on, see `steps`."""
+        raise NotImplementedError
+
+    def batches(self, batch_size: int) -> Iterator[Any]:
+        """Chunks of batches for `steps.make_eval_chunk` that hold every example once."""
+        return self._in_rows(_padded_rows(self.size, batch_size, self.mesh.size))
+
+    def spread(self, examples: int, batch_size: int) -> Iterator[Any]:
+        """Single batches of about `examples` examples in all, evenly spaced."""
+        return one_by_one(self._in_rows(_spread(self.size, examples, batch_size)))
+
+    def _in_rows(self, index: np.ndarray) -> Iterator[Any]:
+        """The examples at `index`, int32 [k, B], in chunks of one or more of its rows."""
+        raise NotImplementedError
+
     def close(self) -> None:
         """Ends the workers."""
 
 
 @dataclasses.dataclass(eq=False)
 class ResidentFeed(Feed):
-    """Feeds positions, int32, in a data set that every device holds; -1 stands for no example.
+    """Feeds positions, int32 [k, B], in a data set that every device holds; -1 for no example.
 
-    Of a `Part` the whole is placed, by `put`: see `put_once`.
+    The whole data set is placed by `put`, also if the split is a `Part` of it: see `put_once`.
     """
 
     put: Callable[[np.ndarray, NamedSharding], jax.Array] = sharding.put
@@ -72,26 +82,18 @@ class ResidentFeed(Feed):
             "labels": self.put(whole.labels, everywhere),
         }
 
-    def _put_index(self, index: np.ndarray, axis: int = 1) -> jax.Array:
+    def _put_index(self, index: np.ndarray) -> jax.Array:
         if isinstance(self.split, Part):
             index = np.where(index < 0, index, self.split.positions[index])
-        return sharding.put(index, sharding.split(self.mesh, axis))
+        return sharding.put(index, sharding.split(self.mesh, 1))
 
-    def chunk(self, step: int, count: int) -> jax.Array:
-        """Positions [count, B]."""
+    def chunk(self, step: int, count: int) -> jax.Array:  # noqa: D102
         return self._put_index(order.indices(self.seed, step, count, self.batch_size, self.size))
 
-    def batches(self, batch_size: int) -> Iterator[jax.Array]:
-        """Positions [k, B]."""
-        index = _padded_rows(self.size, batch_size, self.mesh.size)
+    def _in_rows(self, index: np.ndarray) -> Iterator[jax.Array]:
         # One dispatch for all on accelerators; a CPU gains nothing by it (see steps).
         on_cpu = sharding.platform(self.mesh) == "cpu"
         yield from map(self._put_index, index[:, None] if on_cpu else index[None])
-
-    def spread(self, examples: int, batch_size: int) -> Iterator[jax.Array]:
-        """Positions [B]."""
-        for row in _spread(self.size, examples, batch_size):
-            yield self._put_index(row, axis=0)
 
 
 @dataclasses.dataclass(eq=False)
@@ -123,20 +125,12 @@ class StreamedFeed(Feed):
         self._next = step + count
         return self._put(parts)
 
-    def batches(self, batch_size: int) -> Iterator[dict[str, jax.Array]]:  # noqa: D102
-        yield from self._ordered(_padded_rows(self.size, batch_size, self.mesh.size))
-
-    def spread(self, examples: int, batch_size: int) -> Iterator[dict[str, jax.Array]]:
-        """Examples [B, ...], cropped as in training and not mirrored."""
-        for part in self._ordered(_spread(self.size, examples, batch_size)):
-            yield jax.tree.map(lambda x: x[0], part)
-
     def close(self) -> None:  # noqa: D102
         if self._ahead is not None:
             self._ahead.close()
             self._ahead, self._next = None, -1
 
-    def _ordered(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
+    def _in_rows(self, index: np.ndarray) -> Iterator[dict[str, jax.Array]]:
         rows = sharding.rows_here(self.mesh, index.shape[1])
         batches = streaming.OrderedBatches(self.split, rows, self.limit, self.seed, index)
         with contextlib.closing(streaming.read_ahead(batches, self.workers)) as ahead:
@@ -163,6 +157,13 @@ class StreamedFeed(Feed):
         # Stacked even if there is one: a worker's arrays lie in memory that it uses again.
         together = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
         return sharding.put_rows(self.mesh, together)
+
+
+def one_by_one(chunks: Iterable[Any]) -> Iterator[Any]:
+    """The single batches of chunks."""
+    for chunk in chunks:
+        for i in range(len(jax.tree.leaves(chunk)[0])):
+            yield jax.tree.map(lambda x, i=i: x[i], chunk)
 
 
 def _padded_rows(count: int, batch_size: int, devices: int) -> np.ndarray:
@@ -197,5 +198,5 @@ def put_once() -> Callable[[np.ndarray, NamedSharding], jax.Array]:
 
 
 def chunk_steps(examples: Feed, requested: int, platform: str) -> int:
-    """Steps to dispatch at once: `requested`, or, where that is 0, what suits the platform."""
+    """Steps to dispatch at once: `requested`, or, if that is 0, what suits the platform."""
     return requested or (100 if isinstance(examples, ResidentFeed) and platform != "cpu" else 1)

@@ -1,14 +1,14 @@
-"""The configured data: which they are, how images become examples, and their feeds."""
+"""The configured data: which they are, and how images become examples."""
 
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import data, models
 from resnet_flax.data import streaming
 from resnet_flax.data.dataset import Dataset
+from resnet_flax.devices import distributed
 from resnet_flax.errors import UserError
-from resnet_flax.training import augment, feed
+from resnet_flax.training import augment
 
 _SAMPLE = 2048  # training images that give the statistics of a streamed data set
 
@@ -22,7 +22,7 @@ def is_for_cifar(config: ConfigDict) -> bool:
 
 
 def make_geometry(config: ConfigDict) -> streaming.Geometry:
-    """How streamed images become examples; a UserError where the sizes contradict each other."""
+    """How streamed images become examples; a UserError if the sizes contradict each other."""
     d = config.data
     size = d.image_size or models.get_architecture(config.model.name).image_size
     scale = 0 if is_for_cifar(config) else size / _CROP
@@ -40,7 +40,28 @@ def make_geometry(config: ConfigDict) -> streaming.Geometry:
 
 
 def load_data(config: ConfigDict) -> Dataset:
-    """See `data.load`."""
+    """The configured data set, see `data.load`.
+
+    Of several processes the first one prepares it before the others read it.
+
+    Raises:
+      UserError: see `data.load`; or the processes found different data.
+    """
+    found: list[Dataset] = []
+    distributed.share(lambda: found.append(_load(config)))
+    dataset = found[0] if found else _load(config)
+    here = dataset.fingerprint
+    for index, other in enumerate(distributed.gather(here)):
+        if other != here:
+            raise UserError(
+                f"the data set {dataset.name} of process {index} is not that of process "
+                f"{distributed.index()} (fingerprints {other[:12]}, {here[:12]}): give all "
+                "machines the same"
+            )
+    return dataset
+
+
+def _load(config: ConfigDict) -> Dataset:
     is_streamed = config.data.name in data.STREAMED
     if config.eval.crops != 1 and not is_streamed:
         raise UserError(f"config.eval.crops={config.eval.crops} is for streamed images only")
@@ -56,21 +77,8 @@ def load_data(config: ConfigDict) -> Dataset:
 
 
 def statistics(dataset: Dataset, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """See `augment.statistics`; streamed images are sampled."""
+    """The training set's `augment.statistics`; streamed images are sampled."""
     if not isinstance(dataset.train, streaming.StreamedSplit):
         return augment.statistics(dataset.train.images, kind)
     needed = 1 if kind == "imagenet" else _SAMPLE
     return augment.statistics(streaming.central_sample(dataset.train, needed), kind)
-
-
-def make_feed(
-    split, mean: np.ndarray, std: np.ndarray, *, config: ConfigDict, mesh: Mesh, workers, warn, put
-) -> feed.Feed:
-    """The feed of a split; `config` has its durations in steps."""
-    common = {"seed": config.seed, "mesh": mesh, "batch_size": config.data.batch_size}
-    if not isinstance(split, streaming.StreamedSplit):
-        return feed.ResidentFeed(split, mean, std, **common, put=put)
-    steps, limit = config.train.total_steps, config.data.max_unreadable
-    return feed.StreamedFeed(
-        split, mean, std, **common, total_steps=steps, workers=workers, limit=limit, warn=warn
-    )

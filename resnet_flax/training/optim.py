@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# How much of it the smoothed training error keeps per step: a mean over about 50 steps.
+# Share of the smoothed training error kept at each step: a mean over about 50 steps.
 _ERROR_MEMORY = 0.98
 
 
@@ -21,9 +21,9 @@ def make_schedule(
 ) -> optax.Schedule:
     """The learning rate as a function of the step, counted from 0.
 
-    Kinds are "piecewise": `learning_rate`, times `decay_factor` from each boundary on [R §4.2], or
-    times one of `decay_factors` after each; "cosine": half a cosine from `learning_rate` to 0 at
-    `total_steps`; "constant".
+    "piecewise" multiplies `learning_rate` by `decay_factor` at each boundary [R §4.2], or by one of
+    `decay_factors` after each; "cosine" is half a cosine from it to 0 at `total_steps`; the third
+    kind is "constant".
     """
     if kind == "piecewise" and decay_factors:
         rates = [learning_rate * factor for factor in (1.0, *decay_factors)]
@@ -57,16 +57,15 @@ def scale_by_rate(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by minus the learning rate, which may warm up first.
 
-    The paper trains its 110-layer net at 0.01 until the training error is below 80 % (about 400
-    iterations), then at 0.1 [R §4.2]: `warmup_error=0.8`, or [I] `warmup_steps=400`. The schedule
-    counts from step 0 either way. `update` takes the batch's training error, 0 to 1, as `error`.
+    The warm-up lasts until the smoothed training error is below `warmup_error` or, if that is 0,
+    for `warmup_steps`; it stays at `warmup_rate` or, with `warmup_linear`, rises from there. The
+    schedule counts from step 0 either way. `update` takes the batch's error, 0 to 1, as `error`.
 
-    The warm-up lasts until the smoothed error is below `warmup_error` or, where that is 0, for
-    `warmup_steps`; it stays at `warmup_rate` or, with `warmup_linear`, rises from there.
+    The paper trains its 110-layer net at 0.01 until the training error is below 80 % (about 400
+    iterations), then at 0.1 [R §4.2]: `warmup_error=0.8`, or [I] `warmup_steps=400`.
     """
 
-    def init(params: Any) -> RateState:
-        del params
+    def init(_: Any) -> RateState:
         return RateState(
             count=jnp.zeros((), jnp.int32),
             error=jnp.ones((), jnp.float32),

@@ -14,26 +14,24 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import blocks
 from resnet_flax.models.layers import BatchNorm
 from resnet_flax.models.resnet import ResNet
-from resnet_flax.training import augment, steps
+from resnet_flax.training import augment, feed, steps
 from resnet_flax.training.trained import Trained
 
 
 def _each_batch(step: Callable, trained: Trained, variables: Any) -> Iterator[Any]:
     """`step(variables, images, labels, resident)` of each test batch, on the host; shows a bar."""
-    feed, mesh = trained.test_feed(), trained.run.mesh
+    test, mesh = trained.run.eval_feeds["test"], trained.run.mesh
 
-    def at(variables, resident, batches, i):
-        batch = jax.tree.map(lambda x: x[i], batches)
+    def compute(variables, resident, batch):
         examples = steps.examples(resident, batch, sharding.split(mesh))
         return step(variables, *examples, resident)
 
-    compiled = jax.jit(at, out_shardings=sharding.replicated(mesh))
+    compiled = jax.jit(compute, out_shardings=sharding.replicated(mesh))
     batch_size = trained.run.config.eval.batch_size
-    with tqdm(total=feed.size, unit=" images", disable=None, leave=False) as bar:
-        for batches in feed.batches(batch_size):
-            for i in range(len(jax.tree.leaves(batches)[0])):
-                yield jax.device_get(compiled(variables, feed.resident, batches, i))
-                bar.update(min(batch_size, feed.size - bar.n))
+    with tqdm(total=test.size, unit=" images", disable=None, leave=False) as bar:
+        for batch in feed.one_by_one(test.batches(batch_size)):
+            yield jax.device_get(compiled(variables, test.resident, batch))
+            bar.update(min(batch_size, test.size - bar.n))
 
 
 def probabilities(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +40,7 @@ def probabilities(trained: Trained) -> tuple[np.ndarray, np.ndarray]:
     Unreadable examples are left out.
     """
     run = trained.run
-    ten_crops = run.dataset.train.image_shape[0] if run.config.eval.crops == 10 else 0
-    logits_of = steps.make_predict(run.model, ten_crops)
+    logits_of = steps.make_predict(run.model, run.ten_crops)
 
     def step(variables, images, labels, resident):
         return jax.nn.softmax(logits_of(variables, images, resident)), labels
@@ -79,11 +76,8 @@ def response_layers(model: ResNet, name: str) -> list[str]:
 def response_deviations(trained: Trained) -> tuple[dict[str, float], int]:
     """Standard deviation of each response over test examples, positions and channels.
 
-    Returns:
-      Deviations of the `response_layers`, and the number of examples.
-
-    Raises:
-      UserError: see `response_layers`.
+    Returns those of the `response_layers`, and the number of examples. Raises a `UserError` if the
+    net has no such layers.
     """
     model = trained.run.model.clone(scan=False)
     layers = response_layers(model, trained.run.config.model.name)

@@ -1,7 +1,7 @@
 """Trees of parameters as two vectors, for a loop of training steps.
 
-An optimizer works number by number. On a net's hundreds of arrays that is hundreds of small GPU
-programs, most of which take longer to start than to run; on vectors it is a few.
+An optimizer that updates hundreds of arrays is hundreds of small GPU programs, most of which take
+longer to start than to run; on vectors it is a few.
 """
 
 import itertools

@@ -1,7 +1,5 @@
 """Evaluation of a run, a checkpoint or a weights file, as `--mode=evaluate` does it."""
 
-import dataclasses
-import functools
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -10,7 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, flatten, override, validate
+from resnet_flax.config import flatten, override, validate
+from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
 from resnet_flax.runs import environment, files
@@ -30,11 +29,11 @@ def score(
     """Scores a net on every example of the test (and validation) split.
 
     Args:
-      config: the configuration; None: the one of the run or of the weights file.
-      directory: of a run. The scores are left there as `evaluation.json`.
+      config: None: the one of the run or of the weights file.
+      directory: of a run; `evaluation.json` is written there.
       source: a weights file, the name of published weights, a run's directory or one of its
         checkpoints; None: `directory`.
-      warn: called with a line about each damaged checkpoint.
+      warn: called with a line about each damaged checkpoint or unreadable image.
       overrides: changes, as text, of the configuration if that is None.
 
     Returns:
@@ -48,18 +47,15 @@ def score(
             f"--mode=evaluate scores one net, config.train.num_seeds={config.train.num_seeds}: "
             "leave that at 1, and choose the net with --config.seed or --workdir"
         )
-    configure = functools.partial(_configure, config, directory, source, overrides or {})
-    start = distributed.share(configure)
-    config = trained.unflatten(json.loads(start["config"]), base_config())
-    path, is_run = pathlib.Path(source or directory), start["is_run"]
+    start = distributed.share(lambda: _configure(config, directory, source, overrides or {}))
+    config = trained.unflatten(json.loads(start["config"]))
+    path = pathlib.Path(source or directory)
     mesh, dataset = hardware.choose_mesh(config), inputs.load_data(config)
-    if is_run and distributed.is_first():
-        trained.run_of(path).check_data(dataset.name, dataset.fingerprint)
-    found = distributed.share(functools.partial(_read, path, is_run, warn))
-    loaded = Weights(**found | {"class_names": tuple(found["class_names"])})
+    loaded = distributed.share(lambda: _read(path, dataset, warn))
+    loaded = Weights(**loaded | {"class_names": tuple(loaded["class_names"])})
     net = trained.build(trained.Source(path, loaded), config, dataset, mesh, warn)
     variables = net.variables(scanned=net.run.model.scan)
-    if is_run:
+    if start["is_run"]:
         # A weights file holds what is to be scored; a checkpoint what was trained.
         variables = net.run.evaluated(variables)
     scores, step = net.run.score(variables), loaded.training.get("steps")
@@ -87,14 +83,14 @@ def _configure(
     if not (source or path.exists()):
         raise UserError(f"{path} does not exist: give a weights file, or a run's directory")
     run = trained.run_of(path) if path.is_dir() else None
-    loaded = None if run else trained.read_weights(str(path)).weights
+    loaded = None if run else trained.read_weights(path).weights
     if directory:
         pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
     if config is None:
         config = trained.own_config(run, loaded)
         override(config, overrides)
     if run:
-        # What it was trained for, and on, is not the evaluation's to change.
+        # An evaluation does not change what the run was trained for, or on.
         run.check_config(flatten(config), sections=("model", "data", "seed"))
     validate(config)
     setup.take_model(config, run.model if run else loaded.model)
@@ -102,11 +98,14 @@ def _configure(
     return {"config": json.dumps(flatten(config)), "is_run": run is not None}
 
 
-def _read(path: pathlib.Path, is_run: bool, warn: Callable[[str], None]) -> dict[str, Any]:
-    """The fields of the weights to score, as all processes can be sent them."""
-    found = trained.read_checkpoint(path, warn) if is_run else trained.read_weights(str(path))
-    fields = {f.name: getattr(found.weights, f.name) for f in dataclasses.fields(Weights)}
-    return fields | {"class_names": list(found.weights.class_names)}
+def _read(path: pathlib.Path, dataset: Dataset, warn: Callable[[str], None]) -> dict[str, Any]:
+    """The fields of the weights to score, in a form that all processes can be sent."""
+    if path.is_dir():
+        trained.run_of(path).check_data(dataset.name, dataset.fingerprint)
+        loaded = trained.read_checkpoint(path, warn)
+    else:
+        loaded = trained.read_weights(path).weights
+    return vars(loaded) | {"class_names": list(loaded.class_names)}
 
 
 def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:

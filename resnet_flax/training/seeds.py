@@ -1,8 +1,8 @@
 """Several seeds of one configuration in one process.
 
-Each seed is an ordinary run in a directory of its own, `<workdir>/seed3`, `<workdir>/seed4`, …: it
-can be stopped, resumed alone or together with others, and evaluated like any other. What they share
-is the process, the images on the devices, and the compiled programs.
+Each seed is an ordinary run in a directory of its own, `<workdir>/seed3`, `<workdir>/seed4`, …,
+that can be stopped, resumed alone or with others, and evaluated. They share the process, the images
+on the devices, and the compiled programs.
 """
 
 import pathlib
@@ -20,10 +20,10 @@ from resnet_flax.training import inputs
 
 
 def split(config: ConfigDict, directory: pathlib.Path) -> list[tuple[ConfigDict, pathlib.Path]]:
-    """The configuration and the directory of each seed's run: those given for one seed.
+    """The configuration and the directory of each seed's run; one seed's are as given.
 
     Raises:
-      UserError: several seeds do not go with the rest of the configuration, or of the program.
+      UserError: several seeds do not go with the data set, or with several processes.
     """
     count = config.train.num_seeds
     if count == 1:
@@ -47,11 +47,7 @@ def split(config: ConfigDict, directory: pathlib.Path) -> list[tuple[ConfigDict,
 
 
 def load_data(configs: Sequence[ConfigDict]) -> list[Dataset]:
-    """The data set of each run; several share the arrays of their images.
-
-    Raises:
-      UserError: see `inputs.load_data`.
-    """
+    """The data set of each run, see `inputs.load_data`; several share their images."""
     if len(configs) == 1:
         return [inputs.load_data(configs[0])]
     whole = configs[0].copy_and_resolve_references()
@@ -75,7 +71,7 @@ def meshes(mesh: Mesh, count: int) -> list[Mesh]:
 def programs(meshes: Sequence[Mesh]) -> list[list[int]]:
     """Which nets, by their positions in `meshes`, train in one program.
 
-    On a GPU the nets of one mesh are its branches: one net after the other leaves most of it idle.
+    On a GPU they are all nets of one mesh, as branches: one net alone leaves most of it idle.
     Elsewhere branches gain nothing, and each net has a program of its own.
     """
     by_mesh: dict[Mesh, list[int]] = {}

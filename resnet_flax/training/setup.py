@@ -7,12 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models
 from resnet_flax.config import resolve_steps
 from resnet_flax.data.dataset import Dataset
+from resnet_flax.data.streaming import StreamedSplit
 from resnet_flax.devices import cpu, distributed, hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
@@ -22,9 +24,9 @@ from resnet_flax.training import evaluate, feed, inputs, optim, state, steps
 
 
 def take_model(config: ConfigDict, found: dict[str, Any]) -> None:
-    """If `config.model.name` is "auto": sets the net, in place, to that of a weights file or a run.
+    """Replaces the net "auto", in place, by the one of a weights file or a run.
 
-    `found` has arguments of `create_model`; without a "name" among them it is a `UserError`.
+    `found` has the arguments of its `create_model`; a `UserError` if they lack a "name".
     """
     if config.model.name != "auto":
         return
@@ -42,37 +44,20 @@ def _pick(section: ConfigDict, keys: str) -> dict[str, Any]:
 
 
 def make_model(config: ConfigDict, platform: str) -> ResNet:
-    """The configured net for a platform, see `sharding.platform`; durations are resolved."""
+    """The configured net for a platform, see `sharding.platform`; its number of outputs is set."""
     m, on_cpu, chosen = config.model, platform == "cpu", {"always": True, "never": False}
     same = "num_classes shortcut stride_in_3x3 gate_bias zero_init_last survival bn_momentum remat"
-    dtype = "float32" if on_cpu else "bfloat16"
+    fast = "float32" if on_cpu else "bfloat16"
     return models.create_model(
         m.name,
         **_pick(m, same),
-        dtype=dtype if m.dtype == "auto" else m.dtype,
+        dtype=fast if m.dtype == "auto" else m.dtype,
         bn_group_size=m.bn_group_size or None,
         scan=chosen.get(m.scan, models.get_architecture(m.name).scan_pays),
         cpu_convolutions=chosen.get(m.cpu_convolutions, on_cpu),
         defer=platform == "gpu" or m.kernels == "always",
         fused=m.kernels == "always",
     )
-
-
-def make_optimizer(config: ConfigDict):
-    """The configured optimizer; durations must be resolved."""
-    o = config.optim
-    schedule = optim.make_schedule(
-        o.schedule,
-        total_steps=config.train.total_steps,
-        boundaries=o.boundaries_steps,
-        **_pick(o, "learning_rate decay_factor decay_factors"),
-    )
-    warmup = _pick(o, "warmup_steps warmup_error warmup_rate warmup_linear")
-    rate = optim.scale_by_rate(schedule, **warmup)
-    same = _pick(o, "momentum weight_decay decay_norm_and_bias")
-    if o.name == "adam":
-        return optim.adam(rate, **same)
-    return optim.sgd(rate, nesterov=o.nesterov, **same)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +86,19 @@ class Setup:
         return {k: self._feed(split) for k, split in splits.items() if split is not None}
 
     def _feed(self, split) -> feed.Feed:
-        return inputs.make_feed(
+        c = self.config
+        common = {"seed": c.seed, "mesh": self.mesh, "batch_size": c.data.batch_size}
+        if not isinstance(split, StreamedSplit):
+            return feed.ResidentFeed(split, self.mean, self.std, **common, put=self.put)
+        return feed.StreamedFeed(
             split,
             self.mean,
             self.std,
-            config=self.config,
-            mesh=self.mesh,
+            **common,
+            total_steps=c.train.total_steps,
             workers=self.workers,
+            limit=c.data.max_unreadable,
             warn=self.warn,
-            put=self.put,
         )
 
     def close(self) -> None:
@@ -118,17 +107,29 @@ class Setup:
             self.train_feed.close()
 
     @functools.cached_property
-    def optimizer(self):
-        """See `make_optimizer`."""
-        return make_optimizer(self.config)
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
+        """The configured optimizer."""
+        c, o = self.config, self.config.optim
+        schedule = optim.make_schedule(
+            o.schedule,
+            total_steps=c.train.total_steps,
+            boundaries=o.boundaries_steps,
+            **_pick(o, "learning_rate decay_factor decay_factors"),
+        )
+        warmup = _pick(o, "warmup_steps warmup_error warmup_rate warmup_linear")
+        rate = optim.scale_by_rate(schedule, **warmup)
+        same = _pick(o, "momentum weight_decay decay_norm_and_bias")
+        if o.name == "adam":
+            return optim.adam(rate, **same)
+        return optim.sgd(rate, nesterov=o.nesterov, **same)
 
-    def _first_state(self, variables: Any = None, image_shape=None) -> state.TrainState:
+    def _first_state(self, variables: Any = None) -> state.TrainState:
+        c = self.config
         return state.create_state(
             self.model,
             self.optimizer,
-            seed=self.config.seed,
-            image_shape=image_shape or self.dataset.train.image_shape,
-            ema=self.config.optim.ema_decay > 0,
+            seed=c.seed,
+            ema=c.optim.ema_decay > 0,
             variables=variables,
         )
 
@@ -138,37 +139,31 @@ class Setup:
             variables = layout.to_scanned(variables)
         return state.place(self._first_state, sharding.replicated(self.mesh), variables)
 
-    def abstract_state(self, image_shape=None) -> state.TrainState:
-        """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
-        return jax.eval_shape(lambda: self._first_state(image_shape=image_shape))
+    def abstract_state(self) -> state.TrainState:
+        """Shapes and dtypes of the state."""
+        return jax.eval_shape(self._first_state)
 
     def restore(self, tree: dict[str, Any]) -> state.TrainState:
-        """The state that `checkpoint.to_tree` made a tree of, on the devices."""
+        """The inverse of `checkpoint.to_tree`: a state on the devices."""
         restored = checkpoint.from_tree(tree, self.abstract_state(), self.model.scan)
         return sharding.put_tree(restored, sharding.replicated(self.mesh))
 
-    def abstract_variables(self) -> dict[str, Any]:
-        """Shapes and dtypes of the variables in the canonical layout."""
-        abstract = layout.to_canonical(self.abstract_state())
-        return {"params": abstract.params, "batch_stats": abstract.batch_stats}
-
     def count_parameters(self) -> int:
         """Number of trainable parameters."""
-        return sum(p.size for p in jax.tree.leaves(self.abstract_state().params))
+        params = state.abstract_variables(self.model)["params"]
+        return sum(p.size for p in jax.tree.leaves(params))
 
     def describe_model(self) -> dict[str, Any]:
-        """The arguments of `create_model` that make the net, as a weights file keeps them."""
+        """The arguments of `create_model` that a weights file keeps."""
         model = self.config.model
         return {
             "name": model.name,
             "shortcut": models.resolve_shortcut(model.name, model.shortcut),
-            "num_classes": model.num_classes,
-            "stride_in_3x3": model.stride_in_3x3,
-            "survival": model.survival,
+            **_pick(model, "num_classes stride_in_3x3 survival"),
         }
 
-    def make_train_chunk(self, several: bool = False):
-        """See `steps.make_train_chunk`."""
+    def make_train_chunk(self, several: bool = False) -> Callable:
+        """See `steps.make_train_chunk`; `several`: whether the program trains several nets."""
         c, platform = self.config, sharding.platform(self.mesh)
         return steps.make_train_chunk(
             self.model,
@@ -178,7 +173,6 @@ class Setup:
             **_pick(c.optim, "label_smoothing ema_decay"),
             pack=platform == "gpu",
             compiler_options=hardware.compiler_options(platform, concurrent=several),
-            several=several,
         )
 
     def evaluated(self, variables: Any) -> Any:
@@ -189,13 +183,12 @@ class Setup:
         c = self.config
         if not c.eval.bn_examples:
             return variables
-        batch_statistics = steps.make_batch_statistics(
-            self.model,
-            sharding=sharding.split(self.mesh),
-            **_pick(c.data, "pad flip fill"),
-        )
         return evaluate.reestimate_statistics(
-            batch_statistics,
+            steps.make_batch_statistics(
+                self.model,
+                sharding=sharding.split(self.mesh),
+                **_pick(c.data, "pad flip fill"),
+            ),
             variables,
             self.train_feed,
             examples=c.eval.bn_examples,
@@ -209,23 +202,21 @@ class Setup:
 
         `stopped` is asked before each batch.
         """
-        ten = self.config.eval.crops == 10
         eval_chunk = steps.make_eval_chunk(
-            self.model,
-            sharding=sharding.split(self.mesh),
-            ten_crops=self.dataset.train.image_shape[0] if ten else 0,
+            self.model, sharding=sharding.split(self.mesh), ten_crops=self.ten_crops
         )
-        scores = {
-            name: evaluate.evaluate(
-                eval_chunk,
-                variables,
-                examples,
-                batch_size=self.config.eval.batch_size,
-                stopped=stopped,
+        scores = {}
+        for name, examples in self.eval_feeds.items():
+            batch_size = self.config.eval.batch_size
+            scores[name] = evaluate.evaluate(
+                eval_chunk, variables, examples, batch_size=batch_size, stopped=stopped
             )
-            for name, examples in self.eval_feeds.items()
-        }
         return {} if None in scores.values() else scores
+
+    @property
+    def ten_crops(self) -> int:
+        """Side of the ten crops of a test image that are scored, in pixels; 0: the whole image."""
+        return self.dataset.train.image_shape[0] if self.config.eval.crops == 10 else 0
 
 
 def build(
@@ -236,7 +227,7 @@ def build(
     warn: Callable[[str], None] = print,
     put: Callable[..., jax.Array] = sharding.put,
 ) -> Setup:
-    """Puts a setup together from a validated configuration; see `Setup`.
+    """Makes a setup from a validated configuration; see `Setup`.
 
     `preprocessing` is the (mean, std) to use instead of the training set's own.
 
@@ -255,11 +246,12 @@ def build(
             f"classes of {dataset.name}"
         )
     mean, std = preprocessing or inputs.statistics(dataset, config.data.normalize)
-    # Of several processes all are here, and some may share a machine.
+    # Some of the processes may share a machine.
     cores = cpu.cores_per_process(distributed.gather(cpu.describe_cores()))
     workers = cpu.choose_workers(config.data.workers, cores)
-    model = make_model(config, sharding.platform(mesh))
-    if model.uses_fused and (mesh.size > 1 or sharding.platform(mesh) == "tpu"):
-        there = f"{mesh.size} {sharding.platform(mesh)} device(s)"
+    platform = sharding.platform(mesh)
+    model = make_model(config, platform)
+    if model.uses_fused and (mesh.size > 1 or platform == "tpu"):
+        there = f"{mesh.size} {platform} device(s)"
         raise UserError(f"config.model.kernels=always is for one GPU, not {there}: leave it out")
     return Setup(config, dataset, mesh, model, mean, std, warn, workers, put)

@@ -1,5 +1,6 @@
 """Everything a training step changes, and how it begins."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from resnet_flax.models.resnet import ResNet
 
 @flax.struct.dataclass
 class TrainState:
-    """State of a run, together with (seed, config) all that the next step depends on.
+    """What the next step depends on, beside the seed and the configuration.
 
     Attributes:
       step: int32 scalar, steps done.
@@ -33,29 +34,25 @@ class TrainState:
     ema: Any
 
     def evaluated(self) -> dict[str, Any]:
-        """The variables that evaluation uses: the averaged ones where there are any."""
+        """The variables to evaluate: the averaged ones if there are any."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
-def initial_variables(model: ResNet, key: jax.Array, image_shape: tuple[int, ...]) -> Any:
-    """`{"params": …, "batch_stats": …}` in the model's layout.
+def initial_variables(model: ResNet, key: jax.Array) -> dict[str, Any]:
+    """`{"params": …, "batch_stats": …}` in the model's layout, drawn from a typed PRNG key.
 
-    Drawn by the scanned form of the net whatever the model's own: the values do not depend on the
-    layout, and a thousand layers compile in seconds. `key` is a typed PRNG key.
+    The scanned form of the net draws them whatever the model's own form: the values do not depend
+    on the layout, and a thousand layers compile in seconds.
     """
-    variables = model.clone(scan=True).init(key, jnp.zeros((1, *image_shape)))
+    # No variable depends on the images' side.
+    variables = model.clone(scan=True).init(key, jnp.zeros((1, 32, 32, 3)))
     return variables if model.scan else layout.to_canonical(variables)
 
 
-def abstract_variables(model: ResNet) -> Any:
+def abstract_variables(model: ResNet) -> dict[str, Any]:
     """Shapes and dtypes of a net's variables in the canonical layout."""
-    scanned = model.clone(scan=True)
-
-    def initialise(key):
-        # Any side will do: no variable depends on it.
-        return initial_variables(scanned, key, (32, 32, 3))
-
-    return layout.to_canonical(jax.eval_shape(initialise, jax.random.key(0)))
+    draw = functools.partial(initial_variables, model.clone(scan=True))
+    return layout.to_canonical(jax.eval_shape(draw, jax.random.key(0)))
 
 
 def create_state(
@@ -63,17 +60,16 @@ def create_state(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
-    image_shape: tuple[int, ...],
     ema: bool,
     variables: Any = None,
 ) -> TrainState:
-    """A run's first state; to be traced, see `place`.
+    """A run's first state, to be traced: see `place`.
 
-    `ema`: whether averaged weights are kept. `variables`, in the model's layout, are what to begin
-    with instead of random draws from the seed.
+    It begins with `variables`, in the model's layout, or with random draws from the seed. `ema`
+    says whether averaged weights are kept.
     """
     if variables is None:
-        variables = initial_variables(model, randomness.make_key(seed), image_shape)
+        variables = initial_variables(model, randomness.make_key(seed))
     params, batch_stats = variables["params"], variables["batch_stats"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

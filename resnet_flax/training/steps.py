@@ -1,14 +1,13 @@
 """The compiled functions: training steps, evaluation, batch-norm statistics.
 
-`resident` is what stays on the devices during a run: `mean` and `std` for `augment.normalize`,
-`key`, a typed PRNG key, and, where the whole data set is there, `images` uint8 [N, H * W * C] and
-`labels` int32 [N]; `mean` is [H, W, C] then. (A row an image: a TPU would lay out [N, H, W, C]
-anew at every call.) It is an argument, never a closure, which would bake the data set into the
-program.
+`resident` stays on the devices during a run: `mean` and `std` for `augment.normalize`, `key`, a
+typed PRNG key, and, of a data set in memory, `images` uint8 [N, H * W * C] and `labels` int32 [N];
+`mean` is [H, W, C] then. (One row per image: a TPU would lay out [N, H, W, C] anew at every call.)
+It is an argument, never a closure, which would bake the data set into the program.
 
-A `batch` is what the host sends for a step: int32 [B], positions in the resident data set, or,
-where that is not there, a dict of `images` uint8 [B, H, W, C] and `labels` int32 [B]. For a chunk
-of k steps each array has an axis k in front.
+The host sends a `batch` for each step: int32 [B], positions in the resident data set, or, of
+streamed images, a dict of `images` uint8 [B, H, W, C] and `labels` int32 [B]. For a chunk of k
+steps each array has an axis k in front.
 """
 
 import functools
@@ -29,12 +28,11 @@ from resnet_flax.training.state import TrainState
 # Keys for re-estimating statistics are folded from here on: no training step reaches it.
 _STATISTICS_KEYS = np.uint32(2**31)
 
-# Folded into a step's key for what the net draws, and for colours; 0 and 1 would be the halves that
-# it splits into.
+# Folded into a step's key for what the net draws, and for colours; 0 and 1 would give the two keys
+# that it is split into.
 _DROP_KEY, _COLOR_KEY = 2, 3
 
-# The guesses that may be wrong in a top-5 error.
-_GUESSES = 5
+_GUESSES = 5  # of a top-5 error
 
 
 def examples(resident, batch, sharding):
@@ -46,11 +44,6 @@ def examples(resident, batch, sharding):
     labels = jnp.take(resident["labels"], batch, axis=0, mode="clip")
     images = jax.lax.with_sharding_constraint(images, sharding)
     return images, jnp.where(batch < 0, -1, labels)
-
-
-def _length(batches) -> int:
-    """Number of steps of a chunk."""
-    return jax.tree.leaves(batches)[0].shape[0]
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -77,15 +70,14 @@ def make_train_chunk(
     color: bool = False,
     pack: bool = False,
     compiler_options: dict[str, str] | None = None,
-    several: bool = False,
 ) -> Callable:
-    """Makes `train_chunk(state, resident, batches)`: one training step for each of `batches`.
+    """Makes `train_chunk(states, residents, batches)`: one training step for each of `batches`.
 
     Args:
       model: the net.
       optimizer: from `optim.sgd` or `optim.adam`.
       sharding: of a batch's first axis.
-      pad: of the random crop in pixels; this, `flip` and `fill`: see `augment`.
+      pad: border of the random crops in pixels; this, `flip` and `fill`: see `augment`.
       flip: whether to mirror half of the images.
       label_smoothing: see `cross_entropy`.
       ema_decay: fraction of the averaged weights kept at each step, 0: no average.
@@ -93,15 +85,14 @@ def make_train_chunk(
       color: whether to shift each image's colours.
       pack: keep parameters as `packing.pack` does inside a loop of steps, faster on a GPU.
       compiler_options: of `jax.jit`.
-      several: train several nets, as independent branches of one program. Each argument and each
-        result is a list then, with one entry a net.
 
     Returns:
-      A jitted function from (state, resident, batches of k steps) to the next state and a dict of
-      float32 [k]: `loss` (mean over the batch; NaN if the gradient or a batch statistic is not
-      finite), `error` (0 to 1), `rate` (learning rate). It donates the state. A fourth argument,
-      `wishes`, adds its maximum as `wish`. k = 1 runs without a loop: XLA's CPU backend optimises
-      less inside a loop.
+      A jitted function. Each argument is a list with one entry per net: the nets are independent
+      branches of the program. It returns the next states, having donated the old ones, and for each
+      net a dict of float32 [k] for the k steps: `loss` (mean over the batch; NaN if the gradient or
+      a batch statistic is not finite), `error` (0 to 1), `rate` (learning rate). The maximum of a
+      fourth argument, `wishes`, becomes the first net's `wish`. k = 1 runs without a loop: XLA's
+      CPU backend optimises less inside a loop.
     """
 
     def draw(key, step, size):
@@ -167,7 +158,7 @@ def make_train_chunk(
             kernels = cast_kernels(packing.unpack(params, like.params))
         return (state, kernels), jnp.stack([loss, error, optim.last_rate(opt_state)])
 
-    def train_nets(states, residents, batches):
+    def train_chunk(states, residents, batches, wishes=None):
         length, size = jax.tree.leaves(batches[0])[0].shape[:2]
         offsets = jnp.arange(length, dtype=jnp.int32)
         # Before the loop: inside, XLA would draw a crop's offsets again for each of its pixels.
@@ -192,14 +183,13 @@ def make_train_chunk(
             carries, sums = jax.lax.scan(step, carries, (batches, draws))
         states = [state if like is None else packing.unpack(state, like) for state, _ in carries]
         names = "loss", "error", "rate"
-        return states, [{n: x[:, i] for i, n in enumerate(names)} for x in sums]
-
-    def train_chunk(state, resident, batches, wishes=None):
-        (state,), (sums,) = train_nets([state], [resident], [batches])
-        return state, sums if wishes is None else sums | {"wish": jnp.max(wishes)}
+        sums = [{name: x[:, i] for i, name in enumerate(names)} for x in sums]
+        if wishes is not None:
+            sums[0]["wish"] = jnp.max(wishes)
+        return states, sums
 
     return jax.jit(
-        train_nets if several else train_chunk,
+        train_chunk,
         donate_argnums=0,
         out_shardings=NamedSharding(sharding.mesh, PartitionSpec()),
         compiler_options=compiler_options,
@@ -209,9 +199,7 @@ def make_train_chunk(
 def make_predict(model: ResNet, ten_crops: int = 0) -> Callable[[Any, jax.Array, dict], jax.Array]:
     """Makes `predict(variables, images, resident)`: logits [B, K] of uint8 images [B, H, W, C].
 
-    Args:
-      model: the net.
-      ten_crops: see `make_eval_chunk`; then they are logarithms of the averaged probabilities.
+    With `ten_crops`, see `make_eval_chunk`, they are logarithms of the averaged probabilities.
     """
 
     def predict(variables, images, resident):
@@ -233,18 +221,15 @@ def make_eval_chunk(
 ) -> Callable[[Any, dict, Any], dict[str, jax.Array]]:
     """Makes `eval_chunk(variables, resident, batches)`: sums over the examples of all batches.
 
-    Args:
-      model: the net.
-      sharding: of a batch's first axis.
-      ten_crops: side of the ten parts of an image, see `augment.ten_crops`, over which the net's
-        probabilities are averaged; 0: the whole image.
+    The net's probabilities are averaged over the `augment.ten_crops` of each image, of `ten_crops`
+    pixels a side; 0 scores the whole image. `sharding` is the one of a batch's first axis.
 
     Returns:
       A jitted function of `{"params": …, "batch_stats": …}`, resident and batches of k steps, in
       which a negative position or label stands for "no example". It returns `loss` (float32, summed
       cross-entropy), `confusion` (int32 [K, K], examples by label and prediction), `top5_wrong`
       (int32, examples whose label is none of the five likeliest) and `unreadable` (int32, examples
-      whose images cannot be read, counted in none of these).
+      whose images cannot be read, counted in none of the others).
     """
     predict = make_predict(model, ten_crops)
 
@@ -267,7 +252,7 @@ def make_eval_chunk(
         }
 
     def eval_chunk(variables, resident, batches):
-        if _length(batches) == 1:
+        if len(jax.tree.leaves(batches)[0]) == 1:
             return eval_step(variables, jax.tree.map(lambda x: x[0], batches), resident)
         sums = jax.lax.map(lambda b: eval_step(variables, b, resident), batches)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
@@ -282,8 +267,7 @@ def make_batch_statistics(
     """Makes `batch_statistics(variables, resident, batch, draw)`: `batch_stats` of one batch alone.
 
     Averaged over many training batches these replace the running statistics, as the authors of the
-    paper did for testing. `draw`, an int32 scalar, numbers the batch; the arguments are those of
-    `make_train_chunk`.
+    paper did for testing. `draw`, an int32 scalar, numbers the batch. See `make_train_chunk`.
     """
     fresh = model.clone(bn_momentum=0.0)
 

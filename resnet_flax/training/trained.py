@@ -16,8 +16,10 @@ from resnet_flax.errors import UserError
 from resnet_flax.models import layout
 from resnet_flax.runs import checkpoint, published, weights
 from resnet_flax.runs.directory import Directory
-from resnet_flax.training import feed, inputs, setup
+from resnet_flax.runs.weights import Weights
+from resnet_flax.training import inputs, setup
 from resnet_flax.training.setup import Setup
+from resnet_flax.training.state import abstract_variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +27,9 @@ class Source:
     """What a user named, read."""
 
     path: pathlib.Path  # As named.
-    weights: weights.Weights  # `training` holds "config", flat, and "steps".
+    weights: Weights  # `training` holds "config", flat, and "steps".
     directory: Directory | None = None  # Of the run, None for a weights file.
-    file: pathlib.Path | None = None  # Of the weights, None for a checkpoint.
-    sha256: str | None = None  # Of the file.
+    sha256: str | None = None  # Of the weights file, None for a checkpoint.
 
 
 def read_weights(source: str | pathlib.Path) -> Source:
@@ -36,7 +37,7 @@ def read_weights(source: str | pathlib.Path) -> Source:
     file, sha256 = published.locate(source)
     path = pathlib.Path(source)
     directory = Directory(path) if path.is_dir() else None
-    return Source(path, weights.load(file), directory, file, sha256)
+    return Source(path, weights.load(file), directory, sha256)
 
 
 def run_of(path: pathlib.Path) -> Directory:
@@ -51,7 +52,7 @@ def _is_checkpoint(path: pathlib.Path) -> bool:
     return path.name.isdigit() and path.resolve().parent.name == "checkpoints"
 
 
-def read_checkpoint(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
+def read_checkpoint(path: pathlib.Path, warn: Callable[[str], None]) -> Weights:
     """A checkpoint, or the newest one of a run's directory; jax's devices must be counted."""
     directory = run_of(path)
     if _is_checkpoint(path):
@@ -67,11 +68,10 @@ def read_checkpoint(path: pathlib.Path, warn: Callable[[str], None]) -> Source:
     names = tuple(directory.record.get("data", {}).get("class_names", ()))
     model = directory.model | {"shortcut": directory.record["shortcut"]}
     model["num_classes"] = model.get("num_classes") or len(names)
-    training = {"config": directory.config, "steps": step}
-    return Source(path, weights.Weights(model, variables, mean, std, names, training), directory)
+    return Weights(model, variables, mean, std, names, {"config": directory.config, "steps": step})
 
 
-def own_config(directory: Directory | None, loaded: weights.Weights | None) -> ConfigDict:
+def own_config(directory: Directory | None, loaded: Weights | None) -> ConfigDict:
     """The configuration that a run, or a weights file without one, holds."""
     stored = directory.config if directory else loaded.training.get("config")
     stored = dict(stored) if isinstance(stored, dict) else {}
@@ -81,11 +81,15 @@ def own_config(directory: Directory | None, loaded: weights.Weights | None) -> C
             stored.pop(key, None)
     if loaded is not None:
         stored |= {f"model.{key}": value for key, value in loaded.model.items()}
-    return unflatten(stored, base_config())
+    return unflatten(stored)
 
 
-def unflatten(flat: Mapping[str, Any], config: ConfigDict) -> ConfigDict:
-    """`config` with the values of a flat one, as JSON gives them; unknown keys are left out."""
+def unflatten(flat: Mapping[str, Any]) -> ConfigDict:
+    """A configuration with the values of a flat one, as JSON gives them.
+
+    Unknown keys are left out; missing ones stand at their defaults.
+    """
+    config = base_config()
     for key in flatten(config):
         if key in flat:
             value = flat[key]
@@ -101,19 +105,14 @@ class Trained:
     """A trained net with its data."""
 
     source: pathlib.Path  # As named.
-    file: pathlib.Path | None  # Of the weights.
-    sha256: str | None
-    weights: weights.Weights  # The outputs in the order of the data set's classes.
+    sha256: str | None  # Of the weights file, None for a checkpoint.
+    weights: Weights  # The outputs in the order of the data set's classes.
     run: Setup
 
-    def test_feed(self) -> feed.Feed:
-        """The test examples."""
-        return self.run.eval_feeds["test"]
-
-    def variables(self, scanned: bool = False) -> Any:
+    def variables(self, scanned: bool = False) -> dict[str, Any]:
         """`{"params": …, "batch_stats": …}` on all devices, in the canonical layout."""
-        template, name = self.run.abstract_variables(), str(self.file or self.source)
-        fitted = weights.fit(self.weights.variables, template, name)
+        template = abstract_variables(self.run.model)
+        fitted = weights.fit(self.weights.variables, template, str(self.source))
         fitted = layout.to_scanned(fitted) if scanned else fitted
         return sharding.put_tree(fitted, sharding.replicated(self.run.mesh))
 
@@ -127,15 +126,15 @@ def build(
     built = setup.build(config, dataset, mesh, (loaded.mean, loaded.std), warn)
     weights.check_model(loaded, built.describe_model(), name)
     loaded = weights.for_classes(loaded, dataset.class_names, name)
-    return Trained(source.path, source.file, source.sha256, loaded, built)
+    return Trained(source.path, source.sha256, loaded, built)
 
 
 class Loader:
     """Loads nets one after the other, for the same devices, each data set once."""
 
-    def __init__(self, data_dir: str | None = None, warn: Callable[[str], None] = print):
-        """Loads nothing yet. `data_dir` replaces the one where the run found its data."""
-        self._data_dir, self._warn = data_dir, warn
+    def __init__(self, data_dir: str | None = None):
+        """`data_dir` replaces the one where the run found its data."""
+        self._data_dir = data_dir
         self._mesh: Mesh | None = None
         self._datasets: dict[Any, Dataset] = {}
 
@@ -155,7 +154,7 @@ class Loader:
         dataset = self._load_data(config)
         if found.directory:
             found.directory.check_data(dataset.name, dataset.fingerprint)
-        return build(found, config, dataset, self._mesh, self._warn)
+        return build(found, config, dataset, self._mesh, print)
 
     def _load_data(self, config: ConfigDict) -> Dataset:
         geometry = inputs.make_geometry(config) if config.data.name in data.STREAMED else None
