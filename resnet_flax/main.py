@@ -1,6 +1,7 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
-import itertools
+import importlib.metadata
+import json
 import os
 import pathlib
 import signal
@@ -36,6 +37,8 @@ _CHECKPOINT_DIR = flags.DEFINE_string(
     "Where a new run's checkpoints lie, a directory or a URL (gs://BUCKET/RUN) of this run alone; "
     "default: <workdir>/checkpoints. A run whose workdir was lost goes on from there.",
 )
+_JSON = flags.DEFINE_bool("json", False, "Print the result, or the scores, as JSON.")
+_VERSION = flags.DEFINE_bool("version", False, "Print the version.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "One of several processes, on one machine or many, that train together."
 )
@@ -75,9 +78,18 @@ _MOVED = {
 }
 
 
-def _check_file(place: str) -> None:
-    """Raises a UserError if "configs/modern.py" or "configs/paper.py:plain20" is no text file."""
-    path = pathlib.Path(place.partition(":")[0])
+def _locate(place: str) -> str:
+    """Where the config file of "configs/modern.py:resnet56" lies: here, or with the package.
+
+    Raises:
+      UserError: there is no such text file.
+    """
+    given, colon, argument = place.partition(":")
+    path, package = pathlib.Path(given), pathlib.Path(__file__).parent
+    if path.parent == pathlib.Path("configs") and not path.exists():
+        # An installed package holds them; in a checkout they lie beside it.
+        folders = package / "configs", package.parent / "configs"
+        path = next((f / path.name for f in folders if (f / path.name).exists()), path)
     try:
         path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -87,9 +99,10 @@ def _check_file(place: str) -> None:
                 raise UserError(f"{path} is now --config={path.parent}/{file}.py:{net}") from error
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
-            f"cannot read the config file {str(path)!r}: {reason}; the project's are in configs/, "
+            f"cannot read the config file {given!r}: {reason}; the project's are in configs/, "
             "for example --config=configs/resnet20.py"
         ) from error
+    return f"{path}{colon}{argument}"
 
 
 def _parse(argv: list[str]) -> dict[str, str]:
@@ -99,11 +112,11 @@ def _parse(argv: list[str]) -> dict[str, str]:
     """
     given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
     rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
-    changes = {}
-    for argument, after in itertools.pairwise([*argv[1:], ""]):
+    changes, arguments = {}, iter(argv[1:])
+    for argument in arguments:
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag == "config":
-            _check_file(value if equals else after)
+            argument = f"--config={_locate(value if equals else next(arguments, ''))}"
         if not argument.startswith("-") or not flag.startswith("config."):
             rest.append(argument)
             continue
@@ -173,7 +186,7 @@ def _train(config: ConfigDict | None, _: dict[str, str]) -> None:
             f"{path}. The same command goes on from there."
         )
     else:
-        print(progress.summary(result, path))
+        print(json.dumps(result) if _JSON.value else progress.summary(result, path))
 
 
 def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
@@ -182,9 +195,9 @@ def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
-    text = scoring.score(config, directory, source, overrides=changes)
+    found = scoring.score(config, directory, source, overrides=changes)
     if distributed.is_first():
-        print(text)
+        print(json.dumps(found) if _JSON.value else scoring.describe(found))
 
 
 def _join() -> None:
@@ -196,6 +209,9 @@ def _join() -> None:
 
 
 def _main(changes: dict[str, str]) -> None:
+    if _VERSION.value:
+        print(f"resnet_flax {importlib.metadata.version('resnet_flax')}")
+        return
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")

@@ -6,7 +6,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from resnet_flax.errors import UserError
-from resnet_flax.runs import files, metrics
+from resnet_flax.runs import files, metrics, pictures
 from resnet_flax.runs.directory import Directory
 
 
@@ -69,7 +69,7 @@ def test_curves_and_events_are_written(tmp_path):
         log.write("train", step, {"error": 0.5 / step, "loss": 1.0})
     log.write("test", 2, {"error": 0.5})
     log.close()
-    metrics.draw_curves(log.records, tmp_path / "curves.png", "title")
+    pictures.draw_curves(log.records, tmp_path / "curves.png", "title")
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     (file,) = (tmp_path / "tensorboard").iterdir()
     assert "tfevents" in file.name

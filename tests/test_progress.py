@@ -1,8 +1,10 @@
 """What a run says of itself."""
 
+import queue
 import time
 
 from resnet_flax.runs import progress
+from tests.processes import HANG
 
 
 def test_time_left_does_not_count_what_came_before_the_first_steps(monkeypatch, capsys):
@@ -26,3 +28,16 @@ def test_several_seeds_say_where_the_curves_of_each_are(tmp_path):
     for seed in (3, 4):
         assert f"seed{seed}: resnet20 on cifar10: 10.00 % test error" in text
         assert f"{tmp_path}/seed{seed}/curves.png" in text
+
+
+def test_a_long_wait_is_said_on_a_terminal_only(monkeypatch):
+    monkeypatch.setattr(progress, "_PATIENCE", 1e-3)
+    shown, said = progress.Progress(), queue.Queue()
+    monkeypatch.setattr(shown, "say", said.put)
+    with shown.waiting("compiling"):
+        pass  # pytest has no terminal.
+    assert said.empty()
+    shown._terminal = True
+    with shown.waiting("compiling"):
+        lines = [said.get(timeout=HANG) for _ in range(3)]
+    assert lines == ["compiling: 0.001 s", "compiling: 0.002 s", "compiling: 0.004 s"]

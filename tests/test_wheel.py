@@ -1,14 +1,18 @@
 """The wheel, installed without the checkout: its configurations, published nets and commands."""
 
+import os
 import pathlib
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 
 import pytest
 
 from tests.conftest import ROOT
+
+TEXT = {"capture_output": True, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +41,9 @@ def installed(tmp_path_factory):
     return python
 
 
-TEXT = {"capture_output": True, "text": True}
-
-
 def run(python, cwd, *arguments):
-    done = subprocess.run([python, *arguments], cwd=cwd, **TEXT)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run([python, *arguments], cwd=cwd, env=environment, **TEXT)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -78,8 +80,6 @@ def test_commands_say_their_version(installed, tmp_path):
 
 
 def test_every_package_is_in_the_wheel():
-    import tomllib
-
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {p.parent for p in (ROOT / "resnet_flax").rglob("*.py")}
     found = {".".join(p.relative_to(ROOT).parts) for p in folders} | {"resnet_flax.configs"}

@@ -65,6 +65,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # Not the repository around a site-packages.
         dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/")
         return git("rev-parse", "HEAD") + ("+" if dirty else "")
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""The log of a run: `metrics.jsonl`, TensorBoard events, and the curves drawn from them.
+"""The log of a run: `metrics.jsonl` and TensorBoard events.
 
 A record is a dict with at least `step`, `split`, `error` (0 to 1) and `examples`. "train" records
 hold means over the steps since the one before.
@@ -6,7 +6,6 @@ hold means over the steps since the one before.
 
 import contextlib
 import errno
-import io
 import json
 import math
 import os
@@ -217,36 +216,3 @@ class _Events:
                 scalar = self._scalar(f"{record['split']}/{name}", value)
                 event = self._event(wall_time=time.time(), step=record["step"], summary=scalar)
                 self._writer.write_event(event)
-
-
-def draw_curves(records: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Writes a PNG of error against step in the style of [R Fig. 6]: training dashed, test bold."""
-    # Without pyplot: no global state, no display, and a third of the import time.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    styles = {
-        "train": {"linestyle": "--", "linewidth": 1, "color": "tab:blue"},
-        "validation": {"linestyle": "-", "linewidth": 1, "color": "tab:green"},
-        "test": {"linestyle": "-", "linewidth": 2, "color": "tab:red"},
-    }
-    top = 0.0
-    for split, style in styles.items():
-        points = [(r["step"], 100 * r["error"]) for r in of_split(records, split)]
-        if points:
-            steps, errors = zip(*points, strict=True)
-            marker = "o" if len(points) == 1 else None
-            # The last training record covers a few steps only: its number would say little.
-            label = split if split == "train" else f"{split} {errors[-1]:.2f} %"
-            axes.plot(steps, errors, label=label, marker=marker, **style)
-            top = max(top, *errors[len(errors) // 20 :])
-    axes.set(xlabel="step", ylabel="error (%)", title=title)
-    axes.set_ylim(0, max(1.0, 1.05 * min(top, 100)))
-    axes.grid(alpha=0.3)
-    if axes.get_lines():
-        axes.legend()
-    content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
-    write_atomically(path, content.getvalue())

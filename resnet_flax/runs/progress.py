@@ -1,10 +1,13 @@
 """What a person sees while a run goes on, and at its end."""
 
+import contextlib
 import io
 import os
 import pathlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -13,6 +16,9 @@ from resnet_flax.errors import UserError
 
 # Key of what a finished program of several seeds returns, see `train.train`.
 SEEDS = "seeds"
+
+# Seconds of silence before `Progress.waiting` says anything.
+_PATIENCE = 5
 
 
 class _Stream(io.FileIO):
@@ -103,6 +109,25 @@ class Progress:
         """Prints a line without disturbing the bar; of several processes only the first does."""
         if not self._process:
             self.warn(line)
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Says on a terminal how long `what` has lasted, after 5, 10, 20, … seconds."""
+        over = threading.Event()
+
+        def tell() -> None:
+            seconds = pause = _PATIENCE
+            while not over.wait(pause):
+                self.say(f"{what}: {seconds} s")
+                seconds, pause = 2 * seconds, seconds
+
+        thread = threading.Thread(target=tell, daemon=True)
+        if self._terminal and not self._process:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def warn(self, line: str) -> None:
         """Prints a line about this process."""

@@ -5,11 +5,11 @@ All errors in these files are fractions, 0 to 1.
 
 import dataclasses
 import pathlib
-import sys
 from typing import Any
 
 from resnet_flax.runs import files
-from resnet_flax.runs.metrics import draw_curves, of_split, recent_error
+from resnet_flax.runs.metrics import of_split, recent_error
+from resnet_flax.runs.pictures import draw_curves
 from resnet_flax.runs.weights import Weights, save
 
 
@@ -76,13 +76,7 @@ def write(
     training = {k: v for k, v in result.items() if k not in ("class_names", "test_confusion_last")}
     weights = dataclasses.replace(weights, training=training | weights.training)
     save(directory / "weights.safetensors", weights)
-    try:
-        title = f"{model['name']} on {facts['data']}"
-        draw_curves(records, directory / "curves.png", title)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # Matplotlib has found no place for its cache of fonts: no picture, but a result.
-        print(f"note: curves.png could not be drawn: {error}", file=sys.stderr)
+    title = f"{model['name']} on {facts['data']}"
+    draw_curves(records, directory / "curves.png", title)
     files.write_json(directory / "result.json", result)
     return result

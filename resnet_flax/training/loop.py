@@ -144,7 +144,8 @@ class Loop:
         if key not in self.programs:
             self._drain()
             chunk = group[0].setup.make_train_chunk(several=len(group) > 1)
-            self.programs[key] = compiled = chunk.lower(*arguments).compile()
+            with self.progress.waiting("compiling the training step"):
+                self.programs[key] = compiled = chunk.lower(*arguments).compile()
             hardware.check_memory(compiled, self.config.data.batch_size)
             cpu.limit_kept_memory(compiled)
         return self.programs[key]
@@ -194,7 +195,8 @@ class Loop:
         if not run.step or not due or run.log.has("test", run.step):
             return False
         self._drain()
-        scores = run.score(self._stopped)
+        with self.progress.waiting("evaluating"):
+            scores = run.score(self._stopped)
         if not scores:
             return False
         errors = ", ".join(f"{s} error {100 * v.error:.2f} %" for s, v in scores.items())

@@ -1,6 +1,7 @@
 """Evaluation of a run, a checkpoint or a weights file, as `--mode=evaluate` does it."""
 
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from resnet_flax.config import flatten, override, validate
 from resnet_flax.data.dataset import Dataset
 from resnet_flax.devices import distributed, hardware, randomness
 from resnet_flax.errors import UserError
-from resnet_flax.runs import environment, files
+from resnet_flax.runs import environment, files, pictures
 from resnet_flax.runs.weights import Weights
 from resnet_flax.training import inputs, setup, trained
 from resnet_flax.training.evaluate import MANY_CLASSES, Score
@@ -25,19 +26,20 @@ def score(
     source: str | None,
     warn: Callable[[str], None] = print,
     overrides: Mapping[str, str] | None = None,
-) -> str:
+) -> dict[str, Any]:
     """Scores a net on every example of the test (and validation) split.
 
     Args:
       config: None: the one of the run or of the weights file.
-      directory: of a run; `evaluation.json` is written there.
+      directory: of a run; `evaluation.json` and `confusion.png` are written there.
       source: a weights file, the name of published weights, a run's directory or one of its
         checkpoints; None: `directory`.
       warn: called with a line about each damaged checkpoint or unreadable image.
       overrides: changes, as text, of the configuration if that is None.
 
     Returns:
-      Loss, error and per-class errors as text.
+      The content of `evaluation.json`: "model", "source", "step", "class_names", the environment,
+      and for each split its score (see `Score.as_record`), with "confusion" below `MANY_CLASSES`.
 
     Raises:
       UserError: anything the user can mend.
@@ -58,16 +60,38 @@ def score(
     if start["is_run"]:
         # A weights file holds what is to be scored; a checkpoint what was trained.
         variables = net.run.evaluated(variables)
-    scores, step = net.run.score(variables), loaded.training.get("steps")
+    scores = net.run.score(variables)
+    found = {
+        "model": config.model.name,
+        "source": str(path),
+        "step": loaded.training.get("steps"),
+        "class_names": list(dataset.class_names),
+        **{split: _record(score) for split, score in scores.items()},
+        **environment.describe(mesh),
+    }
     if directory and distributed.is_first():
-        content = {name: s.as_record() for name, s in scores.items()}
-        files.write_json(
-            pathlib.Path(directory) / "evaluation.json",
-            {"source": str(path), "step": step, **content, **environment.describe(mesh)},
-        )
-    head = f"{config.model.name} from {path}" + (f", step {step}" if step is not None else "")
-    tables = [_table(name, s, dataset.class_names) for name, s in scores.items()]
-    return "\n".join([head, *tables])
+        folder = pathlib.Path(directory)
+        files.write_json(folder / "evaluation.json", found)
+        if "confusion" in found["test"]:
+            title = f"{config.model.name} on {dataset.name}, % of each class's test images"
+            matrix = scores["test"].confusion
+            pictures.draw_confusion(matrix, dataset.class_names, folder / "confusion.png", title)
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What `score` returns, as text: loss, error and the classes' errors of each split."""
+    step = f", step {found['step']}" if found["step"] is not None else ""
+    lines = [f"{found['model']} from {found['source']}{step}"]
+    for split in ("test", "validation"):
+        if split in found:
+            lines += _table(split, found[split], found["class_names"])
+    return "\n".join(lines)
+
+
+def _record(score: Score) -> dict[str, Any]:
+    few = len(score.confusion) < MANY_CLASSES
+    return score.as_record() | ({"confusion": score.confusion.tolist()} if few else {})
 
 
 def _configure(
@@ -108,16 +132,16 @@ def _read(path: pathlib.Path, dataset: Dataset, warn: Callable[[str], None]) -> 
     return vars(loaded) | {"class_names": list(loaded.class_names)}
 
 
-def _table(split: str, score: Score, class_names: tuple[str, ...]) -> str:
-    lines = [
-        f"{split}: error {100 * score.error:.2f} % ({score.wrong} of {score.examples} wrong), "
-        f"loss {score.loss:.4f}"
-    ]
-    if score.unreadable:
-        lines[0] += f"; {score.unreadable} images could not be read"
-    if len(score.confusion) >= MANY_CLASSES:
-        return f"{lines[0]}, top-5 error {100 * score.top5_error:.2f} %"
+def _table(split: str, score: dict[str, Any], class_names: list[str]) -> list[str]:
+    head = (
+        f"{split}: error {100 * score['error']:.2f} % ({score['wrong']} of {score['examples']} "
+        f"wrong), loss {score['loss']:.4f}"
+    )
+    if "unreadable" in score:
+        head += f"; {score['unreadable']} images could not be read"
+    if "top5_error" in score:
+        return [f"{head}, top-5 error {100 * score['top5_error']:.2f} %"]
     width = max(map(len, class_names))
-    for name, error in zip(class_names, score.class_errors(), strict=False):
-        lines.append(f"  {name:<{width}}  {100 * error:6.2f} %")
-    return "\n".join(lines)
+    errors = (math.nan if e is None else e for e in score["class_errors"])
+    pairs = zip(class_names, errors, strict=False)
+    return [head, *(f"  {name:<{width}}  {100 * error:6.2f} %" for name, error in pairs)]

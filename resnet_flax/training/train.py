@@ -85,9 +85,10 @@ def train(
         for run, own_mesh in zip(runs, seeds.meshes(mesh, len(runs)), strict=True):
             if run.result is None:
                 unfinished.append(run)
-                built = setup.build(
-                    run.config, run.dataset, own_mesh, run.preprocessing, progress.warn, put
-                )
+                with progress.waiting("preparing the data and the net"):
+                    built = setup.build(
+                        run.config, run.dataset, own_mesh, run.preprocessing, progress.warn, put
+                    )
                 run.begin(built, here, progress.say)
         stopped = None
         if unfinished:
