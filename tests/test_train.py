@@ -215,6 +215,36 @@ def test_a_run_whose_files_do_not_agree_is_refused(finished, tmp_path, alter, me
         scoring.score(None, str(tmp_path / "run"), None)
 
 
+def test_a_finished_run_goes_on_to_more_steps(finished, tmp_path):
+    given, shorter, before = finished
+    config = given.copy_and_resolve_references()
+    shutil.copytree(shorter, tmp_path / "run")
+    config.train.total_steps = 18
+    whole = train.train(config, tmp_path / "whole")
+    result = train.train(config, tmp_path / "run")
+    assert (result["steps"], result["test_loss_last"]) == (18, whole["test_loss_last"])
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert (record["extended"], record["total_steps"]) == ([{"from": 12, "to": 18}], 18)
+    kept = json.loads((tmp_path / "run/result_12.json").read_text())
+    assert kept["test_error_last"] == before["test_error_last"]
+    config.train.total_steps = 12  # Not back again.
+    with pytest.raises(UserError, match=r"another config.*train\.total_steps: 18 -> 12"):
+        train.train(config, tmp_path / "run")
+    config.train.total_steps, config.seed = 24, 1
+    with pytest.raises(UserError, match="seed: 0 -> 1; train.total_steps: 18 -> 24"):
+        train.train(config, tmp_path / "run")
+
+
+def test_a_cosine_does_not_grow_longer(small_config, tmp_path):
+    small_config.optim.schedule = "cosine"
+    small_config.train.total_steps = 1
+    train.train(small_config, tmp_path / "run")
+    small_config.train.total_steps = 2
+    with pytest.raises(UserError, match=r"another config.*train\.total_steps: 1 -> 2"):
+        train.train(small_config, tmp_path / "run")
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
     small_config.optim.learning_rate = 1e6
     small_config.data.normalize = "pixel_mean"

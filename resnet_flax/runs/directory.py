@@ -90,6 +90,29 @@ class Directory:
                             p.rmdir()
                 raise
 
+    def extend(self, config: dict[str, Any]) -> None:
+        """Lets a run go on to a larger `train.total_steps`, if the learning rates stay the same.
+
+        `config` is as for `check_config`, which refuses what does not fit. The result so far is
+        kept under a name with its step, and `run.json` lists the extension.
+        """
+        key = "train.total_steps"
+        old, new = self.config.get(key, config[key]), config[key]
+        in_steps = not (config["train.total_epochs"] or config["train.total_examples"])
+        if not (old < new and in_steps and config["optim.schedule"] != "cosine"):
+            return
+        extended = self.config | {key: new}
+        if _differing(extended, config, OPERATIONAL_KEYS):
+            return
+        for name in ("result.json", "weights.safetensors", "evaluation.json"):
+            path = self.path / name
+            if path.exists():
+                path.rename(path.with_stem(f"{path.stem}_{old}"))
+        history = [*self.record.get("extended", []), {"from": old, "to": new}]
+        self.config, self.record = extended, self.record | {"total_steps": new, "extended": history}
+        files.write_json(self.path / "config.json", self.config)
+        files.write_json(self.path / "run.json", self.record)
+
     def check_config(self, config: dict[str, Any], sections: Collection[str] = ()) -> None:
         """Refuses another configuration than the run's; the `UserError` names the keys.
 
