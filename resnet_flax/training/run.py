@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from resnet_flax import models
@@ -19,8 +20,9 @@ from resnet_flax.models import layout
 from resnet_flax.runs import checkpoint, result, weights
 from resnet_flax.runs.directory import Directory
 from resnet_flax.runs.metrics import Log, RunLog
+from resnet_flax.runs.progress import Progress
+from resnet_flax.training import setup
 from resnet_flax.training.evaluate import Score
-from resnet_flax.training.setup import Setup
 from resnet_flax.training.state import TrainState, abstract_variables
 from resnet_flax.training.trained import Source
 
@@ -44,14 +46,13 @@ class History:
 
 
 class Run:
-    """A run: `find_start`, `begin`, training by the loop, `write_result`.
+    """A run; its life is `find_start`, `begin`, training by the loop, `write_result`.
 
     Attributes:
       config: as given, of one seed.
       path: of its directory.
       directory: what is in there; the caller sets it, on the first process only.
       dataset: the caller sets it.
-      preprocessing: (mean, std) that the run must use; None: the training set's own.
       result: content of `result.json`; None before the run is finished.
       setup: the net and its compiled functions.
       state: on the devices.
@@ -71,25 +72,26 @@ class Run:
         self.scores: dict[str, Score] = {}
         self._writer: checkpoint.Writer | None = None
 
-    def find_start(self, checkpoint_dir: str | None, say: Callable[[str], None]) -> None:
+    def find_start(self, checkpoint_dir: str | None, warn: Callable[[str], None]) -> None:
         """Reads the newest checkpoint and, of a finished run, the result.
 
-        `checkpoint_dir` as in `train`; `say` is called with lines for the user.
+        `checkpoint_dir` as in `train`; `warn` is called with a line about each damaged checkpoint.
 
         Raises:
           UserError: the directory or the checkpoints are damaged, or of another run.
         """
-        start = distributed.share(lambda: self._read_start(checkpoint_dir, say))
-        self.preprocessing, self.result = start["preprocessing"], start["result"]
-        self._place, self._tree, self._record = (start[k] for k in ("place", "tree", "record"))
-        if self.result is not None:
-            say(f"the run in {self.path} is finished")
+        start = distributed.share(lambda: self._read_start(checkpoint_dir, warn))
+        self.result, self._place = start["result"], start["place"]
+        self._preprocessing = start["preprocessing"]
+        self._tree, self._record = start["tree"], start["record"]
 
-    def _read_start(self, checkpoint_dir: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+    def _read_start(
+        self, checkpoint_dir: str | None, warn: Callable[[str], None]
+    ) -> dict[str, Any]:
         directory, dataset, initial = self.directory, self.dataset, self._initial
         directory.check_data(dataset.name, dataset.fingerprint)
         place = directory.checkpoints(checkpoint_dir)
-        found = checkpoint.read_newest(checkpoint.locate(place), say, set_aside=True)
+        found = checkpoint.read_newest(checkpoint.locate(place), warn, set_aside=True)
         directory.check_initial_weights(initial and initial.sha256, resuming=found is not None)
         preprocessing = directory.preprocessing()
         if preprocessing is None and initial:
@@ -116,12 +118,20 @@ class Run:
         """What a checkpoint remembers of the run, in case its directory is lost."""
         return {"config": flatten(self.config), "fingerprint": self.dataset.fingerprint}
 
-    def begin(self, setup: Setup, environment: dict[str, Any], say: Callable[[str], None]) -> None:
-        """Puts the state on the devices and opens the log and the checkpoints.
+    def begin(
+        self,
+        mesh: Mesh,
+        put: Callable[..., jax.Array],
+        environment: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Puts data and state on the devices, and opens the log and the checkpoints.
 
-        The state is the newest checkpoint's, or made from the initial weights or the seed.
+        The state is the newest checkpoint's, or made from the initial weights or the seed. `put` is
+        for `setup.build`; `environment` becomes part of `run.json` and of the result.
         """
-        self.setup, self._environment = setup, environment
+        preprocessing, self._environment = self._preprocessing, environment
+        self.setup = setup.build(self.config, self.dataset, mesh, preprocessing, progress.warn, put)
         self.state = self._first_state()
         self.step = int(jax.device_get(self.state.step))
         self._checkpoints, record = epath.Path(self._place), self._record or {}
@@ -131,9 +141,9 @@ class Run:
         self.history = History(**{name: record[name] for name in kept})
         log = None
         if self.directory is not None:
-            self._write_start(say)
-            log = RunLog(self.path, self.step, setup.config.log.tensorboard)
-            self._writer = checkpoint.Writer(self._checkpoints, setup.config.checkpoint.keep)
+            self._write_start(progress.say)
+            log = RunLog(self.path, self.step, self.config.log.tensorboard)
+            self._writer = checkpoint.Writer(self._checkpoints, self.config.checkpoint.keep)
         records = distributed.share(lambda: log.records)
         self.log = log or Log(records)
 
@@ -149,35 +159,35 @@ class Run:
 
     def _fit_initial(self, head: dict[str, np.ndarray]) -> dict[str, Any]:
         """The initial weights, with `head` as the last layer if the classes are others."""
-        setup, loaded, name = self.setup, self._initial.weights, str(self._initial.path)
-        model, variables = setup.describe_model(), loaded.variables
+        built, loaded, name = self.setup, self._initial.weights, str(self._initial.path)
+        model, variables = built.describe_model(), loaded.variables
         renamed = loaded.class_names and loaded.class_names != self.dataset.class_names
         if renamed or loaded.model.get("num_classes") != model["num_classes"]:
             del model["num_classes"]
             variables = {**variables, "params": {**variables["params"], "head": head}}
         weights.check_model(loaded, model, name)
-        return weights.fit(variables, abstract_variables(setup.model), name)
+        return weights.fit(variables, abstract_variables(built.model), name)
 
     def _write_start(self, say: Callable[[str], None]) -> None:
-        setup, dataset, draw = self.setup, self.dataset, self.dataset.validation_draw
+        built, dataset, draw = self.setup, self.dataset, self.dataset.validation_draw
         usual = str(self.path / "checkpoints")
-        began_on = self.directory.record.get("devices", setup.mesh.size)
-        if began_on != setup.mesh.size:
+        began_on = self.directory.record.get("devices", built.mesh.size)
+        if began_on != built.mesh.size:
             say(
-                f"note: the run began on {began_on} device(s) and goes on with {setup.mesh.size}: "
+                f"note: the run began on {began_on} device(s) and goes on with {built.mesh.size}: "
                 "the results agree up to rounding, not to the bit"
             )
         record = {
-            "model": setup.config.model.name,
-            "shortcut": setup.describe_model()["shortcut"],
-            "devices": setup.mesh.size,
+            "model": built.config.model.name,
+            "shortcut": built.describe_model()["shortcut"],
+            "devices": built.mesh.size,
             "init_weights": self._initial and self._initial.sha256,
             # Not if it is the usual place: directories are moved.
             "checkpoint_dir": None if self._place == usual else self._place,
-            "dtype": str(np.dtype(setup.model.dtype)),
-            "parameters": setup.count_parameters(),
-            "weighted_layers": models.get_architecture(setup.config.model.name).weighted_layers,
-            "total_steps": setup.config.train.total_steps,
+            "dtype": str(np.dtype(built.model.dtype)),
+            "parameters": built.count_parameters(),
+            "weighted_layers": models.get_architecture(built.config.model.name).weighted_layers,
+            "total_steps": built.config.train.total_steps,
             "data": {
                 "name": dataset.name,
                 "fingerprint": dataset.fingerprint,
@@ -189,7 +199,7 @@ class Run:
             },
         }
         start = {"step": self.step, **self._environment}
-        preprocessing = setup.mean, setup.std
+        preprocessing = built.mean, built.std
         self.directory.write_start(flatten(self.config), record, preprocessing, start)
 
     def read(self, first: int, sums: dict[str, np.ndarray], seconds: float) -> str | None:
@@ -265,14 +275,14 @@ class Run:
 
     def write_result(self) -> None:
         """Writes what a finished run leaves, see `result.write`; the last step must be scored."""
-        setup, test = self.setup, self.scores["test"]
+        built, test = self.setup, self.scores["test"]
         trained = weights.Weights(
-            model=setup.describe_model(),
+            model=built.describe_model(),
             variables=self._evaluated,
-            mean=setup.mean,
-            std=setup.std,
+            mean=built.mean,
+            std=built.std,
             class_names=self.dataset.class_names,
-            training={"config": flatten(setup.config)},
+            training={"config": flatten(built.config)},
         )
         self.result = result.write(
             self.path,
@@ -283,7 +293,7 @@ class Run:
             facts={
                 "data": self.dataset.name,
                 "seed": self.config.seed,
-                "steps": setup.config.train.total_steps,
+                "steps": built.config.train.total_steps,
             },
             epoch=len(self.dataset.train),
             costs={

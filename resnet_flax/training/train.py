@@ -81,22 +81,17 @@ def train(
         for run, own in zip(runs, datasets, strict=True):
             run.dataset = own
             run.find_start(checkpoint_dir, progress.say)
+            if run.result is not None:
+                progress.say(f"the run in {run.path} is finished")
         put = feed.put_once()
-        unfinished = []
         for run, own_mesh in zip(runs, seeds.meshes(mesh, len(runs)), strict=True):
             if run.result is None:
-                unfinished.append(run)
                 with progress.waiting("preparing the data and the net"):
-                    built = setup.build(
-                        run.config, run.dataset, own_mesh, run.preprocessing, progress.warn, put
-                    )
-                run.begin(built, here, progress.say)
-        stopped = None
-        if unfinished:
+                    run.begin(own_mesh, put, here, progress)
+        if unfinished := [run for run in runs if run.result is None]:
             progress.say(_describe(unfinished[0].setup, len(unfinished), here["hardware"]))
-            stopped = Loop(unfinished, progress).run()
-    if stopped:
-        return stopped
+            if stopped := Loop(unfinished, progress).run():
+                return stopped
     if not distributed.is_first():
         return {}
     return {SEEDS: [run.result for run in runs]} if len(runs) > 1 else runs[0].result
@@ -111,7 +106,7 @@ def _known_model(
     return config.model.to_dict()
 
 
-def _describe(built: Setup, count: int, hardware: str) -> str:
+def _describe(built: Setup, count: int, devices: str) -> str:
     """What is about to be trained, on what data and devices."""
     several = f"{count} seeds of " if count > 1 else ""
     how = "; convolutions in the way of a CPU" if built.model.cpu_convolutions else ""
@@ -121,5 +116,5 @@ def _describe(built: Setup, count: int, hardware: str) -> str:
         how += f"\nnote: a batch of {batch} holds images more than once, as there are {images}"
     return (
         f"{several}{built.config.model.name}, {built.count_parameters():,} parameters, on "
-        f"{images:,} images of {built.dataset.name}; {hardware}{how}"
+        f"{images:,} images of {built.dataset.name}; {devices}{how}"
     )
