@@ -28,10 +28,6 @@ ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "validation": "ILSVRC2012_img_v
 _PUBLISHED_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}  # TFDS's checksums.tsv
 
 
-_Found = tuple[list[Source], tuple[str, ...], str]
-"""The sources of `SIZES`, the synset of each label, and a SHA-256 (hex)."""
-
-
 def load(
     data_dir: str | os.PathLike | None,
     archives: str | os.PathLike | None,
@@ -58,7 +54,10 @@ def load(
     return dataset.Dataset(NAME, train, None, test, synsets, fingerprint)
 
 
-def _open_archives(root: pathlib.Path, archives: str | os.PathLike | None) -> _Found:
+# Both return a source for each of `SIZES`, the synset of each label, and the fingerprint.
+def _open_archives(
+    root: pathlib.Path, archives: str | os.PathLike | None
+) -> tuple[list[Source], tuple[str, ...], str]:
     folder = pathlib.Path(os.path.expanduser(archives or root / "downloads" / "manual"))
     absent = [file for file in ARCHIVES.values() if not (folder / file).is_file()]
     if absent:
@@ -70,11 +69,11 @@ def _open_archives(root: pathlib.Path, archives: str | os.PathLike | None) -> _F
     synsets = _tfds_lines("labels.txt")
     sources, digest = [], hashlib.sha256()
     for split, file in ARCHIVES.items():
-        path = folder / file
-        make = functools.partial(_index, split, path, synsets)
-        index = decoded.read(f"{NAME}-{split}", path, make)
+        make_index = functools.partial(_index, split, folder / file, synsets)
+        index = decoded.read(f"{NAME}-{split}", folder / file, make_index)
         digest.update(index["digest"])
-        sources.append(ArchiveSource(path, index["offsets"], index["sizes"], index["classes"]))
+        arrays = index["offsets"], index["sizes"], index["classes"]
+        sources.append(ArchiveSource(folder / file, *arrays))
     return sources, synsets, digest.hexdigest()
 
 
@@ -104,7 +103,7 @@ class PreparedSource(tfds_files.Examples):
             return position
 
 
-def _open_prepared(directory: pathlib.Path) -> _Found:
+def _open_prepared(directory: pathlib.Path) -> tuple[list[Source], tuple[str, ...], str]:
     info = tfds_files.read_info(NAME, directory=directory, sizes=SIZES, classes=CLASSES)
     paths = [path for split in SIZES for path in info.splits[split].filepaths]
     absent = [path for path in paths if not os.path.exists(path)]
@@ -184,7 +183,8 @@ def _index(split: str, path: pathlib.Path, synsets: tuple[str, ...]) -> decoded.
     offsets, sizes, classes = np.array([images[name] for name in order], np.int64).T
     digest = hashlib.sha256(split.encode())
     for name in order:
-        digest.update("{} {} {}\n".format(name, *images[name][1:]).encode())
+        _, size, label = images[name]
+        digest.update(f"{name} {size} {label}\n".encode())
     return {
         "offsets": offsets,
         "sizes": sizes,

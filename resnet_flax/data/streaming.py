@@ -1,4 +1,4 @@
-"""Images too many for memory: read, decoded and cropped ahead of their use, batch by batch."""
+"""Data sets too large for memory: images are decoded and cropped ahead of their use."""
 
 import dataclasses
 import gc
@@ -20,15 +20,17 @@ PADDING, UNREADABLE = -1, -2
 
 
 class Source(Protocol):
-    """Encoded images by number, of known length; picklable: worker processes get a copy."""
+    """N encoded images; picklable, as each worker process gets a copy."""
 
     labels: np.ndarray  # int32 [N]; may take a while
 
+    def __len__(self) -> int: ...
+
     def read(self, index: int) -> tuple[bytes, int]:
-        """Content of an image file, and its label."""
+        """Content of an image file, and its label; raises OSError."""
 
     def name(self, index: int) -> str:
-        """What messages call the image."""
+        """The image's name in messages."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,9 +58,8 @@ def find(name: str, *, data_dir: pathlib.Path, version: str) -> pathlib.Path | N
             return data_dir
         found = _versions(data_dir / name) or _versions(data_dir)
         if found:
-            return found.get(version) or max(
-                found.values(), key=lambda path: [int(number) for number in path.name.split(".")]
-            )
+            newest = max(found, key=lambda name: [int(number) for number in name.split(".")])
+            return found.get(version) or found[newest]
         occupied = data_dir / name / version
         if occupied.is_dir() and any(occupied.iterdir()):
             raise UserError(
