@@ -121,8 +121,8 @@ def prepared(tmp_path):
 
 def load(data_dir, archives=None):
     data_dir.mkdir(exist_ok=True)
-    parts, *rest = imagenet.load(data_dir, archives)
-    return parts["train"][0], parts["test"][0], *rest
+    found = imagenet.load(data_dir, archives, None)
+    return found.train.source, found.test.source, found.class_names, found.fingerprint
 
 
 @pytest.mark.parametrize("kind", ["archives", "prepared"])

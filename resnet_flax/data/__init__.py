@@ -2,8 +2,8 @@
 
 import os
 
-from resnet_flax.data import arrays, cifar, dataset, digits, folder, imagenet, streaming
-from resnet_flax.data.dataset import Dataset, check_split
+from resnet_flax.data import arrays, cifar, digits, folder, imagenet, streaming
+from resnet_flax.data.dataset import Dataset, check_split, for_seed
 from resnet_flax.errors import UserError, did_you_mean
 
 NAMES = ("cifar10", "cifar100", "digits", "folder", imagenet.NAME)
@@ -51,15 +51,13 @@ def load(
             f"unknown data set {name!r}{did_you_mean(name, NAMES, 0.5)}; "
             f"the known ones are {', '.join(NAMES)}"
         )
-    split = check_split(split)  # Before a preparation that may take hours.
+    check_split(split)  # Before a preparation that may take hours.
     if name == "folder":
-        found = folder.load(data_dir)
+        whole = folder.load(data_dir, geometry)
     elif name == imagenet.NAME:
-        found = imagenet.load(data_dir, archive)
+        whole = imagenet.load(data_dir, archive, geometry)
     elif name == "digits":
-        found = digits.load()
+        whole = digits.load()
     else:
-        found = cifar.load(name, data_dir, archive, mirror)
-    if name in STREAMED:
-        return streaming.assemble(name, *found, split=split, seed=seed, geometry=geometry)
-    return dataset.assemble(name, *found, split=split, seed=seed)
+        whole = cifar.load(name, data_dir, archive, mirror)
+    return for_seed(whole, split, seed)

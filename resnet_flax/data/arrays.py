@@ -33,23 +33,25 @@ def load(
     Raises:
       UserError: the arrays have other types or shapes, or do not fit together.
     """
-    whole = _check("the training", *train)
+    given = _check("the training", *train)
     if test is None:
-        kept, drawn = dataset.hold_out(whole.labels, seed=0)
-        examples, tests = whole.take(kept), whole.take(drawn)
+        kept, drawn = dataset.hold_out(given.labels, seed=0)
+        examples, tests = given.take(kept), given.take(drawn)
     else:
-        examples, tests = whole, _check("the test", *test)
+        examples, tests = given, _check("the test", *test)
     if tests.image_shape != examples.image_shape:
         raise UserError(
             f"the test images are {tests.image_shape}, the training images {examples.image_shape}"
         )
     if not len(tests):
         raise UserError("there are no test images: give `test`, or two images of a class")
-    classes = 1 + max(int(labels.max()) for labels in (whole.labels, tests.labels))
+    classes = 1 + max(int(labels.max()) for labels in (given.labels, tests.labels))
     names = tuple(class_names or map(str, range(classes)))
     if len(names) < classes:
         raise UserError(f"class_names has {len(names)} names, but the labels go to {classes - 1}")
-    return dataset.assemble(NAME, examples, tests, names, split=split, seed=seed)
+    fingerprint = dataset.fingerprint(examples, tests)
+    whole = dataset.Dataset(NAME, examples, None, tests, names, fingerprint)
+    return dataset.for_seed(whole, split, seed)
 
 
 def _check(name: str, images: np.ndarray, labels: np.ndarray) -> dataset.Split:

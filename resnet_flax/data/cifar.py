@@ -19,19 +19,16 @@ SIZES = {"train": 50_000, "test": 10_000}
 CLASSES = {"cifar10": 10, "cifar100": 100}
 
 
-def load(
-    name: str, data_dir, archive, mirror
-) -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
-    """The training set, the test set and the names of the classes; see `resnet_flax.data.load`."""
+def load(name: str, data_dir, archive, mirror) -> dataset.Dataset:
+    """CIFAR without a validation split; see `resnet_flax.data.load`."""
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(name, data_dir=root, version=VERSION)
     if directory is None:
         directory = _prepare(name, root, archive, mirror)
     arrays = decoded.read(name, directory, lambda: _decode(name, directory))
-    train, test = (
-        dataset.Split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in SIZES
-    )
-    return train, test, tuple(arrays["class_names"].tolist())
+    train, test = (dataset.Split(arrays[f"{s}_images"], arrays[f"{s}_labels"]) for s in SIZES)
+    class_names, fingerprint = arrays["class_names"].tolist(), dataset.fingerprint(train, test)
+    return dataset.Dataset(name, train, None, test, tuple(class_names), fingerprint)
 
 
 def _prepare(name: str, data_dir: pathlib.Path, archive, mirror) -> pathlib.Path:
@@ -42,7 +39,7 @@ def _prepare(name: str, data_dir: pathlib.Path, archive, mirror) -> pathlib.Path
     def obtain():
         content = given or archives.read(download.obtain(name, sources, data_dir), name)
         print(f"Preparing {name} in {data_dir} (once; less than a minute)", file=sys.stderr)
-        return {part: _examples(content, part) for part in SIZES}, content.class_names
+        return {split: _examples(content, split) for split in SIZES}, content.class_names
 
     return tfds_files.prepare(name, version=VERSION, data_dir=data_dir, obtain=obtain)
 
@@ -64,11 +61,11 @@ def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
     """Both splits in canonical order, and the names of the classes."""
     info = tfds_files.read_info(name, directory=directory, sizes=SIZES, classes=CLASSES[name])
     arrays = {"class_names": np.array(info.features["label"].names)}
-    for part, size in SIZES.items():
+    for split, size in SIZES.items():
         images, labels = np.empty((size, *SHAPE), np.uint8), np.empty(size, np.int32)
         try:
             # Threads would make it slower: most of the time is Python's own, per image.
-            for index, example in enumerate(tfds_files.Examples(directory, part)):
+            for index, example in enumerate(tfds_files.Examples(directory, split)):
                 with Image.open(io.BytesIO(example["image"])) as opened:
                     image = np.asarray(opened)
                 # Assignment would broadcast a wrong shape and wrap a wrong dtype.
@@ -76,11 +73,11 @@ def _decode(name: str, directory: pathlib.Path) -> decoded.Arrays:
                     raise ValueError(f"example {index} is {image.dtype} {image.shape}, not {SHAPE}")
                 images[index], labels[index] = image, example["label"]
         except Exception as error:  # Pillow raises many kinds.
-            files = " or ".join(os.fspath(path) for path in info.splits[part].filepaths)
+            files = " or ".join(os.fspath(path) for path in info.splits[split].filepaths)
             raise UserError(
                 f"cannot read {files}: {first_line(error)}\n"
                 f"Delete {directory} to have {name} prepared again, or give another data_dir."
             ) from error
-        split = dataset.canonical(images, labels)
-        arrays |= {f"{part}_images": split.images, f"{part}_labels": split.labels}
+        found = dataset.canonical(images, labels)
+        arrays |= {f"{split}_images": found.images, f"{split}_labels": found.labels}
     return arrays

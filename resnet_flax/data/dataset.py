@@ -27,6 +27,10 @@ class Split:
         """A copy of the examples at `positions`."""
         return Split(self.images[positions], self.labels[positions])
 
+    def divide(self, kept: np.ndarray, drawn: np.ndarray) -> tuple["Part", "Part"]:
+        """The examples at `kept`, to train on, and at `drawn`, to validate on."""
+        return Part(self, kept.astype(np.int32)), Part(self, drawn.astype(np.int32))
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -55,8 +59,7 @@ class Part:
 class Dataset:
     """A data set in canonical order.
 
-    A split is a `Split` or `Part` in memory, or a `streaming.StreamedSplit`; all have a length and
-    an `image_shape`.
+    Its splits are in memory, or each is a `streaming.StreamedSplit`.
 
     Attributes:
       fingerprint: SHA-256 (hex) of the whole training set and the test set in canonical order. It
@@ -67,12 +70,12 @@ class Dataset:
     """
 
     name: str
-    train: Split
-    validation: Split | None
+    train: Split | Part
+    validation: Split | Part | None
     test: Split
     class_names: tuple[str, ...]
     fingerprint: str
-    validation_draw: tuple[int, ...] | None
+    validation_draw: tuple[int, ...] | None = None
 
 
 def canonical(images: np.ndarray, labels: np.ndarray) -> Split:
@@ -89,7 +92,7 @@ def canonical(images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def fingerprint(train: Split, test: Split) -> str:
-    """SHA-256 (hex) of shapes, pixels and little-endian int32 labels of both splits."""
+    """SHA-256 (hex) of the shapes, pixels and little-endian int32 labels of both splits."""
     digest = hashlib.sha256()
     for name, split in (("train", train), ("test", test)):
         digest.update(f"{name} {split.images.shape}\n".encode())
@@ -129,28 +132,24 @@ def check_split(split: str) -> str:
     )
 
 
-def assemble(
-    name: str, train: Split, test: Split, class_names: tuple[str, ...], *, split: str, seed: int
-) -> Dataset:
-    """Makes a `Dataset` of two splits in canonical order, and holds out what `split` says."""
-    whole = Dataset(name, train, None, test, class_names, fingerprint(train, test), None)
-    found = for_seed(whole, split, seed)
-    if found is whole:
-        return whole
-    # Copied, so that the devices get the training examples only.
-    copies = {k: train.take(getattr(found, k).positions) for k in ("train", "validation")}
-    return dataclasses.replace(found, **copies)
-
-
 def for_seed(whole: Dataset, split: str, seed: int) -> Dataset:
-    """Holds out what `split` says of a data set in memory that has no validation split yet.
+    """Holds a tenth out of the whole training set to validate on, if `split` is "45k/5k".
 
     The images are not copied: several seeds share them.
+
+    Raises:
+      UserError: there is a validation split already, or too few images to hold any out.
     """
     if check_split(split) == "all":
         return whole
+    if whole.validation is not None:
+        raise UserError(
+            f"{whole.name} has a validation split of its own: set config.data.split=all"
+        )
     kept, drawn = hold_out(whole.train.labels, seed=seed)
-    train, validation = (Part(whole.train, p.astype(np.int32)) for p in (kept, drawn))
+    if not len(drawn):
+        raise UserError(f"config.data.split={split} would hold no image of {whole.name} out")
+    train, validation = whole.train.divide(kept, drawn)
     return dataclasses.replace(
         whole, train=train, validation=validation, validation_draw=tuple(drawn.tolist())
     )

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import tempfile
+import uuid
 from collections.abc import Callable
 
 import numpy as np
@@ -27,21 +27,16 @@ def read(name: str, source: pathlib.Path, load: Callable[[], Arrays]) -> Arrays:
     with contextlib.suppress(Exception), path.open("rb") as file:
         return dict(np.load(file, allow_pickle=False))
     arrays = load()
+    part = folder / f"{path.name}.{uuid.uuid4().hex}.part"
     with contextlib.suppress(OSError):  # The disk may be full.
-        _write(path, arrays)
+        try:
+            with part.open("wb") as file:
+                np.savez(file, **arrays)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         cache.make_room(folder)
     return arrays
-
-
-def _write(path: pathlib.Path, arrays: Arrays) -> None:
-    handle, part = tempfile.mkstemp(".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
 
 
 def _identify(source: pathlib.Path) -> str:

@@ -5,8 +5,8 @@ import numpy as np
 from resnet_flax.data import dataset
 
 
-def load() -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
-    """The training set, the test set and the names of the classes.
+def load() -> dataset.Dataset:
+    """The digits, without a validation split.
 
     scikit-learn's `load_digits` has 8x8 images with values 0..16, the test part of UCI's "Optical
     Recognition of Handwritten Digits". Each pixel becomes a block of 4x4, scaled to 0..255, in
@@ -21,4 +21,7 @@ def load() -> tuple[dataset.Split, dataset.Split, tuple[str, ...]]:
     everything = dataset.canonical(images, bunch.target)
     # The test set is the same for every run.
     kept, drawn = dataset.hold_out(everything.labels, parts=5, seed=0)
-    return everything.take(kept), everything.take(drawn), tuple(map(str, bunch.target_names))
+    train, test = everything.take(kept), everything.take(drawn)
+    names = tuple(map(str, bunch.target_names))
+    fingerprint = dataset.fingerprint(train, test)
+    return dataset.Dataset("digits", train, None, test, names, fingerprint)

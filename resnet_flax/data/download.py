@@ -59,19 +59,13 @@ def obtain(name: str, sources: list[tuple[str, str]], data_dir: pathlib.Path) ->
                 return path
     failures = []
     for url, stem in sources:
-        sha256 = ARCHIVES[name][stem]
         try:
-            if not url.startswith("file:"):
-                return _download(url, sha256, folder / f"{stem}.tar.gz")
-            path = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
-            if _has(path, sha256):
-                return path
-            failures.append(f"{url} is absent, or not the published archive")
+            return _fetch(url, ARCHIVES[name][stem], folder / f"{stem}.tar.gz")
         except _SourceError as error:
             failures.append(str(error))
+            print(f"Cannot download: {error}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"cannot download into {folder}: {first_line(error)}") from error
-        print(f"Cannot download: {failures[-1]}", file=sys.stderr)
     raise UserError(
         f"there is no prepared {name} in {data_dir}, and it cannot be downloaded "
         f"({'; '.join(failures)}).\n"
@@ -86,8 +80,13 @@ def _has(path: pathlib.Path, sha256: str) -> bool:
     return False
 
 
-def _download(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
+def _fetch(url: str, sha256: str, path: pathlib.Path) -> pathlib.Path:
     """Downloads a file to `path`, continuing what an earlier attempt has left."""
+    if url.startswith("file:"):
+        there = pathlib.Path(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
+        if not _has(there, sha256):
+            raise _SourceError(f"{url} is absent, or not the published archive")
+        return there
     # They take a tenth of a second to import, and are rarely needed.
     import requests
     import urllib3

@@ -40,9 +40,9 @@ class FolderSource:
 
 
 def load(
-    data_dir: str | os.PathLike | None,
-) -> tuple[dict[str, streaming.Examples], tuple[str, ...], str]:
-    """Finds the images of a folder: the examples of each split, class names, and a fingerprint.
+    data_dir: str | os.PathLike | None, geometry: streaming.Geometry | None
+) -> dataset.Dataset:
+    """Finds the images of a folder.
 
     `data_dir` has a folder of classes for each split: `train/cats/1.jpg`, `test/cats/2.jpg` and
     perhaps `val/cats/3.jpg`. Upper case and other usual names will do, and `val` without `test` is
@@ -61,29 +61,30 @@ def load(
     if not root.is_dir():
         raise UserError(f"config.data.data_dir={root} is not a folder")
     roots = _split_roots(root)
-    train = roots["train"]
-    class_names = tuple(_folders(train))
+    class_names = tuple(_folders(roots["train"]))
     if len(class_names) < 2:
         raise UserError(
-            f"{train} has {len(class_names)} sub-folders; it must have one for each class, at "
-            "least two"
+            f"{roots['train']} has {len(class_names)} sub-folders; it must have one for each "
+            "class, at least two"
         )
-    for other in roots.values():
-        if extra := sorted(set(_folders(other)) - set(class_names)):
-            raise UserError(f"{other} has the class {extra[0]!r}, which {train} lacks")
+    for place in roots.values():
+        if extra := sorted(set(_folders(place)) - set(class_names)):
+            raise UserError(f"{place} has the class {extra[0]!r}, which {roots['train']} lacks")
     seen = _distinct(roots, class_names) | {os.path.realpath(r) for r in (root, *roots.values())}
-    sources = {k: _find(r, class_names, seen, may_lack=k != "train") for k, r in roots.items()}
-    parts = {k: (sources[k], np.arange(len(sources[k]))) for k in _SPLITS if k in sources}
-    if "test" not in sources:
-        source = sources["train"]
-        kept, drawn = dataset.hold_out(source.labels, seed=0)  # The same for every run.
+    splits = {}
+    for kind, place in roots.items():
+        source = _find(place, class_names, seen, may_lack=kind != "train")
+        splits[kind] = streaming.whole(source, geometry, central=kind != "train")
+    if "test" not in splits:
+        kept, drawn = dataset.hold_out(splits["train"].labels, seed=0)  # The same for every run.
         if not len(drawn):
             raise UserError(
                 f"{root} has one image a class, so that none can be held out for testing: add "
                 "images, or put test images into test/ and the others into train/"
             )
-        parts = {"train": (source, kept), "test": (source, drawn)}
-    return parts, class_names, _fingerprint(parts)
+        splits["train"], splits["test"] = splits["train"].divide(kept, drawn)
+    train, validation, test = map(splits.get, ("train", "validation", "test"))
+    return dataset.Dataset("folder", train, validation, test, class_names, _fingerprint(splits))
 
 
 def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -155,14 +156,15 @@ def _find(
     return FolderSource(root, tuple(files), np.array(labels, np.int32))
 
 
-def _fingerprint(parts: dict[str, streaming.Examples]) -> str:
+def _fingerprint(splits: dict[str, streaming.StreamedSplit]) -> str:
     digest = hashlib.sha256()
-    for title, (source, positions) in parts.items():
-        digest.update(f"{title}\n".encode())
-        for i in positions.tolist():
+    for kind in filter(splits.get, _SPLITS):
+        digest.update(f"{kind}\n".encode())
+        source = splits[kind].source
+        for i in splits[kind].positions.tolist():
             try:
                 size = os.stat(source.name(i)).st_size
-            except OSError:  # A link that leads nowhere is passed over like other unreadable files.
+            except OSError:  # A dangling link is passed over like other unreadable files.
                 size = -1
             digest.update(f"{source.files[i]}\0{size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()

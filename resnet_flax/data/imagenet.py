@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from resnet_flax.data import decoded, tfds_files
-from resnet_flax.data.streaming import Examples, Source
+from resnet_flax.data import dataset, decoded, streaming, tfds_files
+from resnet_flax.data.streaming import Source
 from resnet_flax.errors import UserError, first_line
 
 NAME = "imagenet2012"
@@ -29,17 +29,18 @@ _PUBLISHED_BYTES = {"train": 147_897_477_120, "validation": 6_744_924_160}  # TF
 
 
 def load(
-    data_dir: str | os.PathLike | None, archives: str | os.PathLike | None
-) -> tuple[dict[str, Examples], tuple[str, ...], str]:
+    data_dir: str | os.PathLike | None,
+    archives: str | os.PathLike | None,
+    geometry: streaming.Geometry | None,
+) -> dataset.Dataset:
     """Opens ImageNet where TFDS has prepared it, or else its two archives.
 
     `data_dir` is as in `tfds_files.resolve_data_dir`. The archives are in the directory `archives`
     or, where it is None or "", in downloads/manual of `data_dir`, where TFDS looks for them.
 
-    Returns:
-      The examples of "train", and of "test", the validation set, on which everybody tests; the
-      synset of each label; and a SHA-256 (hex) of what identifies the images without reading them:
-      the lengths of TFDS's files, or the names, sizes and labels of the images in the archives.
+    The test set is the validation set, as everywhere in the literature, and the class names are
+    synsets. The fingerprint covers what identifies the images without reading them: the lengths of
+    TFDS's files, or the names, sizes and labels of the images in the archives.
 
     Raises:
       UserError: there are neither prepared data nor archives, or they are damaged.
@@ -47,14 +48,16 @@ def load(
     root = tfds_files.resolve_data_dir(data_dir)
     directory = tfds_files.find(NAME, data_dir=root, version=VERSION)
     found = _open_archives(root, archives) if directory is None else _open_prepared(directory)
-    *sources, synsets, fingerprint = found
-    parts = {k: (s, np.arange(len(s))) for k, s in zip(("train", "test"), sources, strict=True)}
-    return parts, synsets, fingerprint
+    (train, test), synsets, fingerprint = found
+    train = streaming.whole(train, geometry, central=False)
+    test = streaming.whole(test, geometry, central=True)
+    return dataset.Dataset(NAME, train, None, test, synsets, fingerprint)
 
 
+# Both return a source for each of `SIZES`, the synset of each label, and the fingerprint.
 def _open_archives(
     root: pathlib.Path, archives: str | os.PathLike | None
-) -> tuple[Source, Source, tuple[str, ...], str]:
+) -> tuple[list[Source], tuple[str, ...], str]:
     folder = pathlib.Path(os.path.expanduser(archives or root / "downloads" / "manual"))
     absent = [file for file in ARCHIVES.values() if not (folder / file).is_file()]
     if absent:
@@ -66,12 +69,12 @@ def _open_archives(
     synsets = _tfds_lines("labels.txt")
     sources, digest = [], hashlib.sha256()
     for split, file in ARCHIVES.items():
-        path = folder / file
-        make = functools.partial(_index, split, path, synsets)
-        index = decoded.read(f"{NAME}-{split}", path, make)
+        make_index = functools.partial(_index, split, folder / file, synsets)
+        index = decoded.read(f"{NAME}-{split}", folder / file, make_index)
         digest.update(index["digest"])
-        sources.append(ArchiveSource(path, index["offsets"], index["sizes"], index["classes"]))
-    return *sources, synsets, digest.hexdigest()
+        arrays = index["offsets"], index["sizes"], index["classes"]
+        sources.append(ArchiveSource(folder / file, *arrays))
+    return sources, synsets, digest.hexdigest()
 
 
 class PreparedSource(tfds_files.Examples):
@@ -100,7 +103,7 @@ class PreparedSource(tfds_files.Examples):
             return position
 
 
-def _open_prepared(directory: pathlib.Path) -> tuple[Source, Source, tuple[str, ...], str]:
+def _open_prepared(directory: pathlib.Path) -> tuple[list[Source], tuple[str, ...], str]:
     info = tfds_files.read_info(NAME, directory=directory, sizes=SIZES, classes=CLASSES)
     paths = [path for split in SIZES for path in info.splits[split].filepaths]
     absent = [path for path in paths if not os.path.exists(path)]
@@ -115,8 +118,8 @@ def _open_prepared(directory: pathlib.Path) -> tuple[Source, Source, tuple[str, 
     }
     content = {"name": NAME, "version": str(info.version), "splits": splits}
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    train, test = (PreparedSource(directory, split) for split in SIZES)
-    return train, test, tuple(info.features["label"].names), fingerprint
+    sources = [PreparedSource(directory, split) for split in SIZES]
+    return sources, tuple(info.features["label"].names), fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +183,8 @@ def _index(split: str, path: pathlib.Path, synsets: tuple[str, ...]) -> decoded.
     offsets, sizes, classes = np.array([images[name] for name in order], np.int64).T
     digest = hashlib.sha256(split.encode())
     for name in order:
-        digest.update("{} {} {}\n".format(name, *images[name][1:]).encode())
+        _, size, label = images[name]
+        digest.update(f"{name} {size} {label}\n".encode())
     return {
         "offsets": offsets,
         "sizes": sizes,

@@ -1,4 +1,4 @@
-"""Images too many for memory: read, decoded and cropped ahead of their use, batch by batch."""
+"""Data sets too large for memory: images are decoded and cropped ahead of their use."""
 
 import dataclasses
 import gc
@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from absl import flags
 
-from resnet_flax.data import dataset, images, order
+from resnet_flax.data import images, order
 from resnet_flax.errors import UserError, first_line
 
 PADDING, UNREADABLE = -1, -2
@@ -20,26 +20,29 @@ PADDING, UNREADABLE = -1, -2
 
 
 class Source(Protocol):
-    """Encoded images by number, of known length; picklable: worker processes get a copy."""
+    """N encoded images; picklable, as each worker process gets a copy."""
 
     labels: np.ndarray  # int32 [N]; may take a while
 
+    def __len__(self) -> int: ...
+
     def read(self, index: int) -> tuple[bytes, int]:
-        """Content of an image file, and its label."""
+        """Content of an image file, and its label; raises OSError."""
 
     def name(self, index: int) -> str:
-        """What messages call the image."""
-
-
-Examples = tuple[Source, np.ndarray]
-"""A source and positions in it, int64 [N]."""
+        """The image's name in messages."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Pixels of training and of evaluated examples, see `StreamedSplit`."""
+    """How examples are cut out of images, in pixels.
 
-    size: int
+    To train on, an image's shorter side is resized to a number drawn from `short_sides`, both ends
+    included, and a square is cut out at random: "scale augmentation" [R §3.4]. To evaluate, it is
+    resized to `eval_short_side`, and the central square is taken.
+    """
+
+    size: int  # side of the square
     short_sides: tuple[int, int]
     eval_size: int  # more than `size` where the evaluation cuts its own crops
     eval_short_side: int
@@ -47,77 +50,58 @@ class Geometry:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedSplit:
-    """The examples of one split, on disk: squares cut out of resized images.
-
-    An image's shorter side is resized to a number drawn from `short_sides`, both ends included, and
-    the square is cut out at random: "scale augmentation" [R §3.4].
-    """
+    """The examples of one split, on disk."""
 
     source: Source
     positions: np.ndarray  # int64 [N], of the examples in the source
-    size: int  # side of an example, pixels
-    short_sides: tuple[int, int]
-    central: bool = False  # resize to the first of `short_sides` and take the centre instead
+    geometry: Geometry
+    central: bool = False  # cut out as to evaluate
 
     def __len__(self) -> int:
         return len(self.positions)
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:  # noqa: D102
-        return self.size, self.size, 3
+    def labels(self) -> np.ndarray:
+        """int32 [N]; may take a while."""
+        return self.source.labels[self.positions]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an example."""
+        size = self.geometry.eval_size if self.central else self.geometry.size
+        return size, size, 3
+
+    def divide(self, kept: np.ndarray, drawn: np.ndarray) -> tuple["StreamedSplit", ...]:
+        """The examples at `kept`, to train on, and at `drawn`, to validate on."""
+        train, validation = self.positions[kept], self.positions[drawn]
+        return (
+            dataclasses.replace(self, positions=train),
+            dataclasses.replace(self, positions=validation, central=True),
+        )
 
     def name(self, index: int) -> str:  # noqa: D102
         return self.source.name(int(self.positions[index]))
 
     def example(self, index: int, random: np.random.RandomState | None) -> tuple[np.ndarray, int]:
-        """Returns uint8 [size, size, 3] and the label; `random` draws a crop that is not central.
+        """Returns uint8 [H, W, C] and the label; `random` draws a crop that is not central.
 
         Raises:
           OSError, ValueError: the image cannot be read or decoded.
         """
         content, label = self.source.read(int(self.positions[index]))
-        sides, size = self.short_sides, self.size
-        least = sides[0] if self.central else sides[1]
-        image = images.decode(content, at_least=(least, least))
+        side = self.geometry.eval_short_side if self.central else self.geometry.short_sides[1]
+        image, size = images.decode(content, at_least=(side, side)), self.image_shape[0]
         if self.central:
-            box = images.central_box(*image.size, short_side=least, size=size)
+            box = images.central_box(*image.size, short_side=side, size=size)
         else:
+            sides = self.geometry.short_sides
             box = images.random_box(random, *image.size, short_sides=sides, size=size)
-        return images.crop_resized(image, box, self.size), label
+        return images.crop_resized(image, box, size), label
 
 
-def assemble(
-    name: str,
-    parts: dict[str, Examples],
-    class_names: tuple[str, ...],
-    fingerprint: str,
-    *,
-    split: str,
-    seed: int,
-    geometry: Geometry,
-) -> dataset.Dataset:
-    """Makes a `Dataset` of "train", "test" and perhaps "validation" examples.
-
-    With `split` "45k/5k" a class-balanced tenth is held out of "train".
-    """
-    draw = None
-    if split != "all":
-        if "validation" in parts:
-            raise UserError(f"{name} has a validation split of its own: set config.data.split=all")
-        source, positions = parts["train"]
-        kept, drawn = dataset.hold_out(source.labels[positions], seed=seed)
-        if not len(drawn):
-            raise UserError(f"config.data.split={split} would hold no image of {name} out")
-        draw = tuple(drawn.tolist())
-        held_out = {"train": (source, positions[kept]), "validation": (source, positions[drawn])}
-        parts = parts | held_out
-    evaluation = geometry.eval_size, (geometry.eval_short_side,) * 2, True
-    train = StreamedSplit(*parts["train"], geometry.size, geometry.short_sides)
-    validation, test = (
-        StreamedSplit(*parts[kind], *evaluation) if kind in parts else None
-        for kind in ("validation", "test")
-    )
-    return dataset.Dataset(name, train, validation, test, class_names, fingerprint, draw)
+def whole(source: Source, geometry: Geometry, central: bool) -> StreamedSplit:
+    """All examples of a source."""
+    return StreamedSplit(source, np.arange(len(source)), geometry, central)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,8 +185,9 @@ class OrderedBatches(Batches):
 
 def central_sample(split: StreamedSplit, most: int) -> np.ndarray:
     """Central crops of up to `most` evenly spaced examples: uint8 [n, size, size, 3]."""
-    low, _ = split.short_sides
-    split = dataclasses.replace(split, short_sides=(low, low), central=True)
+    size, low = split.geometry.size, split.geometry.short_sides[0]
+    geometry = Geometry(size, (low, low), size, low)
+    split = dataclasses.replace(split, geometry=geometry, central=True)
     index = np.linspace(0, len(split), min(most, len(split)), endpoint=False).astype(np.int64)
     sample = OrderedBatches(split, np.arange(len(index)), 0, 0, index[None])[0]
     if len(sample["unreadable"]) == len(index):

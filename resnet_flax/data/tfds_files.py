@@ -58,9 +58,8 @@ def find(name: str, *, data_dir: pathlib.Path, version: str) -> pathlib.Path | N
             return data_dir
         found = _versions(data_dir / name) or _versions(data_dir)
         if found:
-            return found.get(version) or max(
-                found.values(), key=lambda path: [int(number) for number in path.name.split(".")]
-            )
+            newest = max(found, key=lambda name: [int(number) for number in name.split(".")])
+            return found.get(version) or found[newest]
         occupied = data_dir / name / version
         if occupied.is_dir() and any(occupied.iterdir()):
             raise UserError(
@@ -86,7 +85,6 @@ def read_info(name: str, *, directory: pathlib.Path, sizes: dict[str, int], clas
     Raises:
       UserError: it is another data set, damaged, or in a format that needs TensorFlow.
     """
-    # Takes a few tenths of a second to import; `import resnet_flax` should not.
     import tensorflow_datasets as tfds
 
     try:
@@ -94,10 +92,9 @@ def read_info(name: str, *, directory: pathlib.Path, sizes: dict[str, int], clas
         found = {split: info.splits[split].num_examples for split in sizes}
         formats = {info.file_format, *info.alternative_file_formats} - {None}
         found_classes = len(info.features["label"].names)
-    except Exception as error:  # Anything at all may come out of a damaged or foreign directory.
-        raise UserError(
-            f"{directory} is not a {name} prepared by TFDS: {first_line(error)}"
-        ) from error
+    except Exception as error:  # Anything may come out of a damaged or foreign directory.
+        reason = first_line(error)
+        raise UserError(f"{directory} is not a {name} prepared by TFDS: {reason}") from error
     if info.name != name:
         raise UserError(f"{directory} holds the data set {info.name!r}, not {name!r}")
     if FORMAT not in [known.value for known in formats]:
@@ -161,57 +158,54 @@ def prepare(
     """Writes a data set as TFDS itself would, in its order and files; returns its directory.
 
     It appears in `data_dir` whole or not at all. One process writes, and others that want the same
-    wait for it. What a killed one leaves is deleted by the next.
+    wait for it. The next process deletes what a killed one has left.
 
     `obtain` returns the examples of each split and the class names of each label. An example is a
     key, by which TFDS shuffles, and its features, with images encoded.
 
     Raises:
-      UserError: it cannot be written, or whatever `obtain` raises it for.
+      UserError: it cannot be written, or `obtain` raises one.
     """
-    with _staging(data_dir, name) as staging:
-        # Another process may have prepared it while this one waited.
-        found = find(name, data_dir=data_dir, version=version)
-        if found is not None:
-            return found
-        examples, class_names = obtain()
-        try:
-            written = _write(name, examples, class_names, staging)
+    try:
+        with _staging(data_dir, name) as staging:
+            # Another process may have prepared it while this one waited.
+            found = find(name, data_dir=data_dir, version=version)
+            if found is not None:
+                return found
+            written = _write(name, *obtain(), staging)
             final = data_dir / written.relative_to(staging)
             final.parent.mkdir(exist_ok=True)
             if not (final / INFO_FILE).is_file():  # Else a process was faster, without locks.
                 written.rename(final)
-        except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
-            raise UserError(f"cannot prepare {name} in {data_dir}: {first_line(error)}") from error
-    return final
+            return final
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError on a full disk.
+        raise UserError(
+            f"cannot prepare {name} in {data_dir}: {first_line(error)}; make room, or give another "
+            "config.data.data_dir"
+        ) from error
 
 
 @contextlib.contextmanager
 def _staging(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """An empty directory beside the data sets; only one process at a time can be in here."""
     path = data_dir / f".{name}.preparing"
-    with contextlib.ExitStack() as stack:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # Never deleted: one process could wait for the deleted file, another lock a new one.
+    with open(data_dir / f".{name}.lock", "a") as lock:
         try:
-            data_dir.mkdir(parents=True, exist_ok=True)
-            # Never deleted: one process could wait for the deleted file, another lock a new one.
-            lock = stack.enter_context(open(data_dir / f".{name}.lock", "a"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except OSError:
-                # A file system without locks: each process has its own directory, the first wins.
-                path = data_dir / f".{name}.preparing-{os.uname().nodename}-{os.getpid()}"
-            stack.callback(shutil.rmtree, path, ignore_errors=True)
-            shutil.rmtree(path, ignore_errors=True)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            # A file system without locks: each process has its own directory, the first wins.
+            path = data_dir / f".{name}.preparing-{os.uname().nodename}-{os.getpid()}"
+        shutil.rmtree(path, ignore_errors=True)
+        try:
             path.mkdir()
-        except OSError as error:
-            raise UserError(
-                f"cannot write to data_dir {data_dir}: {first_line(error)}; "
-                "give another config.data.data_dir"
-            ) from error
-        yield path
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(name: str, examples, class_names, directory: pathlib.Path) -> pathlib.Path:

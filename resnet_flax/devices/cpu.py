@@ -10,38 +10,27 @@ from typing import Any
 
 import jax
 
-# With fewer images on a device, dispatch costs more than the core gains.
-_MIN_EXAMPLES_PER_DEVICE = 16
 
-# More of them decode more than today's accelerators take from one machine.
-_MOST_WORKERS = 16
-
-
-def choose_devices(
-    requested: int, batch_size: int, bn_group_size: int, *, cores: int, processes: int = 1
-) -> int:
+def choose_devices(batch_size: int, bn_group_size: int, *, cores: int, processes: int = 1) -> int:
     """How many devices a process splits its CPU into: XLA runs many operations on one core only.
 
-    As many as requested; for 0 the most, up to one per core, that divide the batch of all processes
-    (and its batch-norm groups; size 0: one) evenly and leave each device at least 16 examples.
+    The most, up to one per core, that divide the batch of all processes (and its batch-norm groups;
+    size 0: one) evenly and leave each device at least 16 examples.
     """
-    if requested:
-        return requested
     units = batch_size // (bn_group_size or 1)
-    most = min(cores, batch_size // _MIN_EXAMPLES_PER_DEVICE // processes)
+    # With fewer examples on a device, dispatch costs more than the core gains.
+    most = min(cores, batch_size // 16 // processes)
     return max((n for n in range(1, most + 1) if units % (n * processes) == 0), default=1)
 
 
 def describe_cores() -> dict[str, Any]:
     """This machine's identity, and the numbers of the cores this process may use."""
-    try:
-        # Not the node's name: each container has its own.
+    machine, cores = platform.node(), range(os.cpu_count() or 1)
+    with contextlib.suppress(OSError):  # Each container has a node's name of its own.
         machine = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        machine = platform.node()
-    if hasattr(os, "sched_getaffinity"):
-        return {"machine": machine, "cores": sorted(os.sched_getaffinity(0))}
-    return {"machine": machine, "cores": list(range(os.cpu_count() or 1))}
+    with contextlib.suppress(AttributeError):  # Not on every system.
+        cores = os.sched_getaffinity(0)
+    return {"machine": machine, "cores": sorted(cores)}
 
 
 def cores_per_process(described: list[dict[str, Any]]) -> int:
@@ -55,7 +44,8 @@ def cores_per_process(described: list[dict[str, Any]]) -> int:
 
 def choose_workers(requested: int, cores: int) -> int:
     """How many processes decode images; -1: one per core, 16 at most."""
-    return min(cores, _MOST_WORKERS) if requested < 0 else requested
+    # 16 decode more than today's accelerators take from one machine.
+    return min(cores, 16) if requested < 0 else requested
 
 
 def keep_freed_memory(keep: bool = True) -> None:

@@ -15,7 +15,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from resnet_flax.devices.place import Place
@@ -228,28 +228,22 @@ def gather(value: Any) -> list[Any]:
 
     Values are of dicts with str keys, lists, str, bool, int, float, None and numpy arrays.
     """
-    return _exchange(lambda: value, range(count()))
-
-
-def share(make: Callable[[], Any]) -> Any:
-    """What `make()` returns on process 0, which alone calls it: a value that `gather` can send."""
-    return _exchange(make, [0])[0]
-
-
-def _exchange(make: Callable[[], Any], sources: Sequence[int]) -> list[Any]:
-    own = make() if index() in sources else None
     if count() == 1:
-        return [own]
+        return [value]
     # Not multihost_utils, which needs the devices: their number depends on what is gathered.
     from flax import serialization
     from jax._src.distributed import global_state
 
-    store, keys = global_state.client, f"resnet_flax/{next(_exchanges)}"
-    if index() in sources:
-        store.key_value_set_bytes(f"{keys}/{index()}", serialization.msgpack_serialize(own))
-    get, unpack = store.blocking_key_value_get_bytes, serialization.msgpack_restore
+    store, key = global_state.client, f"resnet_flax/{next(_exchanges)}"
+    store.key_value_set_bytes(f"{key}/{index()}", serialization.msgpack_serialize(value))
     forever = 2**31 - 1  # In ms; a process that ends meanwhile ends this one too.
-    return [own if i == index() else unpack(get(f"{keys}/{i}", forever)) for i in sources]
+    everything = [store.blocking_key_value_get_bytes(f"{key}/{i}", forever) for i in range(count())]
+    return [serialization.msgpack_restore(packed) for packed in everything]
+
+
+def share(make: Callable[[], Any]) -> Any:
+    """What `make()` returns on process 0, which alone calls it: a value that `gather` can send."""
+    return gather(make() if is_first() else None)[0]
 
 
 def fail(reason: str, status: int = 1) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import itertools
 import json
 import os
 from typing import Any
@@ -32,6 +31,10 @@ _COMPILER_OPTIONS = {
         )
     },
 }
+
+
+# Paths that may differ from machine to machine.
+_LOCAL_KEYS = {"data.data_dir", "data.archive", "data.mirror"}
 
 
 def compiler_options(platform: str, *, concurrent: bool = False) -> dict[str, str] | None:
@@ -69,13 +72,10 @@ def choose_mesh(config: ConfigDict) -> Mesh:
     here = {"config": json.dumps(flatten(config)), "jax": jax.__version__, **cpu.describe_cores()}
     everywhere = distributed.gather(here)
     _check_same(everywhere)
-    requested = config.train.cpu_devices
-    count = cpu.choose_devices(
-        requested,
-        config.data.batch_size,
-        config.model.bn_group_size,
-        cores=cpu.cores_per_process(everywhere),
-        processes=len(everywhere),
+    requested, batch_size = config.train.cpu_devices, config.data.batch_size
+    cores, processes = cpu.cores_per_process(everywhere), len(everywhere)
+    count = requested or cpu.choose_devices(
+        batch_size, config.model.bn_group_size, cores=cores, processes=processes
     )
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         # Too late where jax has counted its devices, as in a notebook.
@@ -88,10 +88,8 @@ def choose_mesh(config: ConfigDict) -> Mesh:
                 f"config.train.cpu_devices={requested}, but jax already runs with "
                 f"{jax.local_device_count()} devices in this process"
             )
-        devices = sorted(devices, key=lambda device: (device.process_index, device.id))
-        by_process = itertools.groupby(devices, key=lambda device: device.process_index)
-        devices = [d for _, own in by_process for d in itertools.islice(own, count)]
-    return sharding.make_mesh(devices, config.data.batch_size)
+        devices = [d for i in range(processes) for d in jax.local_devices(i)[:count]]
+    return sharding.make_mesh(devices, batch_size)
 
 
 def why_none() -> str | None:
@@ -124,20 +122,16 @@ def check_memory(compiled: jax.stages.Compiled, batch_size: int) -> None:
 
 
 def _check_same(everywhere: list[dict[str, Any]]) -> None:
-    first = everywhere[0]
-    ours = json.loads(first["config"])
+    jax_version, first = everywhere[0]["jax"], json.loads(everywhere[0]["config"])
     for index, other in enumerate(everywhere):
-        if other["jax"] != first["jax"]:
+        if other["jax"] != jax_version:
             raise UserError(
-                f"process {index} runs jax {other['jax']}, process 0 jax {first['jax']}: install "
+                f"process {index} runs jax {other['jax']}, process 0 jax {jax_version}: install "
                 "the same version on all machines"
             )
-        theirs = json.loads(other["config"])
-        for key in ours:
-            # Paths may differ from machine to machine.
-            local = key in ("data.data_dir", "data.archive", "data.mirror")
-            if ours[key] != theirs[key] and not local:
+        for key, value in json.loads(other["config"]).items():
+            if value != first[key] and key not in _LOCAL_KEYS:
                 raise UserError(
-                    f"process {index} was started with --config.{key}={theirs[key]}, process 0 "
-                    f"with {ours[key]}: give all the same flags"
+                    f"process {index} was started with --config.{key}={value}, process 0 "
+                    f"with {first[key]}: give all the same flags"
                 )

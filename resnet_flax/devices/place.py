@@ -18,7 +18,7 @@ class Place(NamedTuple):
 def find_place(coordinator: str | None, count: int | None, index: int | None) -> Place:
     """This process's place; JAX asks the cluster for what is None.
 
-    It knows SLURM, Cloud TPU, Open MPI, and Kubernetes (which needs the package `kubernetes`, a
+    It knows SLURM, Cloud TPU, Open MPI, and Kubernetes (where it needs the package `kubernetes`, a
     service account that may read pods and jobs, and completion mode Indexed).
 
     Raises:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from resnet_flax import models
 from resnet_flax.config import base_config, imagenet_config, override, validate
 from resnet_flax.data.dataset import Dataset, Split
-from resnet_flax.data.streaming import StreamedSplit
+from resnet_flax.data.streaming import Geometry, StreamedSplit
 from resnet_flax.devices import hardware, sharding
 from resnet_flax.errors import UserError
 from resnet_flax.training import feed, seeds, setup
@@ -74,7 +74,7 @@ def make_setups(case: Case) -> list[Setup]:
         split = Split(images, random.integers(0, classes, size, np.int32))
         if is_resident:
             return split
-        return _Decoded(split, np.arange(size), side, (side, side), central)
+        return _Decoded(split, np.arange(size), Geometry(side, (side, side), side, side), central)
 
     train = noise(case.examples, 50_000, config.data.batch_size, False)
     test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
