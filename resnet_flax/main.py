@@ -66,29 +66,16 @@ _FLAG_VARIABLES = {
 }
 
 
-# Configs that once had a file of their own, by the file that now takes them as its argument.
-_MOVED = {
-    "paper": "plain20 plain32 plain44 plain56 plain110 resnet47_bottleneck",
-    "identity_mappings": "resnet110_preact resnet164_preact",
-    "imagenet": "resnet18 resnet34 resnet50 resnet101 resnet152 plain18 plain34",
-    "stochastic_depth": "resnet110_stochastic_depth resnet1202_stochastic_depth",
-}
-
-
 def _check_file(place: str) -> None:
     """Raises a UserError if "configs/modern.py" or "configs/paper.py:plain20" is no text file."""
     path = pathlib.Path(place.partition(":")[0])
     try:
         path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        for file, moved in _MOVED.items():
-            if path.stem in moved.split():
-                net = path.stem.removesuffix("_stochastic_depth")
-                raise UserError(f"{path} is now --config={path.parent}/{file}.py:{net}") from error
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"cannot read the config file {str(path)!r}: {reason}; the project's are in configs/, "
-            "for example --config=configs/resnet20.py"
+            "for example --config=configs/resnet20.py or --config=configs/paper.py:plain20"
         ) from error
 
 
@@ -99,30 +86,31 @@ def _parse(argv: list[str]) -> dict[str, str]:
     """
     given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
     rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
-    changes = {}
+    changes, has_config = {}, False
     for argument, after in itertools.pairwise([*argv[1:], ""]):
         flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and flag.startswith("config."):
+            key = flag.removeprefix("config.")
+            check_key(key)
+            if not equals:
+                raise UserError(f"{argument}: write --config.{key}=VALUE")
+            changes[key] = value
+            continue
+        rest.append(argument)
         if argument.startswith("-") and flag == "config":
             _check_file(value if equals else after)
-        if not argument.startswith("-") or not flag.startswith("config."):
-            rest.append(argument)
-            continue
-        key = flag.removeprefix("config.")
-        check_key(key)
-        if not equals:
-            raise UserError(f"{argument}: write --config.{key}=VALUE")
-        changes[key] = value
-    if any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest[1:]):
+            has_config = True
+    if has_config:
         rest += [f"--config.{key}={parse(key, value)}" for key, value in changes.items()]
     sys.argv[:] = rest  # Where ml_collections looks for the changes; --config comes first.
     try:
         rest = flags.FLAGS(rest)
+    except UserError:
+        raise
     except SystemExit:
         sys.exit(0)  # From --help; absl's own status is 1.
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
-    except UserError:
-        raise
     except Exception as error:  # A config file is Python: it can fail in any way.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"the configuration is wrong: {reason}") from error

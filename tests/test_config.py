@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from resnet_flax import config as config_lib
-from resnet_flax import data, main
+from resnet_flax import data
 from resnet_flax.config import base_config, flatten, resolve_steps, validate
 from resnet_flax.data import streaming
 from resnet_flax.devices import sharding
@@ -102,27 +102,16 @@ def test_the_keras_recipe_is_the_example_s():
         assert float(rate((epoch + 0.5) * 1562.5)) == pytest.approx(want)
 
 
-def test_old_names_of_configs_are_answered_with_the_new_ones():
-    for old, new in [
-        ("plain20", "paper.py:plain20"),
-        ("resnet110_preact", "identity_mappings.py:resnet110_preact"),
-        ("resnet50", "imagenet.py:resnet50"),
-        ("resnet1202_stochastic_depth", "stochastic_depth.py:resnet1202"),
-    ]:
-        message = f"configs/{old}.py is now --config=configs/{new}"
-        with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
-            main._check_file(f"configs/{old}.py")
-
-
-@pytest.mark.parametrize("name", FILES)
+# The others differ from resnet20 or resnet110 in nothing but the net's name.
+@pytest.mark.parametrize("name", sorted({*FILES} - {f"resnet{d}" for d in (32, 44, 56, 1202)}))
 def test_every_config_traces(name):
     config = resolve_steps(load(name), 50_000)
     if config.model.name == "auto":
         config.model.name, config.data.pad = "resnet50", 0  # As the run would resolve them.
     config.model.num_classes = 10
     mesh = sharding.make_mesh(jax.devices()[:1], config.data.batch_size)
-    # Equal blocks as one: in another form a thousand layers take as long as all other nets.
-    model = setup.make_model(config, "cpu").clone(scan=True)
+    model = setup.make_model(config, "cpu")
+    model = model.clone(stage_sizes=(1,) * len(model.stage_sizes), scan=False)
     run = setup.Setup(config, None, mesh, model, None, None)
     side = get_architecture(config.model.name).image_size
     state = run.abstract_state(image_shape=(side, side, 3))
