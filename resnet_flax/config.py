@@ -8,9 +8,10 @@ import difflib
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from resnet_flax.errors import UserError
@@ -115,25 +116,6 @@ def base_config() -> ConfigDict:
     return ConfigDict(tree)
 
 
-def imagenet_config() -> ConfigDict:
-    """The paper's ImageNet recipe [R §3.4] for ResNet-50.
-
-    The paper divides the rate by 10 "when the error plateaus"; here, every 30 epochs.
-    """
-    c = base_config()
-    c.model.name = "resnet50"
-    c.data.name = "imagenet2012"
-    c.data.batch_size = 256
-    c.data.pad = 0
-    c.data.color = True
-    c.optim.boundaries_steps = (150_000, 300_000, 450_000)
-    c.train.total_steps = 600_000
-    c.eval.every_steps = 5_000
-    c.eval.batch_size = 256
-    c.checkpoint.every_steps = 5_000
-    return c
-
-
 def flatten(config: ConfigDict) -> dict[str, Any]:
     """`{"model.name": "resnet20", …}` of a nested configuration."""
     flat = {}
@@ -164,12 +146,26 @@ def check_key(key: str) -> None:
     raise UserError(f"--config.{key} is {what}{hint}")
 
 
-_TRUTH = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    tuple: "numbers with commas between them",
+def _parse_whole(text: str) -> int:
+    if (value := int(number := float(text))) != number:
+        raise ValueError
+    return value
+
+
+def _parse_numbers(text: str) -> tuple:
+    value = ast.literal_eval(text)
+    value = value if isinstance(value, tuple) else (value,)
+    sum(value)  # A TypeError for anything but numbers.
+    return value
+
+
+# By the type of a key's default: what its text must be, and how it is read.
+_PARSERS: dict[type, tuple[str, Callable[[str], Any]]] = {
+    str: ("text", str),
+    bool: ("true or false", flags.BooleanParser().parse),
+    int: ("a whole number", _parse_whole),
+    float: ("a number", float),
+    tuple: ("numbers with commas between them", _parse_numbers),
 }
 
 
@@ -180,39 +176,26 @@ def parse(key: str, text: str) -> Any:
       UserError: there is no such key, or the value is not of its type.
     """
     check_key(key)
-    kind = type(_defaults()[key])
-    if kind is str:
-        return text
+    kind, read = _PARSERS[type(_defaults()[key])]
     try:
-        if kind is bool:
-            return _TRUTH[text.lower()]
-        if kind is tuple:
-            value = ast.literal_eval(text)
-            value = value if isinstance(value, tuple) else (value,)
-            sum(value)  # A TypeError for anything but numbers.
-            return value
-        if (value := kind(number := float(text))) == number:
-            return value
-    except (ValueError, TypeError, SyntaxError, KeyError, OverflowError):
-        pass
-    raise UserError(f"--config.{key}={text} must be {_KINDS[kind]}")
+        return read(text)
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
+        raise UserError(f"--config.{key}={text} must be {kind}") from error
 
 
 def override(config: ConfigDict, changes: Mapping[str, str]) -> None:
     """Sets keys, in place, to values given as text."""
-    for key, text in changes.items():
-        section, _, name = key.rpartition(".")
-        (config[section] if section else config)[name] = parse(key, text)
+    config.update_from_flattened_dict({key: parse(key, text) for key, text in changes.items()})
 
 
 def validate(config: ConfigDict) -> None:
     """Raises a UserError for every mistake that shows before data or devices are touched."""
-    flat = flatten(config)
+    flat, defaults = flatten(config), _defaults()
     for key, value in flat.items():
         check_key(key)
-        _check_type(key, value, _defaults()[key])
-        _check_value(key, value, _defaults()[key])
-    for key in sorted(_defaults().keys() - flat.keys()):
+        _check_type(key, value, defaults[key])
+        _check_value(key, value, defaults[key])
+    for key in sorted(defaults.keys() - flat.keys()):
         raise UserError(f"config lacks {key!r}: start from resnet_flax.config.base_config()")
     for message in _contradictions(config):
         raise UserError(message)

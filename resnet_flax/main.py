@@ -100,7 +100,7 @@ def _locate(place: str) -> str:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(
             f"cannot read the config file {given!r}: {reason}; the project's are in configs/, "
-            "for example --config=configs/resnet20.py"
+            "for example --config=configs/resnet20.py or --config=configs/paper.py:plain20"
         ) from error
     return f"{path}{colon}{argument}"
 
@@ -112,30 +112,31 @@ def _parse(argv: list[str]) -> dict[str, str]:
     """
     given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
     rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
-    changes, arguments = {}, iter(argv[1:])
+    changes, has_config, arguments = {}, False, iter(argv[1:])
     for argument in arguments:
         flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and flag == "config":
-            argument = f"--config={_locate(value if equals else next(arguments, ''))}"
-        if not argument.startswith("-") or not flag.startswith("config."):
+        if argument.startswith("-") and flag.startswith("config."):
+            key = flag.removeprefix("config.")
+            check_key(key)
+            if not equals:
+                raise UserError(f"{argument}: write --config.{key}=VALUE")
+            changes[key] = value
+        elif argument.startswith("-") and flag == "config":
+            rest.append(f"--config={_locate(value if equals else next(arguments, ''))}")
+            has_config = True
+        else:
             rest.append(argument)
-            continue
-        key = flag.removeprefix("config.")
-        check_key(key)
-        if not equals:
-            raise UserError(f"{argument}: write --config.{key}=VALUE")
-        changes[key] = value
-    if any(argument.lstrip("-").partition("=")[0] == "config" for argument in rest[1:]):
+    if has_config:
         rest += [f"--config.{key}={parse(key, value)}" for key, value in changes.items()]
     sys.argv[:] = rest  # Where ml_collections looks for the changes; --config comes first.
     try:
         rest = flags.FLAGS(rest)
+    except UserError:
+        raise
     except SystemExit:
         sys.exit(0)  # From --help; absl's own status is 1.
     except flags.Error as error:
         raise UserError(str(error).strip().replace("\n", " ")) from error
-    except UserError:
-        raise
     except Exception as error:  # A config file is Python: it can fail in any way.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"the configuration is wrong: {reason}") from error

@@ -88,14 +88,14 @@ def test_no_convolution_of_a_training_step_has_permuted_dimensions(name):
         program = jax.jit(jax.grad(loss, allow_int=True)).lower(variables).as_text()
         return set(re.findall(r"dim_numbers = (\S.*?->\[.*?\])", program))
 
-    plain = create_model(name, scan=True)
+    plain = create_model(name).clone(stage_sizes=(1, 1), widths=(16, 32))
     assert len(layouts(plain)) > 1
     assert layouts(plain.clone(cpu_convolutions=True)) == {usual}
 
 
 @pytest.mark.parametrize(("name", "options"), [
     ("resnet20_keras_v1", {"bn_group_size": 2}),
-    ("resnet20_bottleneck", {"remat": True}),
+    pytest.param("resnet20_bottleneck", {"remat": True}, marks=pytest.mark.slow),
     pytest.param("resnet20_preact", {"scan": True}, marks=pytest.mark.slow),
     pytest.param("highway20", {}, marks=pytest.mark.slow),
 ])  # fmt: skip

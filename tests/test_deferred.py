@@ -19,6 +19,7 @@ def draw(model, shape=(4, 6, 6, 3)):
 
 
 SLOW = [
+    ("resnet20_bottleneck", (1,), {"bn_group_size": 4, "stride_in_3x3": True}),
     ("resnet8", (1, 1), {}),
     ("plain20", (1, 1), {"bn_group_size": 4}),
     ("resnet18", (1,), {}),
@@ -37,7 +38,6 @@ SLOW = [
     ("name", "sizes", "options"),
     [
         ("resnet8", (1,), {"shortcut": "C", "bn_group_size": 2}),
-        ("resnet20_bottleneck", (1,), {"bn_group_size": 4, "stride_in_3x3": True}),
         ("resnet20_preact", (1, 1), {"bn_group_size": 2}),
         ("highway20", (2,), {}),
         *(pytest.param(*net, marks=pytest.mark.slow) for net in SLOW),

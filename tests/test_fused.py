@@ -136,12 +136,14 @@ def test_what_fits():
     assert fused.fits(replace(shortcut=y), (3, 3, 16, 16))
     for shape in ((1, 1, 16, 16), (7, 7, 16, 16), (3, 3, 16, 128), (3, 3, 3, 16), (3, 3, 16, 8)):
         assert not fused.fits(x, shape)
+    computed = replace()
+    computed.computed = y
     for other in (
         y,
         deferred.Convolved(y, ()),
         replace(y=y.astype(jnp.float32)),
         replace(rectified=False),
-        replace(computed=y),
+        computed,
     ):
         assert not fused.fits(other, (3, 3, 16, 16))
 

@@ -1,4 +1,4 @@
-"""Highway nets, the ablations of Identity Mappings, Keras's nets: counts, and what they compute."""
+"""Highway nets, the ablations of Identity Mappings and Keras's nets compute what they should."""
 
 import functools
 
@@ -10,45 +10,8 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.models import ARCHITECTURES, blocks, variants
 from resnet_flax.models.layers import BatchNorm, Conv
-from resnet_flax.tools import summary
 from tests.test_config import load
-from tests.test_models import IMAGE, fill, jit, parameters, reference_conv, small, variables_of
-
-PLAIN = 1_727_962  # parameters of ResNet-110 with option A
-# A 1x1 convolution at each of 54 shortcuts.
-CONVOLUTIONS = 18 * 16 * 16 + 16 * 32 + 17 * 32 * 32 + 32 * 64 + 17 * 64 * 64
-GATES = CONVOLUTIONS + 18 * (16 + 32 + 64)
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("highway20", 514_522),
-        ("resnet110_constant_scaling", PLAIN),
-        ("resnet110_exclusive_gating", PLAIN + GATES),
-        ("resnet110_shortcut_gating", PLAIN + GATES),
-        ("resnet110_conv_shortcut", PLAIN + CONVOLUTIONS),
-        ("resnet110_dropout_shortcut", PLAIN),
-        ("resnet110_bn_after_addition", PLAIN),
-        ("resnet110_relu_before_addition", PLAIN),
-        ("resnet110_relu_only_preact", PLAIN),
-        ("resnet20_keras_v1", 273_066),
-        ("resnet56_keras_v2", 1_663_338),
-        ("resnet110_keras_v2", 3_302_442),
-    ],
-)
-def test_counts(name, count):
-    assert parameters(name) == count
-
-
-def test_conv_shortcut_is_a_bare_one_everywhere():
-    layers = [row["name"] for row in summary.summarize("resnet110_conv_shortcut")["layers"]]
-    assert sum(name.endswith("proj_conv") for name in layers) == 54
-    assert not any("proj_bn" in name for name in layers)
-
-
-def norm(p, s, x, epsilon=1e-5):
-    return (x - s["mean"]) / np.sqrt(s["var"] + epsilon) * p["scale"] + p["bias"]
+from tests.test_models import IMAGE, fill, jit, norm, reference_conv, small, variables_of
 
 
 def relu(x):
@@ -247,11 +210,7 @@ def test_keras_kernels_are_truncated_and_biases_zero():
     np.testing.assert_array_equal(layer["bias"], 0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    "highway20 resnet20_keras_v1 resnet56_keras_v2 resnet110_dropout_shortcut "
-    "resnet110_exclusive_gating resnet110_relu_only_preact".split(),
-)
+@pytest.mark.parametrize("name", ["highway20", "resnet56_keras_v2", "resnet110_dropout_shortcut"])
 def test_every_option_together_traces(name):
     options = {"dtype": "bfloat16", "bn_group_size": 2, "remat": True, "scan": True}
     if name != "highway20":

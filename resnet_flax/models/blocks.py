@@ -34,17 +34,18 @@ def pad_identity(block: "Block", x: jax.Array) -> jax.Array:
 
 
 def bare_projection(block: "Block", x: jax.Array) -> jax.Array:
-    """1x1 convolution alone: the projection of the pre-activation nets [I]."""
+    """1x1 convolution without batch normalisation."""
     return block.conv(block.out_features, kernel=1, strides=block.strides, name="proj_conv")(x)
 
 
 def projection(block: "Block", x: jax.Array) -> jax.Array:
-    """Options B and C [R §3.3]: 1x1 convolution and batch normalisation."""
-    return block.norm(name="proj_bn")(bare_projection(block, x))
+    """Options B and C [R §3.3]: 1x1 convolution and, but for pre-activation nets [I], BN."""
+    y = bare_projection(block, x)
+    return y if block.preactivation else block.norm(name="proj_bn")(y)
 
 
 class Block(nn.Module):
-    """What all blocks share; a block defines `_branch`, and `_join` and `_end` where it differs.
+    """What all blocks share. Each adds what comes before, after or in place of these steps.
 
     Training draws random numbers from the rng collection `drop`. In evaluation, and without `drop`,
     everything random is replaced by its expectation.
@@ -62,11 +63,11 @@ class Block(nn.Module):
     gate_bias: float = -6.0  # initial
     train: bool = False
 
+    kernels = (3, 3)  # of the branch's convolutions
     expansion = 1  # output channels over `features`, unless the net sets them
-    weighted_layers = 2
     preactivation = False  # no ReLU follows the addition, and the net ends in one
+    norm_first = False  # BN precedes each convolution instead of following it, and ends the net
     stem_activation = True  # BN-ReLU follows the stem
-    final_norm = False  # BN precedes the ReLU at the net's end
     ends_in_norm = False  # BN ends the branch, right before the addition
     draws = False  # training always draws random numbers
 
@@ -80,7 +81,23 @@ class Block(nn.Module):
         """The inputs of the shortcut and of the branch."""
         return x, x
 
+    def _branch(self, x):
+        """The convolutions, with BN-ReLU between them."""
+        strided = 2 if self.stride_in_3x3 and len(self.kernels) == 3 else 1
+        for i, kernel in enumerate(self.kernels, 1):
+            if i > 1:
+                x = relu(self.norm(name=f"bn{i if self.norm_first else i - 1}")(x))
+            features = self.out_features if i == len(self.kernels) else self.features
+            strides = self.strides if i == strided else 1
+            x = self.conv(features, kernel=kernel, strides=strides, name=f"conv{i}")(x)
+        return x
+
+    def _last_norm(self, x):
+        name = f"bn{len(self.kernels)}"
+        return self.norm(name=name, scale_init=self.last_scale_init)(x)
+
     def _join(self, x, y, survival):
+        """Adds the shortcut of `x` to the branch's output."""
         y, shortcut = self._drop(y, survival), self._shortcut(x)
         return y if shortcut is None else y + shortcut
 
@@ -106,14 +123,6 @@ class Block(nn.Module):
         """Stochastic depth (Huang et al. 2016, arXiv:1603.09382), for the whole batch at once."""
         return y if survival is None else y * self._keep(survival).astype(y.dtype)
 
-    def _two_convs(self, x):
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        return self.conv(self.features, name="conv2")(y)
-
-    def _bottleneck_strides(self):
-        return (1, self.strides) if self.stride_in_3x3 else (self.strides, 1)
-
 
 class BasicBlock(Block):
     """conv3-BN-ReLU-conv3-BN, shortcut, ReLU [R Fig. 5 left]."""
@@ -121,32 +130,22 @@ class BasicBlock(Block):
     ends_in_norm = True
 
     def _branch(self, x):
-        return self.norm(name="bn2", scale_init=self.last_scale_init)(self._two_convs(x))
+        return self._last_norm(super()._branch(x))
 
 
-class BottleneckBlock(Block):
+class BottleneckBlock(BasicBlock):
     """conv1-BN-ReLU-conv3-BN-ReLU-conv1-BN, shortcut, ReLU [R Fig. 5 right]."""
 
+    kernels = (1, 3, 1)
     expansion = 4
-    weighted_layers = 3
-    ends_in_norm = True
-
-    def _branch(self, x):
-        s1, s2 = self._bottleneck_strides()
-        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
-        y = relu(self.norm(name="bn1")(y))
-        y = self.conv(self.features, strides=s2, name="conv2")(y)
-        y = relu(self.norm(name="bn2")(y))
-        y = self.conv(self.out_features, kernel=1, name="conv3")(y)
-        return self.norm(name="bn3", scale_init=self.last_scale_init)(y)
 
 
 class PreactBasicBlock(Block):
     """BN-ReLU-conv3-BN-ReLU-conv3, shortcut [I Fig. 4e]."""
 
     preactivation = True
+    norm_first = True
     stem_activation = False
-    final_norm = True
 
     def _activate(self, x):
         # The shortcut shares the first BN-ReLU where the shape changes, and in the first block of
@@ -154,22 +153,9 @@ class PreactBasicBlock(Block):
         y = relu(self.norm(name="bn1")(x))
         return y if self.is_first or self._changes_shape(x) else x, y
 
-    def _branch(self, x):
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        y = relu(self.norm(name="bn2")(y))
-        return self.conv(self.features, name="conv2")(y)
-
 
 class PreactBottleneckBlock(PreactBasicBlock):
     """BN-ReLU-conv1-BN-ReLU-conv3-BN-ReLU-conv1, shortcut [I, Appendix]."""
 
+    kernels = (1, 3, 1)
     expansion = 4
-    weighted_layers = 3
-
-    def _branch(self, x):
-        s1, s2 = self._bottleneck_strides()
-        y = self.conv(self.features, kernel=1, strides=s1, name="conv1")(x)
-        y = relu(self.norm(name="bn2")(y))
-        y = self.conv(self.features, strides=s2, name="conv2")(y)
-        y = relu(self.norm(name="bn3")(y))
-        return self.conv(self.out_features, kernel=1, name="conv3")(y)

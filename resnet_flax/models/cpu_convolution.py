@@ -1,13 +1,12 @@
 """Convolutions written the way XLA's CPU backend computes them fast; see results/performance.md.
 
-Two things differ from `jax.lax.conv_general_dilated` and its derivatives:
+XLA's fast code begins at 32 channels: a 3x3 convolution of 16, as in the first stage of the CIFAR
+nets, reaches less than half of a core's speed. Here two adjacent pixels of 16 channels are one of
+32, with a window of 3x4: a third more products, with zeros, and still less time.
 
-- A 3x3 convolution of 16 channels, as in the first stage of the CIFAR nets, reaches less than half
-  of a core's speed: XLA's fast code begins at 32 channels. Two adjacent pixels of 16 channels are
-  one of 32, with a window of 3x4: a third more products, with zeros, and still less time.
-- Derivatives are convolutions with permuted dimensions, for which there is no fast code. XLA
-  transposes their operands first, but not inside loops, where a training step then takes 17 times
-  as long. Here they are transposed from the start.
+Derivatives are convolutions with permuted dimensions, for which there is no fast code. XLA
+transposes their operands first, but not inside loops, where a training step then takes 17 times as
+long. Here they are transposed from the start.
 """
 
 import functools

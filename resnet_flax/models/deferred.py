@@ -44,32 +44,32 @@ class Convolved:
         return self.y + other
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(eq=False)
 class Normalized(Convolved):
     """The batch normalisation of `y`, plus a shortcut, and then ReLU, not computed yet."""
 
     scale: jax.Array  # float32 [C], as the bias
     bias: jax.Array
-    epsilon: float
+    epsilon: float = dataclasses.field(metadata={"static": True})
     shortcut: jax.Array | None = None  # [B, H, W, C]
-    rectified: bool = False  # whether ReLU follows
-    computed: jax.Array | None = None  # the value, once something has computed it
+    rectified: bool = dataclasses.field(default=False, metadata={"static": True})  # ReLU follows
+    computed = None  # the value, once something has computed it; no field: not part of the pytree
 
     def compute(self) -> jax.Array:
         """The value, computed once."""
         if self.computed is None:
-            arguments = self.y, self.sums, self.scale, self.bias, self.shortcut
-            self.computed = _normalize(self.epsilon, self.rectified, *arguments)
+            self.computed = _compute(self)
         return self.computed
 
     def relu(self) -> "Normalized":
         """The same with ReLU."""
-        return dataclasses.replace(self, rectified=True, computed=None)
+        return dataclasses.replace(self, rectified=True)
 
     def __add__(self, shortcut: jax.Array) -> "Normalized | jax.Array":
         if self.rectified or self.shortcut is not None:
             return self.compute() + shortcut
-        return dataclasses.replace(self, shortcut=shortcut, computed=None)
+        return dataclasses.replace(self, shortcut=shortcut)
 
 
 def array(x: jax.Array | Convolved) -> jax.Array:
@@ -104,39 +104,40 @@ def _sums_of_backward(groups, x, gradients):
 _sums_of.defvjp(lambda groups, x: (_sums_of(groups, x), x), _sums_of_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _normalize(epsilon, rectified, y, sums, scale, bias, shortcut):
+@jax.custom_vjp
+def _compute(x: Normalized) -> jax.Array:
     # Written in this order, XLA makes one program of it.
-    mean, inverse = _mean_and_inverse(_again(sums), y.shape, epsilon)
-    value = (_grouped(y, len(mean)) - mean) * inverse * scale[None, None] + bias[None, None]
-    if shortcut is not None:
-        value = value + _grouped(shortcut, len(mean))
-    value = jnp.maximum(value, 0) if rectified else value
+    mean, inverse = _mean_and_inverse(_again(x.sums), x.shape, x.epsilon)
+    value = (_grouped(x.y, len(mean)) - mean) * inverse * x.scale[None, None] + x.bias[None, None]
+    if x.shortcut is not None:
+        value = value + _grouped(x.shortcut, len(mean))
+    value = jnp.maximum(value, 0) if x.rectified else value
     # Later uses read it instead of computing it again.
-    return _again(value.reshape(y.shape).astype(y.dtype))
+    return _again(value.reshape(x.shape).astype(x.y.dtype))
 
 
-def _normalize_forward(epsilon, rectified, y, sums, scale, bias, shortcut):
-    value = _normalize(epsilon, rectified, y, sums, scale, bias, shortcut)
-    return value, (y, sums, scale, value if rectified else None, shortcut is not None)
+def _compute_forward(x):
+    value = _compute(x)
+    return value, (x, value)
 
 
-def _normalize_backward(epsilon, rectified, saved, gradient):
-    y, sums, scale, value, has_shortcut = saved
-    if rectified:
+def _compute_backward(saved, gradient):
+    x, value = saved
+    if x.rectified:
         gradient = jnp.where(value > 0, gradient, 0)
-    g = _grouped(gradient, len(sums[0]))
-    totals = add_up(g, g * _grouped(y, len(g)))
-    _, inverse = _mean_and_inverse(_again((sums, totals))[0], y.shape, epsilon)
-    of_y = (g * inverse * scale[None, None]).reshape(y.shape).astype(y.dtype)
-    of_rest = normalize_backward(sums, scale, totals, shape=y.shape, epsilon=epsilon)
-    return of_y, *of_rest, gradient if has_shortcut else None
+    g = _grouped(gradient, len(x.sums[0]))
+    totals = add_up(g, g * _grouped(x.y, len(g)))
+    _, inverse = _mean_and_inverse(_again((x.sums, totals))[0], x.shape, x.epsilon)
+    y = (g * inverse * x.scale[None, None]).reshape(x.shape).astype(x.y.dtype)
+    sums, scale, bias = statistics_backward(x.sums, x.scale, totals, x.shape, x.epsilon)
+    shortcut = None if x.shortcut is None else gradient
+    return (dataclasses.replace(x, y=y, sums=sums, scale=scale, bias=bias, shortcut=shortcut),)
 
 
-_normalize.defvjp(_normalize_forward, _normalize_backward)
+_compute.defvjp(_compute_forward, _compute_backward)
 
 
-def normalize_backward(sums, scale, totals, *, shape, epsilon, again=_again):
+def statistics_backward(sums, scale, totals, shape, epsilon, again=_again):
     """Gradients with respect to the `sums`, `scale` and `bias` of an array of `shape`.
 
     `totals`, float32 [G, C] each, are of the gradient of the normalised array and of its product

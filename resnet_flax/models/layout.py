@@ -5,6 +5,7 @@ stacked along a new first axis under `stage<s>_rest`. Checkpoints and weight fil
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,42 +17,43 @@ def to_canonical(tree: Any) -> Any:
     """Unstacks every scanned stage in any dict of `tree` (parameters, optimizer state, …)."""
 
     def unstack(node):
-        if not _is_dict(node):
-            return node
         out = {}
         for name, child in node.items():
             if match := re.fullmatch(r"(stage\d+)_rest", name):
                 for i in range(jax.tree.leaves(child)[0].shape[0]):
                     out[f"{match[1]}_block{i + 2}"] = jax.tree.map(lambda x, i=i: _row(x, i), child)
             else:
-                out[name] = unstack(child)
+                out[name] = to_canonical(child)
         return out
 
-    return jax.tree.map(unstack, tree, is_leaf=_is_dict)
+    return _map_dicts(unstack, tree)
 
 
 def to_scanned(tree: Any) -> Any:
     """Stacks blocks 2 to n of every stage: the inverse of `to_canonical`."""
 
     def stack(node):
-        if not _is_dict(node):
-            return node
         out, rest = {}, {}
         for name, child in node.items():
             match = re.fullmatch(r"(stage\d+)_block(\d+)", name)
             if match and int(match[2]) > 1:
                 rest.setdefault(f"{match[1]}_rest", {})[int(match[2])] = child
             else:
-                out[name] = stack(child)
+                out[name] = to_scanned(child)
         for name, blocks in rest.items():
             out[name] = jax.tree.map(_stack, *(blocks[b] for b in sorted(blocks)))
         return out
 
-    return jax.tree.map(stack, tree, is_leaf=_is_dict)
+    return _map_dicts(stack, tree)
 
 
-def _is_dict(node):
-    return isinstance(node, dict)
+def _map_dicts(function: Callable[[dict], dict], tree: Any) -> Any:
+    """`tree` with `function` of every dict that lies in no other dict."""
+
+    def is_dict(node):
+        return isinstance(node, dict)
+
+    return jax.tree.map(lambda x: function(x) if is_dict(x) else x, tree, is_leaf=is_dict)
 
 
 def _row(x, i):
@@ -59,7 +61,5 @@ def _row(x, i):
     return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_abstract else x[i]
 
 
-def _stack(x, *others):
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct((1 + len(others), *x.shape), x.dtype)
-    return (np if isinstance(x, np.ndarray) else jnp).stack([x, *others])
+def _stack(*rows):
+    return (np if isinstance(rows[0], np.ndarray) else jnp).stack(rows)

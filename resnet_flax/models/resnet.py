@@ -114,13 +114,14 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             defer=self.defers and train,
         )
+        starts_at_0 = self.zero_init_last and self.block.ends_in_norm
         make_block = functools.partial(
             self.block,
             conv=conv,
             norm=norm,
             shortcuts=self.shortcuts,
             stride_in_3x3=self.stride_in_3x3,
-            last_scale_init=nn.initializers.zeros if self.zero_init_last else nn.initializers.ones,
+            last_scale_init=nn.initializers.zeros if starts_at_0 else nn.initializers.ones,
             gate_bias=self.gate_bias,
             train=train,
         )
@@ -147,7 +148,7 @@ class ResNet(nn.Module):
                     x = run(block(name=f"stage{stage}_block{i + 1}"), x, survivals[i])
             outputs.append(x)
 
-        if self.block.final_norm:
+        if self.block.norm_first:
             x = norm(name="final_bn")(x)
         if self.block.preactivation:
             outputs[-1] = x = relu(x)

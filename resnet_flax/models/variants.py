@@ -11,51 +11,6 @@ from resnet_flax.models import deferred
 from resnet_flax.models.blocks import BasicBlock, Block, PreactBottleneckBlock
 from resnet_flax.models.layers import Conv, relu
 
-
-def _gate(block: Block, x: jax.Array, kernel: int = 1) -> jax.Array:
-    """sigmoid(W x + b), float32 [B, H/s, W/s, D]; W a convolution, b starts at `gate_bias`."""
-    layer = block.conv(
-        block.out_features,
-        kernel=kernel,
-        strides=block.strides,
-        bias_init=nn.initializers.constant(block.gate_bias),
-        name="gate_conv",
-    )
-    # In bfloat16 1 - g would be 1 for any g below 0.002.
-    return jax.nn.sigmoid(layer(x).astype(jnp.float32))
-
-
-class HighwayLayer(Block):
-    """One layer of a highway net (Srivastava et al. 2015, arXiv:1505.00387).
-
-    `highway<6n+2>` is `plain<6n+2>` with a gate at each layer that keeps its input's shape: a layer
-    H(x) = ReLU(BN(conv3(x))) becomes y = H(x) T(x) + x (1 - T(x)), T(x) = sigmoid(conv3(x) + b),
-    with b negative at first, so that the input passes. The net's first convolution, and the layers
-    that change the shape, stay plain, as in that paper, whose formula needs equal shapes.
-
-    The published Highway-19 and Highway-32 that [R, Table 6] quotes are other nets: they have the
-    layers and widths of FitNets, max-pooling, and no batch normalisation.
-    """
-
-    weighted_layers = 1
-
-    def _branch(self, x):
-        y = self.conv(self.features, strides=self.strides, name="conv1")(x)
-        return relu(self.norm(name="bn1")(y))
-
-    def _join(self, x, y, survival):
-        y = self._drop(y, survival)
-        if self._changes_shape(x):
-            return y
-        x, y = deferred.array(x), deferred.array(y)
-        transform = _gate(self, x, kernel=3)
-        wide_x, wide_y = x.astype(jnp.float32), y.astype(jnp.float32)
-        return (transform * wide_y + (1 - transform) * wide_x).astype(y.dtype)
-
-    def _end(self, x):
-        return x
-
-
 # What Identity Mappings [I] compares its nets with, on ResNet-110 with post-activation blocks. [I]
 # does not say what changes the shape: here it is [R]'s option A, scaled, gated or thinned out like
 # the identity. "Full pre-activation" is `blocks.PreactBasicBlock`.
@@ -74,14 +29,28 @@ class ExclusiveGatingBlock(BasicBlock):
     [I, Table 1] has 8.70 % at best, with an initial bias of -6.
     """
 
+    gate_kernel = 1
+
     def _join(self, x, y, survival):
         x, y = deferred.array(x), deferred.array(self._drop(y, survival))
-        g = _gate(self, x)
+        g = self._gate(x)
         shortcut = self._shortcut(x.astype(jnp.float32))
         return ((1 - g) * shortcut + g * y.astype(jnp.float32)).astype(y.dtype)
 
+    def _gate(self, x):
+        """sigmoid(W x + b), float32 [B, H/s, W/s, D]; W a convolution, b starts at `gate_bias`."""
+        layer = self.conv(
+            self.out_features,
+            kernel=self.gate_kernel,
+            strides=self.strides,
+            bias_init=nn.initializers.constant(self.gate_bias),
+            name="gate_conv",
+        )
+        # In bfloat16 1 - g would be 1 for any g below 0.002.
+        return jax.nn.sigmoid(layer(x).astype(jnp.float32))
 
-class ShortcutGatingBlock(BasicBlock):
+
+class ShortcutGatingBlock(ExclusiveGatingBlock):
     """Only the shortcut times 1 - g(x) [I, Fig. 2d].
 
     [I, Table 1] has 12.86 % with an initial bias of 0, 6.91 % with -6.
@@ -89,7 +58,7 @@ class ShortcutGatingBlock(BasicBlock):
 
     def _join(self, x, y, survival):
         x, y = deferred.array(x), deferred.array(self._drop(y, survival))
-        g = _gate(self, x)
+        g = self._gate(x)
         return ((1 - g) * self._shortcut(x.astype(jnp.float32))).astype(y.dtype) + y
 
 
@@ -111,11 +80,8 @@ class DropoutShortcutBlock(BasicBlock):
 class BNAfterAdditionBlock(Block):
     """conv3-BN-ReLU-conv3, shortcut, BN-ReLU [I, Fig. 4b]: 8.17 % in [I, Table 2]."""
 
-    def _branch(self, x):
-        return self._two_convs(x)
-
     def _end(self, x):
-        return relu(self.norm(name="bn2")(x))
+        return relu(self._last_norm(x))
 
 
 class ReLUBeforeAdditionBlock(Block):
@@ -125,7 +91,7 @@ class ReLUBeforeAdditionBlock(Block):
     """
 
     def _branch(self, x):
-        return relu(self.norm(name="bn2")(self._two_convs(x)))
+        return relu(self._last_norm(super()._branch(x)))
 
     def _end(self, x):
         return x
@@ -146,7 +112,33 @@ class ReLUOnlyPreactBlock(Block):
         return y if self.is_first or self._changes_shape(x) else x, y
 
     def _branch(self, x):
-        return self.norm(name="bn2", scale_init=self.last_scale_init)(self._two_convs(x))
+        return self._last_norm(super()._branch(x))
+
+
+class HighwayLayer(ExclusiveGatingBlock):
+    """One layer of a highway net (Srivastava et al. 2015, arXiv:1505.00387).
+
+    `highway<6n+2>` is `plain<6n+2>` with a gate at each layer that keeps its input's shape: a layer
+    H(x) = ReLU(BN(conv3(x))) becomes y = H(x) T(x) + x (1 - T(x)), T(x) = sigmoid(conv3(x) + b),
+    with b negative at first, so that the input passes. The net's first convolution, and the layers
+    that change the shape, stay plain, as in that paper, whose formula needs equal shapes.
+
+    The published Highway-19 and Highway-32 that [R, Table 6] quotes are other nets: they have the
+    layers and widths of FitNets, max-pooling, and no batch normalisation.
+    """
+
+    kernels = (3,)
+    gate_kernel = 3
+    ends_in_norm = False
+
+    def _branch(self, x):
+        return relu(super()._branch(x))
+
+    def _join(self, x, y, survival):
+        return y if self._changes_shape(x) else super()._join(x, y, survival)
+
+    def _end(self, x):
+        return x
 
 
 # The nets of https://keras.io/examples/cifar10_resnet, versions 1 and 2, which many tutorials train

@@ -28,7 +28,7 @@ class Architecture:
     @property
     def weighted_layers(self) -> int:
         """Layers on the longest path that have weights: projections do not count [R Fig. 3]."""
-        return 2 + sum(self.stage_sizes) * self.block.weighted_layers
+        return 2 + sum(self.stage_sizes) * len(self.block.kernels)
 
     @property
     def scan_pays(self) -> bool:
@@ -36,13 +36,11 @@ class Architecture:
         return max(self.stage_sizes) > 40
 
 
-def cifar_architecture(
+def _cifar(
     depth: int, block: type[blocks.Block], shortcut: str, widths=(16, 32, 64), **extra: Any
 ) -> Architecture:
     """The CIFAR net of `depth` layers [R §4.2]: 6n+2 with basic blocks, 9n+2 with bottlenecks."""
-    n, rest = divmod(depth - 2, 3 * block.weighted_layers)
-    if n < 1 or rest:
-        raise ValueError(f"depth={depth} is not {3 * block.weighted_layers}n + 2 with n >= 1")
+    n = (depth - 2) // (3 * len(block.kernels))
     return Architecture((n, n, n), widths, block, shortcut, extra=extra)
 
 
@@ -81,32 +79,34 @@ _IMAGENET = {
     "resnet152": _imagenet((3, 8, 36, 3), blocks.BottleneckBlock, "B"),
 }
 ARCHITECTURES: dict[str, Architecture] = {
-    name.format(depth): cifar_architecture(depth, block, shortcut, **extra)
+    name.format(depth): _cifar(depth, block, shortcut, **extra)
     for name, depths, block, shortcut, extra in _CIFAR
     for depth in depths
 } | _IMAGENET
 
 OPTIONS = ("A", "B", "C")  # the user's choice, where a net leaves it
-_PADDED = ("A", "constant_scaling", "exclusive_gating", "shortcut_gating")
+_OPTION_A = blocks.pad_identity, blocks.identity
 # Shortcuts of blocks that change the shape, and of the others.
-_SHORTCUTS = dict.fromkeys(_PADDED, (blocks.pad_identity, blocks.identity)) | {
+_SHORTCUTS = {
+    "A": _OPTION_A,
     "B": (blocks.projection, blocks.identity),
     "C": (blocks.projection, blocks.projection),
     "none": (None, None),
-    "highway": (None, None),
-    "bare": (blocks.bare_projection, blocks.identity),
+    "highway": (None, blocks.identity),
+    "constant_scaling": _OPTION_A,
+    "exclusive_gating": _OPTION_A,
+    "shortcut_gating": _OPTION_A,
     "conv_shortcut": (blocks.bare_projection, blocks.bare_projection),
+    "bare": (blocks.bare_projection, blocks.identity),
 }
-# A pre-activation net's projections have no batch normalisation [I].
-_PREACT_SHORTCUTS = _SHORTCUTS | {"B": _SHORTCUTS["bare"], "C": _SHORTCUTS["conv_shortcut"]}
 
 
 def get_architecture(name: str) -> Architecture:
     """The architecture called `name`; a UserError suggests the nearest name."""
     if name not in ARCHITECTURES:
         # Nearly all names are much alike: of the closest ones, take the one of the nearest depth.
-        close = difflib.get_close_matches(str(name).lower(), ARCHITECTURES, n=8)
-        near = min(close, key=lambda n: abs(_depth(n) - _depth(str(name))), default=None)
+        close = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=8)
+        near = min(close, key=lambda other: abs(_depth(other) - _depth(name)), default=None)
         hint = f" (did you mean {near!r}?)" if near else ""
         raise UserError(
             f"unknown model {name!r}{hint}; python -m resnet_flax.tools.summary --list shows all"
@@ -159,8 +159,8 @@ def create_model(
         projection everywhere; None takes the paper's: A for 6n+2 nets [R §4.2], B for bottleneck
         [R §4.1] and pre-activation nets [I] (there without batch normalisation).
       dtype: of activations, float32 or bfloat16 (or their names); parameters stay float32.
-      zero_init_last: see `ResNet`, as `survival`.
-      survival: 1: no stochastic depth.
+      zero_init_last: each block begins as its shortcut.
+      survival: stochastic depth's probability for the last block; 1 turns it off.
       **options: other attributes of `ResNet`: `stride_in_3x3`, `gate_bias`, `bn_momentum`,
         `bn_group_size`, `scan`, `remat`, `cpu_convolutions`, `defer`, `fused`.
 
@@ -174,11 +174,9 @@ def create_model(
     if num_classes < 0:
         raise UserError(f"num_classes={num_classes} must be 0 (pooled features) or more")
     try:
-        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        is_float = False
-    if not is_float:
-        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
+        dtype = jnp.dtype(dtype)
+    except TypeError as error:
+        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16") from error
     if not 0 < survival <= 1:
         raise UserError(f"survival={survival} must be above 0 and at most 1")
     if survival < 1 and architecture.shortcut in ("none", "highway"):
@@ -190,14 +188,13 @@ def create_model(
             f"model {name!r} has no branches that end in batch normalisation beside a shortcut: "
             "leave out zero_init_last"
         )
-    shortcuts = _PREACT_SHORTCUTS if block.preactivation else _SHORTCUTS
     return ResNet(
         stage_sizes=architecture.stage_sizes,
         widths=architecture.widths,
         block=block,
-        shortcuts=shortcuts[resolve_shortcut(name, shortcut)],
+        shortcuts=_SHORTCUTS[resolve_shortcut(name, shortcut)],
         num_classes=num_classes,
-        dtype=jnp.dtype(dtype),
+        dtype=dtype,
         zero_init_last=zero_init_last,
         survival=survival,
         **architecture.extra,

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from resnet_flax import models
-from resnet_flax.config import base_config, imagenet_config, override, validate
+from resnet_flax.config import base_config, override, validate
 from resnet_flax.data.dataset import Dataset, Split
 from resnet_flax.data.streaming import Geometry, StreamedSplit
 from resnet_flax.devices import hardware, sharding
@@ -35,8 +35,10 @@ class Case:
 
 def make_config(case: Case) -> ConfigDict:
     """The case's configuration, by the paper's recipe for the model's data set."""
-    large = models.get_architecture(case.model).image_size > 32
-    config = imagenet_config() if large else base_config()
+    config = base_config()
+    if models.get_architecture(case.model).image_size > 32:
+        config.data.update(name="imagenet2012", batch_size=256, pad=0, color=True)
+        config.eval.batch_size = 256
     config.model.name, config.model.dtype = case.model, case.dtype
     config.data.batch_size = case.batch_size or config.data.batch_size
     config.data.workers, config.train.cpu_devices = 0, case.devices

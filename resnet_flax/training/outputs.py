@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError
-from resnet_flax.models import blocks
 from resnet_flax.models.layers import BatchNorm
 from resnet_flax.models.resnet import ResNet
 from resnet_flax.training import augment, feed, steps
@@ -56,15 +55,13 @@ def response_layers(model: ResNet, name: str) -> list[str]:
     Raises:
       UserError: the net, called `name`, has its layers in another order.
     """
-    if issubclass(model.block, blocks.BasicBlock):
-        own = ("bn1", "bn2")
-    elif issubclass(model.block, blocks.BottleneckBlock):
-        own = ("bn2",)
-    else:
+    kind = model.block
+    if kind.preactivation or not kind.ends_in_norm:
         raise UserError(
             f"responses as in [R, Fig. 7] are taken after a 3x3 layer's batch normalisation and "
             f"before the addition or ReLU: {name} has its layers in another order"
         )
+    own = [f"bn{i}" for i, kernel in enumerate(kind.kernels, 1) if kernel == 3]
     return ["stem_bn"] * (model.stem_kernel == 3) + [
         f"stage{stage}_block{block}/{norm}"
         for stage, size in enumerate(model.stage_sizes, 1)

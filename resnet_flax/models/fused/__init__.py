@@ -15,6 +15,7 @@ It reads what it has written itself, after a barrier. An image has at most 32 x 
 stays in the cache. On a CPU, for tests, the programs are interpreted.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -40,45 +41,44 @@ def fits(x: jax.Array | deferred.Convolved, kernel_shape: tuple[int, ...]) -> bo
 
 
 def convolve(x: deferred.Normalized, kernel: jax.Array, strides: int) -> deferred.Convolved:
-    """The convolution of `x` [B, H, W, C], which is computed on the way; `fits` says of which.
+    """The convolution of an `x` that `fits`; on the way, `x` is computed too.
 
-    All is bfloat16: the kernel [3, 3, C, K] and the result [B, ceil(H / strides), …, K], which has
-    sums over the same groups as `x`. `strides` is 1 or 2.
+    All is bfloat16: `x` [B, H, W, C], the kernel [3, 3, C, K] and the result [B, ceil(H / strides),
+    …, K], which has sums over the same groups as `x`. `strides` is 1 or 2.
     """
-    x.computed, y, sums = _convolve(
-        (x.epsilon, strides), x.y, x.sums, x.scale, x.bias, x.shortcut, kernel
-    )
+    x.computed, y, sums = _convolve(strides, x, kernel)
     return deferred.Convolved(y, sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(options, y, sums, scale, bias, shortcut, kernel):
-    value, out, *totals = programs.forward(options, y, sums, scale, bias, shortcut, kernel)
+def _convolve(strides, x, kernel):
+    value, out, *totals = programs.forward(strides, x, kernel)
     # Each image's totals [B, K] to each group's [G, K].
-    totals = (x.reshape(len(sums[0]), -1, x.shape[-1]) for x in totals)
+    totals = (t.reshape(len(x.sums[0]), -1, t.shape[-1]) for t in totals)
     return value, out, deferred.add_up(*totals)
 
 
-def _convolve_forward(options, *arguments):
-    y, sums, scale, bias, shortcut, kernel = jax.tree.map(lambda x: x.value, arguments)
-    value, out, new = _convolve(options, y, sums, scale, bias, shortcut, kernel)
-    return (value, out, new), (y, sums, scale, value, out, shortcut is not None, kernel)
+def _convolve_forward(strides, *arguments):
+    x, kernel = jax.tree.map(lambda primal: primal.value, arguments)
+    value, out, sums = _convolve(strides, x, kernel)
+    return (value, out, sums), (x, kernel, value, out)
 
 
-def _convolve_backward(options, saved, gradients):
-    y, sums, scale, value, out, has_shortcut, kernel = saved
+def _convolve_backward(strides, saved, gradients):
+    x, kernel, value, out = saved
     of_value, of_out, of_sums = gradients
     # Nothing is read for a value that only this convolution uses.
     of_value = [] if _is_zero(of_value) else [of_value]
     of_out, *of_sums = (
-        jnp.zeros(x.shape, x.dtype) if _is_zero(x) else x for x in (of_out, *of_sums)
+        jnp.zeros(g.shape, g.dtype) if _is_zero(g) else g for g in (of_out, *of_sums)
     )
-    of_out, of_y, first, second, *of_shortcut = programs.backward(
-        options, y, sums, scale, kernel, value, of_value, out, of_out, of_sums, has_shortcut
+    of_out, y, *shortcut, first, second = programs.backward(
+        strides, x, kernel, value, of_value, out, of_out, of_sums
     )
-    of_rest = programs.finish(options, first, second, sums, scale, y.shape)
-    of_kernel = programs.kernel_gradient(options, value, of_out).astype(kernel.dtype)
-    return of_y, *of_rest, of_shortcut[0] if has_shortcut else None, of_kernel
+    sums, scale, bias = programs.finish(x, first, second)
+    shortcut = shortcut[0] if shortcut else None
+    of_x = dataclasses.replace(x, y=y, sums=sums, scale=scale, bias=bias, shortcut=shortcut)
+    return of_x, programs.kernel_gradient(strides, value, of_out).astype(kernel.dtype)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward, symbolic_zeros=True)

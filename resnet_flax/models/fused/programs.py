@@ -1,7 +1,6 @@
 """The GPU programs of `fused`, in Pallas (Triton).
 
-`options` are a normalisation's epsilon and a convolution's strides. Inside a program an array
-[B, H, W, C] is [pixels, C].
+`x` is a `deferred.Normalized` with ReLU. Inside a program an array [B, H, W, C] is [pixels, C].
 """
 
 import functools
@@ -87,23 +86,24 @@ def _taps(add, shape):
     return jax.lax.fori_loop(0, 9, step, jnp.zeros(shape, jnp.float32))
 
 
-def _group_and_affine(image, shape, epsilon, sums_refs, scale_ref):
-    """The group of an image, and its mean and factor [1, C]."""
-    group = jax.lax.div(image, shape[0] // len(sums_refs[0]))
+def _group_and_affine(x, image, sums_refs, scale_ref):
+    """The group of an image, and the mean and the factor [1, C] that normalise it."""
+    size = x.shape[0] // len(sums_refs[0])
+    group = jax.lax.div(image, size)
     sums = [ref[group, :][None] for ref in sums_refs]
-    mean, variance = deferred.mean_and_variance(sums, (shape[0] // len(sums_refs[0]), *shape[1:]))
-    return group, mean, jax.lax.rsqrt(variance + epsilon) * scale_ref[0, :][None]
+    mean, variance = deferred.mean_and_variance(sums, (size, *x.shape[1:]))
+    return group, mean, jax.lax.rsqrt(variance + x.epsilon) * scale_ref[0, :][None]
 
 
 def _add_sums(sums, a, b):
     return sums[0] + jnp.sum(a, axis=0), sums[1] + jnp.sum(b, axis=0)
 
 
-def forward(options, y, sums, scale, bias, shortcut, kernel):
-    """The activated value, its convolution, and the latter's sums and squares' by image [B, K]."""
-    epsilon, strides = options
-    images, height, width, channels = y.shape
+def forward(strides, x, kernel):
+    """The value of `x`, its convolution, and that one's sums and squares' sums by image [B, K]."""
+    images, height, width, channels = x.shape
     outputs = kernel.shape[3]
+    shortcut = [] if x.shortcut is None else [x.shortcut]
     below = -(-height // strides), -(-width // strides)
     tile, warps = TILES[channels]
 
@@ -111,8 +111,7 @@ def forward(options, y, sums, scale, bias, shortcut, kernel):
         *shortcut_ref, value_ref, out_ref, new_first_ref, new_second_ref = refs
         image = pl.program_id(0)
         start, start_below = image * height * width, image * below[0] * below[1]
-        sums_refs = first_ref, second_ref
-        _, mean, factor = _group_and_affine(image, y.shape, epsilon, sums_refs, scale_ref)
+        _, mean, factor = _group_and_affine(x, image, (first_ref, second_ref), scale_ref)
         offset = bias_ref[0, :][None] - mean * factor
 
         def activate(pixels, inside, carry):
@@ -128,8 +127,8 @@ def forward(options, y, sums, scale, bias, shortcut, kernel):
             def add(tap, down, right):
                 r, c = row + down, column + right
                 within = inside & (r >= 0) & (r < height) & (c >= 0) & (c < width)
-                x = _load(value_ref, start + r * width + c, within)
-                return triton.dot(x, _tap(w_ref, tap), trans_b=True)
+                value = _load(value_ref, start + r * width + c, within)
+                return triton.dot(value, _tap(w_ref, tap), trans_b=True)
 
             total = _taps(add, (tile, outputs)).astype(out_ref.dtype)
             _store(out_ref, start_below + pixels, inside, total)
@@ -146,23 +145,22 @@ def forward(options, y, sums, scale, bias, shortcut, kernel):
     return _launch(
         body,
         (images,),
-        [(y.shape, y.dtype), ((images, *below, outputs), y.dtype), *totals],
-        [y, *sums, scale[None], bias[None], _by_output(kernel)]
-        + [shortcut] * (shortcut is not None),
+        [(x.shape, x.y.dtype), ((images, *below, outputs), x.y.dtype), *totals],
+        [x.y, *x.sums, x.scale[None], x.bias[None], _by_output(kernel), *shortcut],
         warps=warps,
         name="normalize_convolve",
     )
 
 
-def backward(options, y, sums, scale, kernel, value, of_value, out, of_out, of_sums, has_shortcut):
-    """Gradients of `forward`, without the kernel's and those from `finish`.
+def backward(strides, x, kernel, value, of_value, out, of_out, of_sums):
+    """Gradients of `forward` but for the kernel's and those that `finish` gives.
 
     `of_value` is a list of at most one array. Returns the total gradient of the output, the one of
-    `y`, the totals by image [B, C] that `finish` takes, and the shortcut's, where there is one.
+    `x.y`, the shortcut's, where there is one, and the totals by image [B, C] that `finish` takes.
     """
-    epsilon, strides = options
-    images, height, width, channels = y.shape
+    images, height, width, channels = x.shape
     below = out.shape[1:3]
+    shortcut = [] if x.shortcut is None else [x.shortcut]
     tile, warps = TILES[channels]
 
     def body(
@@ -170,17 +168,16 @@ def backward(options, y, sums, scale, kernel, value, of_value, out, of_out, of_s
         first_ref, second_ref, scale_ref, *refs
     ):  # fmt: skip
         of_value_ref, refs = refs[: len(of_value)], refs[len(of_value) :]
-        total_ref, of_y_ref, new_first_ref, new_second_ref, *of_shortcut_ref = refs
+        total_ref, of_y_ref, *of_shortcut_ref, new_first_ref, new_second_ref = refs
         image = pl.program_id(0)
         start, start_below = image * height * width, image * below[0] * below[1]
-        sums_refs = first_ref, second_ref
-        group, _, factor = _group_and_affine(image, y.shape, epsilon, sums_refs, scale_ref)
+        group, _, factor = _group_and_affine(x, image, (first_ref, second_ref), scale_ref)
         first, second = of_first_ref[group, :][None], of_second_ref[group, :][None]
 
         def add_sums(pixels, inside, carry):
             rows = start_below + pixels
-            x = _load(out_ref, rows, inside).astype(jnp.float32)
-            total = _load(of_out_ref, rows, inside).astype(jnp.float32) + first + 2 * second * x
+            y = _load(out_ref, rows, inside).astype(jnp.float32)
+            total = _load(of_out_ref, rows, inside).astype(jnp.float32) + first + 2 * second * y
             _store(total_ref, rows, inside, total)
             return carry
 
@@ -194,8 +191,8 @@ def backward(options, y, sums, scale, kernel, value, of_value, out, of_out, of_s
                 if strides > 1:
                     within &= (r % strides == 0) & (c % strides == 0)
                     r, c = r // strides, c // strides
-                x = _load(total_ref, start_below + r * below[1] + c, within)
-                return triton.dot(x, _tap(w_ref, tap))
+                gradient = _load(total_ref, start_below + r * below[1] + c, within)
+                return triton.dot(gradient, _tap(w_ref, tap))
 
             rows = start + pixels
             total = _taps(add, (tile, channels))
@@ -214,20 +211,19 @@ def backward(options, y, sums, scale, kernel, value, of_value, out, of_out, of_s
         new_first_ref[image, :], new_second_ref[image, :] = new
 
     totals = [((images, channels), jnp.float32)] * 2
-    of_shortcut = [(y.shape, y.dtype)] * has_shortcut
     return _launch(
         body,
         (images,),
-        [(out.shape, y.dtype), (y.shape, y.dtype), *totals, *of_shortcut],
-        [of_out, out, *of_sums, _by_output(kernel), value, y, *sums, scale[None], *of_value],
+        [*((a.shape, a.dtype) for a in (out, x.y, *shortcut)), *totals],
+        [of_out, out, *of_sums, _by_output(kernel), value, x.y, *x.sums, x.scale[None], *of_value],
         warps=warps,
         name="convolve_backward",
     )
 
 
-def finish(options, first, second, sums, scale, shape):
-    """`deferred.normalize_backward` of totals by image [B, C]."""
-    groups = len(sums[0])
+def finish(x, first, second):
+    """`deferred.statistics_backward` of totals by image [B, C]."""
+    groups = len(x.sums[0])
     size = len(first) // groups
 
     def body(_, first_ref, second_ref, a_ref, b_ref, scale_ref, *out_refs):
@@ -236,33 +232,29 @@ def finish(options, first, second, sums, scale, shape):
             jnp.sum(_load(ref, group * size + rows, rows < size), axis=0)[None]
             for ref in (first_ref, second_ref)
         ]
-        found = deferred.normalize_backward(
-            [ref[group, :][None] for ref in (a_ref, b_ref)],
-            scale_ref[0, :],
-            totals,
-            shape=(size, *shape[1:]),
-            epsilon=options[0],
-            again=lambda x: x,
+        sums = [ref[group, :][None] for ref in (a_ref, b_ref)]
+        shape = size, *x.shape[1:]
+        found = deferred.statistics_backward(
+            sums, scale_ref[0, :], totals, shape, x.epsilon, again=lambda uses: uses
         )
         for ref, value in zip(out_refs, jax.tree.leaves(found), strict=True):
             ref[group, :] = value.reshape(-1)
 
-    out = [(sums[0].shape, jnp.float32)] * 4
-    arrays = [first, second, *sums, scale[None]]
+    out = [(x.sums[0].shape, jnp.float32)] * 4
+    arrays = [first, second, *x.sums, x.scale[None]]
     a, b, of_scale, of_bias = _launch(body, (groups,), out, arrays, warps=4, name="finish")
     return (a, b), jnp.sum(of_scale, axis=0), jnp.sum(of_bias, axis=0)
 
 
-def kernel_gradient(options, x, of_out):
-    """float32 [3, 3, C, K] of input x [B, H, W, C] and the output's gradient [B, H', W', K]."""
-    strides = options[1]
-    (_, height, width, channels), (_, *below, outputs) = x.shape, of_out.shape
+def kernel_gradient(strides, value, of_out):
+    """float32 [3, 3, C, K] of the input [B, H, W, C] and the output's gradient [B, H', W', K]."""
+    (_, height, width, channels), (_, *below, outputs) = value.shape, of_out.shape
     slices, tile = _SLICES[max(channels, outputs)]
     pixels = math.prod(of_out.shape[:3])
     slices = min(slices, pl.cdiv(pixels, tile))
     steps = pl.cdiv(pixels, tile * slices)
 
-    def body(_, x_ref, of_out_ref, sums_ref):
+    def body(_, value_ref, of_out_ref, sums_ref):
         part, down = pl.program_id(0), pl.program_id(1)
 
         def add(step, sums):
@@ -274,8 +266,8 @@ def kernel_gradient(options, x, of_out):
             new = []
             for right in range(3):
                 within = inside & (c + right >= 0) & (c + right < width)
-                value = _load(x_ref, (image * height + r) * width + c + right, within)
-                new.append(sums[right] + triton.dot(gradient, value, trans_a=True))
+                inputs = _load(value_ref, (image * height + r) * width + c + right, within)
+                new.append(sums[right] + triton.dot(gradient, inputs, trans_a=True))
             return tuple(new)
 
         sums = (jnp.zeros((outputs, channels), jnp.float32),) * 3
@@ -285,7 +277,7 @@ def kernel_gradient(options, x, of_out):
             triton.store(sums_ref.at[part, k, down, right, c], sums[right])
 
     sums = [((slices, outputs, 3, 3, channels), jnp.float32)]
-    (parts,) = _launch(body, (slices, 3), sums, [x, of_out], warps=4, name="kernel_gradient")
+    (parts,) = _launch(body, (slices, 3), sums, [value, of_out], warps=4, name="kernel_gradient")
     return jnp.moveaxis(jnp.sum(parts, axis=0), 0, 3)
 
 
