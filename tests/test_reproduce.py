@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -25,6 +24,7 @@ from resnet_flax.tools import reproduce
 from resnet_flax.tools.experiments import Run, make_runs, plan, rows_of, scaled
 from resnet_flax.tools.reproduce import Runner
 from tests.conftest import ROOT
+from tests.processes import until
 
 PYTHON, WEIGHTS = sys.executable, ROOT / "resnet_flax/pretrained/plain20.safetensors"
 
@@ -66,7 +66,6 @@ def fake(tmp_path_factory, monkeypatch):
     path.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(path))
     monkeypatch.setattr(reproduce, "_LOOK", 0.02)
-    monkeypatch.setattr(reproduce, "_LOOK_AT_ALL", 0.1)
 
 
 def make(directory, rows=5, actions=(), seeds=1):
@@ -89,13 +88,6 @@ def starts(runs):
     """How many seeds each start of each run was for."""
     paths = [run.directory / "starts" for run in runs]
     return [path.read_text().split() if path.exists() else [] for path in paths]
-
-
-def wait_until(happened):
-    end = time.monotonic() + 120
-    while not happened():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager
@@ -135,11 +127,11 @@ def test_a_run_is_an_ordinary_command(tmp_path, monkeypatch, fake, capsys):
         "resnet56-B/seed0", "resnet56-C/seed0", "resnet20/seed1",
     ]  # fmt: skip
     assert lines[15].strip() == (
-        f"python -m resnet_flax.main --config=configs/resnet20.py --workdir={tmp_path}/x/resnet20-B"
-        "/seed1 --config.model.shortcut=B --config.checkpoint.every_steps=50 "
-        "--config.eval.every_steps=50 --config.log.every_steps=1 "
-        "--config.optim.boundaries_steps=320,480 --config.train.total_steps=640 "
-        "--config.data.data_dir=/data --config.data.split=45k/5k --config.seed=1"
+        "python -m resnet_flax.main --config=configs/paper.py:resnet20 --config.model.shortcut=B "
+        "--config.checkpoint.every_steps=50 --config.eval.every_steps=50 "
+        "--config.log.every_steps=1 --config.optim.boundaries_steps=320,480 "
+        "--config.train.total_steps=640 --config.data.data_dir=/data --config.data.split=45k/5k "
+        f"--config.seed=1 --workdir={tmp_path}/x/resnet20-B/seed1"
     )
     assert total.startswith("12 runs, 0 done, 12 to do: time unknown until a run here is done with")
     assert not (tmp_path / "x").exists()
@@ -147,7 +139,7 @@ def test_a_run_is_an_ordinary_command(tmp_path, monkeypatch, fake, capsys):
     monkeypatch.chdir(tmp_path)
     reproduce.main(["modern", "--part=2/2", "--seeds=1", "--dry_run"])
     text = capsys.readouterr().out
-    assert f" --config={ROOT}/configs/modern.py:resnet32 --workdir=runs/paper/modern-resn" in text
+    assert f" --config={ROOT}/configs/modern.py:resnet32 --config.seed=0 --workdir=runs/p" in text
     assert "2 runs, 0 done, 2 to do" in text
 
 
@@ -213,8 +205,8 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, fake, capsys):
     runner.run()
     names = [run.name for run in runs]
     assert list(runner.done) == [names[0], names[3]]
-    assert runner.failed[names[1]] == "exit status 1\nerror: no such data\nlook elsewhere"
-    assert runner.failed[names[2]] == "killed by SIGKILL"
+    assert runner.failed[names[1]] == "failed: exit status 1\nerror: no such data\nlook elsewhere"
+    assert runner.failed[names[2]] == "failed: killed by SIGKILL"
     assert "optim.learning_rate: 0.5 -> 0.1" in runner.failed[names[4]]
     assert (runs[1].directory / "log.txt").read_text().startswith("$ python -m resnet_flax.main ")
     with pytest.raises(SystemExit, match="1"):
@@ -249,14 +241,14 @@ def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, fake, capsys):
         for run in runs[:2]:
             main.enter_context(Directory.open(run.directory))
         with in_thread(runner.run):
-            wait_until((runs[2].directory / "ready").exists)
-            finish_by_hand(runs[0])
-            wait_until(lambda: runs[0].name in runner.done)
+            until((runs[2].directory / "ready").exists)
             (runs[2].directory / "go").touch()
-            wait_until((runs[2].directory / "result.json").exists)
+            until(lambda: runs[2].name in runner.done)
+            finish_by_hand(runs[0])
+            until(lambda: runs[0].name in runner.done)
             main.close()
     # The other, killed perhaps, is taken over.
-    assert list(runner.done) == [runs[0].name, runs[2].name, runs[1].name]
+    assert list(runner.done) == [runs[2].name, runs[0].name, runs[1].name]
     assert starts(runs) == [[], ["1"], ["1"]]
     assert capsys.readouterr().err.count(f"{runs[1].name}: another process is at it") == 1
 
@@ -266,7 +258,7 @@ def test_a_signal_is_handed_on_and_all_stops(tmp_path, fake, number, capsys):
     runs, old = make(tmp_path, 3, ["wait"] * 3), signal.getsignal(number)
 
     def send():
-        wait_until(lambda: all((run.directory / "ready").exists() for run in runs[:2]))
+        until(lambda: all((run.directory / "ready").exists() for run in runs[:2]))
         os.kill(os.getpid(), number)
 
     runner = Runner(runs, jobs=2)
@@ -292,11 +284,11 @@ def test_killed_its_run_goes_on_and_it_is_started_again(tmp_path, fake):
         Runner(make(pathlib.Path({str(tmp_path)!r}), 2)).run()
     """
     with subprocess.Popen([PYTHON, "-c", driver], cwd=ROOT) as process:
-        wait_until((runs[0].directory / "ready").exists)
+        until((runs[0].directory / "ready").exists)
         process.kill()
     runner = Runner(runs)
     with in_thread(runner.run):
-        wait_until((runs[1].directory / "result.json").exists)
+        until((runs[1].directory / "result.json").exists)
         (runs[0].directory / "go").touch()
     assert list(runner.done) == [runs[1].name, runs[0].name]
     assert starts(runs) == [["1"], ["1"]]
@@ -307,16 +299,16 @@ def test_neighbouring_seeds_share_a_process(tmp_path, fake, capsys):
     finish_by_hand(runs[1])
     runner, other = Runner(runs, jobs=2, seeds_per_run=3), Runner(runs[3:4])
     with in_thread(runner.run):
-        wait_until((runs[4].directory / "ready").exists)
+        until((runs[4].directory / "ready").exists)
         with in_thread(other.run):
             # A process holds all of its seeds.
-            wait_until(lambda: "seed3: another process is at it" in capsys.readouterr().err)
+            until(lambda: "seed3: another process is at it" in capsys.readouterr().err)
             (runs[4].directory / "go").touch()
     # No hole is jumped over.
     assert starts(runs) == [["1"], [], ["3"], ["3"], ["3"], ["2"], ["2"]]
     assert (len(runner.done), len(other.done)) == (7, 1)
     log = (runs[3].directory / "log.txt").read_text()
-    assert f" --config.seed=2 --config.train.num_seeds=3  # output in {runs[2].directory}" in log
+    assert f" --config.seed=2 --config.train.num_seeds=3 --workdir={tmp_path}/plain20  # output in {runs[2].directory}" in log
 
 
 def test_without_locks_it_says_so(tmp_path, fake, monkeypatch, capsys):

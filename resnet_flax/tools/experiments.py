@@ -8,7 +8,7 @@ import math
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import IO
 
 from ml_collections import ConfigDict
@@ -28,8 +28,8 @@ _SHORTCUTS = (
 )  # fmt: skip
 _ACTIVATIONS = "bn_after_addition", "relu_before_addition", "relu_only_preact", "preact"
 
-# The rows of each table. A row is a net with its own config; "-B", "-C" and "-bias0" change a key
-# of it, "modern-" takes configs/modern.py.
+# The rows of each table. A row is a net; "-B", "-C" and "-bias0" change a key of its config, and
+# "modern-" takes another config.
 EXPERIMENTS: dict[str, list[str]] = {
     # [R, Table 6 and Fig. 6 middle]
     "table6": [f"resnet{depth}" for depth in (*_DEPTHS, 1202)],
@@ -66,7 +66,7 @@ class Run:
     row: str
     directory: pathlib.Path  # WORKDIR/<row>/seed<k>
     config: ConfigDict
-    flags: tuple[str, ...]  # of `resnet_flax.main`, --config first, without --workdir
+    flags: tuple[str, ...]  # of `resnet_flax.main`, without --workdir
 
     @property
     def name(self) -> str:
@@ -75,13 +75,13 @@ class Run:
 
     def command(self, seeds: int = 1) -> list[str]:
         """Trains the run and, in the same process, the next `seeds` - 1."""
-        place = self.directory if seeds == 1 else self.directory.parent
-        several = [f"--config.train.num_seeds={seeds}"] if seeds > 1 else []
-        file, *settings = self.flags
-        return ["python", "-m", "resnet_flax.main", file, f"--workdir={place}", *settings, *several]
+        more = [f"--workdir={self.directory}"]
+        if seeds > 1:
+            more = [f"--config.train.num_seeds={seeds}", f"--workdir={self.directory.parent}"]
+        return ["python", "-m", "resnet_flax.main", *self.flags, *more]
 
     def result(self) -> dict | None:
-        """What result.json holds if the run is finished.
+        """The content of result.json if the run is finished.
 
         Raises:
           UserError: the directory belongs to a run of another configuration.
@@ -91,12 +91,12 @@ class Run:
         return directory.finished(self.config.train.total_steps)
 
     def last_step(self) -> int:
-        """Step of the last record, 0 where there is none."""
+        """The last step in the log, 0 before there is one."""
         records = metrics.read_records(self.directory / "metrics.jsonl")
         return records[-1]["step"] if records else 0
 
     def is_running(self) -> bool:
-        """Whether a process holds its directory."""
+        """Whether a process holds the directory."""
         with contextlib.suppress(OSError), open(self.directory / ".lock", "r+") as file:
             return not lock(file)
         return False
@@ -108,7 +108,7 @@ class Run:
 
 
 def make_runs(
-    rows: Iterable[str],
+    rows: list[str],
     workdir: pathlib.Path,
     *,
     seeds: int,
@@ -117,7 +117,7 @@ def make_runs(
 ) -> list[Run]:
     """All rows with seed 0, then all with seed 1, up to `seeds` of them.
 
-    `scale` shortens all durations that are not in `overrides`, see `scaled`.
+    `overrides` are values by flat key, as text; the durations they leave alone are `scaled`.
 
     Raises:
       UserError: an override or the scale makes no sense, or there is no `configs/`.
@@ -127,38 +127,32 @@ def make_runs(
     for key in {"train.total_epochs", "train.total_examples"} & overrides.keys():
         raise UserError(f"--config.{key}: experiments count in steps; give train.total_steps")
     runs = []
-    for row in rows:
-        path, argument, settings = _config_of(row)
-        config = runpy.run_path(str(path))["get_config"](*argument)
-        settings |= scaled(config, scale) | overrides
-        override(config, settings)
+    for seed, row in itertools.product(range(seeds), rows):
+        file, net, changes = _config_of(row)
+        config = runpy.run_path(str(file))["get_config"](net)
+        changes |= scaled(config, scale) | overrides | {"seed": str(seed)}
+        override(config, changes)
         validate(config)
-        here = pathlib.Path.cwd().resolve()
-        path = path.relative_to(here) if path.is_relative_to(here) else path
-        file = ":".join([f"--config={path}", *argument])
-        for seed in range(seeds):
-            own = config.copy_and_resolve_references()
-            own.seed = seed
-            flags = [f"--config.{key}={value}" for key, value in settings.items()]
-            directory = workdir / row / f"seed{seed}"
-            runs.append(Run(row, directory, own, (file, *flags, f"--config.seed={seed}")))
-    return sorted(runs, key=lambda run: run.config.seed)
+        flags = f"--config={file}:{net}", *(f"--config.{key}={v}" for key, v in changes.items())
+        runs.append(Run(row, workdir / row / f"seed{seed}", config, flags))
+    return runs
 
 
-def _config_of(row: str) -> tuple[pathlib.Path, list[str], dict[str, str]]:
-    # The file, its argument if it takes one, and changes of it.
+def _config_of(row: str) -> tuple[pathlib.Path, str, dict[str, str]]:
+    # The file, the net that it takes as its argument, and changed keys.
     folder = pathlib.Path(resnet_flax.__file__).resolve().parent.parent / "configs"
     if not folder.is_dir():
         raise UserError(f"there is no {folder}: install the project from a clone (pip install -e)")
+    if folder.parent == pathlib.Path.cwd().resolve():
+        folder = pathlib.Path(folder.name)
     net, _, option = row.removeprefix("modern-").partition("-")
     if row.startswith("modern-"):
-        file = "modern"
-    elif net.startswith(("resnet110_", "resnet164_")):
-        file = "identity_mappings"
+        name = "modern"
     else:
-        file = net if (folder / f"{net}.py").exists() else "paper"
-    changes = {"model.gate_bias": "0"} if option == "bias0" else {"model.shortcut": option}
-    return folder / f"{file}.py", [net] if file != net else [], changes if option else {}
+        is_variant = net.startswith(("resnet110_", "resnet164_"))
+        name = "identity_mappings" if is_variant else "paper"
+    changes = {"bias0": {"model.gate_bias": "0"}, "": {}}.get(option, {"model.shortcut": option})
+    return folder / f"{name}.py", net, changes
 
 
 def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
@@ -171,35 +165,28 @@ def scaled(config: ConfigDict, scale: float) -> dict[str, str]:
         raise UserError(f"--scale={scale:g} must be above 0 and at most 1")
     if scale == 1:
         return {}
-
-    def shorten(steps: int) -> int:
-        return max(1, round(steps * scale))
-
-    total = shorten(config.train.total_steps)
-    changes: dict[str, str] = {}
+    total = max(1, round(scale * config.train.total_steps))
+    changes = {}
     for key, value in flatten(config).items():
-        if not key.endswith("_steps") or not value:
-            continue
-        if isinstance(value, tuple):
-            rising = itertools.accumulate(map(shorten, value), lambda a, b: max(a + 1, b))
+        if key.endswith("_steps") and value:
+            is_rare = key in ("eval.every_steps", "checkpoint.every_steps")
+            least = max(1, min(50, total // 4)) if is_rare else 1
+            steps = value if isinstance(value, tuple) else (value,)
+            shorter = (min(total, max(least, round(scale * step))) for step in steps)
+            rising = itertools.accumulate(shorter, lambda before, step: max(before + 1, step))
             changes[key] = ",".join(map(str, rising))
-        elif key.endswith(".every_steps"):
-            least = 1 if key == "log.every_steps" else max(1, min(50, total // 4))
-            changes[key] = str(min(total, max(shorten(value), least)))
-        else:
-            changes[key] = str(shorten(value))
     return changes
 
 
-def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str, str], str]:
+def plan(runs: list[Run], results: Mapping[str, dict], jobs: int) -> tuple[dict[str, str], str]:
     """How far each run is, by name, and a line on all of them, with the time left.
 
     Times are estimated from `results`, of finished runs by name: from the same row if there are
     any, else from all rows and their depths. `jobs` runs are made side by side.
     """
+    finished = [run for run in runs if run.name in results]
     # Seeds in one program took their time together.
     seconds = {name: r["seconds"] / r.get("seeds_in_program", 1) for name, r in results.items()}
-    finished = [run for run in runs if run.name in results]
     status, times = {}, []
     for run in runs:
         if run.name in results:
@@ -219,9 +206,7 @@ def plan(runs: list[Run], results: dict[str, dict], jobs: int) -> tuple[dict[str
 
 
 def _about(seconds: float) -> str:
-    if math.isnan(seconds):
-        return "time unknown"
-    return f"about {tqdm.format_interval(seconds)}"
+    return "time unknown" if math.isnan(seconds) else f"about {tqdm.format_interval(seconds)}"
 
 
 def lock(file: IO) -> bool:

@@ -21,13 +21,13 @@ import functools
 import itertools
 import os
 import pathlib
+import queue
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from typing import NamedTuple
+from typing import IO
 
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.signals import answered_by
@@ -35,19 +35,12 @@ from resnet_flax.tools import entry
 from resnet_flax.tools.experiments import Run, lock, make_runs, plan, rows_of
 from resnet_flax.training import inputs
 
-# Seconds between looks at our own processes, between looks at all runs, and between summaries.
-_LOOK, _LOOK_AT_ALL, _SUM_UP = 0.2, 5.0, 60.0
+# Seconds between looks at processes and runs, and between summaries.
+_LOOK, _SUM_UP = 2.0, 60.0
 
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-class _Process(NamedTuple):
-    runs: list[Run]  # one, or several seeds of a row
-    popen: subprocess.Popen
-    log: pathlib.Path
-    start: int  # of its own output there, bytes
 
 
 class Runner:
@@ -64,52 +57,44 @@ class Runner:
         self.failed: dict[str, str] = {}  # why, with the end of the log, by name
         self.stop_signal = 0  # the signal that stopped everything
         self._runs, self._jobs, self._seeds_per_run = runs, jobs, seeds_per_run
-        self._left, self._processes = {run.name: run for run in runs}, list[_Process]()
-        self._signals, self._say_once = deque[int](), functools.cache(_say)
-        self._next_look, self._next_sum = 0.0, time.monotonic() + _SUM_UP
+        self._left = {run.name: run for run in runs}
+        self._processes: dict[subprocess.Popen, list[Run]] = {}  # a run, or several seeds of a row
+        self._signals = queue.SimpleQueue[int]()
+        self._say_once = functools.cache(_say)
 
     def run(self) -> None:
         """Returns when every run has ended, or has saved and stopped after a signal."""
-        with answered_by(self._stop, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        next_summary = time.monotonic() + _SUM_UP
+        with answered_by(self._signals.put, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             while self._processes or (self._left and not self.stop_signal):
-                while self._signals:
-                    number = self._signals.popleft()
-                    _say(f"{signal.Signals(number).name}: saving and stopping")
-                    for process in self._processes:
-                        process.popen.send_signal(number)
-                for process in [p for p in self._processes if p.popen.poll() is not None]:
-                    self._reap(process)
-                if not self.stop_signal and time.monotonic() >= self._next_look:
-                    self._next_look = time.monotonic() + _LOOK_AT_ALL
-                    self._look_at_the_rest()
-                if time.monotonic() >= self._next_sum:
-                    self._next_sum = time.monotonic() + _SUM_UP
-                    status, total = plan(self._runs, self.done, self._jobs)
-                    for run in itertools.chain(*(process.runs for process in self._processes)):
-                        _say(f"{run.name}: {status[run.name]}")
-                    _say(total)
-                time.sleep(_LOOK)
+                for process in [p for p in self._processes if p.poll() is not None]:
+                    self._reap(process.returncode, self._processes.pop(process))
+                if not self.stop_signal and len(self._processes) < self._jobs:
+                    self._fill_up()
+                if time.monotonic() >= next_summary:
+                    next_summary += _SUM_UP
+                    self._sum_up()
+                with contextlib.suppress(queue.Empty):
+                    self._stop(self._signals.get(timeout=_LOOK))
 
-    def _stop(self, number: int) -> bool:
-        # A run does not save on SIGHUP.
-        self.stop_signal = signal.SIGTERM if number == signal.SIGHUP else number
-        self._signals.append(self.stop_signal)
-        return False
-
-    def _look_at_the_rest(self) -> None:
+    def find_finished(self) -> None:
+        """Notes which runs are done, and which cannot be made."""
         for run in list(self._left.values()):
             try:
                 if result := run.result():
                     del self._left[run.name]
                     self.done[run.name] = result
             except UserError as error:
-                self._note_failed(run, str(error))
+                self._note_failed(run, f"cannot be made: {error}")
+
+    def _fill_up(self) -> None:
+        self.find_finished()
         for run in list(self._left.values()):
             if run.name in self._left and len(self._processes) < self._jobs:
                 try:
                     self._start(run)
                 except OSError as error:
-                    self._note_failed(run, f"{error.filename}: {first_line(error)}")
+                    self._note_failed(run, f"failed: {error.filename}: {first_line(error)}")
 
     def _start(self, first: Run) -> None:
         # In one process: the run, and the seeds after it as far as they are free.
@@ -125,38 +110,37 @@ class Runner:
                     self._say_once(f"{run.name}: another process is at it")
                     break
                 logs[run] = log
-            if not logs:
-                return
-            arguments, output = first.command(len(logs)), logs[first]
-            for run, log in logs.items():
-                log.write(f"$ {shlex.join(arguments)}  # output in {output.name}\n".encode())
-                log.flush()
-                step = run.last_step()
-                _say(f"{run.name}: {f'goes on; it had come to step {step}' if step else 'begins'}")
-            # Else the first of several processes takes three quarters of a GPU's memory.
-            shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if self._jobs > 1 else {}
-            popen = subprocess.Popen(
-                [sys.executable, *arguments[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=[log.fileno() for log in logs.values()],  # And so the locks.
-                env=shared | os.environ,
-                start_new_session=True,  # A terminal's Ctrl-C comes once, from here.
-            )
-            place = first.directory / "log.txt"
-            self._processes.append(_Process(list(logs), popen, place, output.tell()))
+            if logs:
+                self._processes[self._begin(logs)] = list(logs)
         for run in logs:
             del self._left[run.name]
 
-    def _reap(self, process: _Process) -> None:
-        self._processes.remove(process)
-        self._next_look = 0.0
-        status = process.popen.returncode
+    def _begin(self, logs: dict[Run, IO[bytes]]) -> subprocess.Popen:
+        first, output = next(iter(logs.items()))
+        arguments = first.command(len(logs))
+        for run, log in logs.items():
+            log.write(f"$ {shlex.join(arguments)}  # output in {output.name}\n".encode())
+            log.flush()
+            step = run.last_step()
+            _say(f"{run.name}: {f'goes on; it had come to step {step}' if step else 'begins'}")
+        # Else the first of several processes takes three quarters of a GPU's memory.
+        shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if self._jobs > 1 else {}
+        return subprocess.Popen(
+            [sys.executable, *arguments[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            pass_fds=[log.fileno() for log in logs.values()],  # And so the locks.
+            env=shared | os.environ,
+            start_new_session=True,  # A terminal's Ctrl-C comes once, from here.
+        )
+
+    def _reap(self, status: int, runs: list[Run]) -> None:
         how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-        said = process.log.read_bytes()[process.start :].decode(errors="replace")
-        lines = [line for line in said.splitlines() if line.strip()]
-        for run in process.runs:
+        log = (runs[0].directory / "log.txt").read_text(errors="replace")
+        _, _, said = log.rpartition("$ python -m resnet_flax.main ")
+        end = [line for line in said.splitlines()[1:] if line.strip()][-12:]
+        for run in runs:
             if result := run.result():
                 self.done[run.name] = result
                 _say(f"{run.name}: done, test error {100 * result['test_error_last']:.2f} %")
@@ -165,12 +149,26 @@ class Runner:
             elif self.stop_signal:
                 _say(f"{run.name}: stopped after step {run.last_step()}")
             else:
-                self._note_failed(run, "\n".join([how, *lines[-12:]]))
+                self._note_failed(run, "\n".join([f"failed: {how}", *end]))
 
     def _note_failed(self, run: Run, reason: str) -> None:
         self._left.pop(run.name, None)
         self.failed[run.name] = reason
-        _say(f"{run.name}: failed; the others go on")
+        _say(f"{run.name} {reason}")
+
+    def _sum_up(self) -> None:
+        self.find_finished()
+        status, total = plan(self._runs, self.done, self._jobs)
+        for run in itertools.chain(*self._processes.values()):
+            _say(f"{run.name}: {status[run.name]}")
+        _say(total)
+
+    def _stop(self, number: int) -> None:
+        # A run does not save on SIGHUP.
+        self.stop_signal = signal.SIGTERM if number == signal.SIGHUP else number
+        _say(f"{signal.Signals(self.stop_signal).name}: saving and stopping")
+        for process in self._processes:
+            process.send_signal(self.stop_signal)
 
 
 def finish(runner: Runner, workdir: pathlib.Path) -> None:
@@ -180,7 +178,7 @@ def finish(runner: Runner, workdir: pathlib.Path) -> None:
         sys.exit(128 + runner.stop_signal)
     if runner.failed:
         for name, reason in runner.failed.items():
-            _say(f"\n{name} failed: {reason}")
+            _say(f"\n{name} {reason}")
         _say(f"\n{len(runner.done)} runs are done, {len(runner.failed)} failed")
         sys.exit(1)
     report = f"python -m resnet_flax.tools.report {workdir} --out={workdir}/report"
@@ -247,29 +245,19 @@ def main(argv: list[str]) -> None:
     runs = make_runs(rows, workdir, seeds=args.seeds, scale=args.scale, overrides=overrides)
     runs = _part(runs, args.part)
     jobs = _choose_jobs(args.jobs)
+    runner = Runner(runs, jobs=jobs, seeds_per_run=args.seeds_per_run)
     if args.dry_run:
-        _list(runs, jobs)
+        runner.find_finished()
+        status, total = plan(runs, runner.done, jobs)
+        for run in runs:
+            print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
+        print(total)
         return
     if not all((run.directory / "result.json").exists() for run in runs):
         # What is wrong with the data is said once, before anything begins.
         inputs.load_data(runs[0].config)
-    runner = Runner(runs, jobs=jobs, seeds_per_run=args.seeds_per_run)
     runner.run()
     finish(runner, workdir)
-
-
-def _list(runs: list[Run], jobs: int) -> None:
-    results = {}
-    for run in runs:
-        try:
-            if result := run.result():
-                results[run.name] = result
-        except UserError as error:
-            _say(f"{run.name} cannot be made: {error}")
-    status, total = plan(runs, results, jobs)
-    for run in runs:
-        print(f"{run.name}: {status[run.name]}\n    {shlex.join(run.command())}")
-    print(total)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ import pathlib
 from typing import Any
 
 import jinja2
+import matplotlib
 
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.runs.files import write_atomically
 from resnet_flax.tools import entry
 from resnet_flax.tools.report import figures, runs, tables
+from resnet_flax.tools.report.experiment import gather
 
 
 def compose(found: list[runs.Run], notes: list[str]) -> dict[str, Any]:
-    """What the templates show: title, lead, notes, and sections, which are tables and pictures."""
-    experiments, left_out = runs.gather(found)
+    """What the templates show: lead, notes, and sections, which are tables and pictures."""
+    experiments, left_out = gather(found)
     compared, absent = tables.comparisons(experiments)
     finished = sum(run.result is not None for run in found)
     lead = [
@@ -33,18 +35,14 @@ def compose(found: list[runs.Run], notes: list[str]) -> dict[str, Any]:
     ]
     if absent:
         lead.append(f"No runs: {'; '.join(absent)}.")
-    return {
-        "title": "Residual nets on CIFAR-10: runs and published numbers",
-        "lead": lead,
-        "notes": [*notes, *left_out],
-        "sections": [
-            *compared,
-            tables.overview(experiments),
-            *figures.all_pictures(experiments),
-            *tables.class_errors(experiments),
-            tables.every_run(found),
-        ],
-    }
+    sections = [
+        *compared,
+        tables.overview(experiments),
+        *figures.all_pictures(experiments),
+        *tables.class_errors(experiments),
+        tables.every_run(found),
+    ]
+    return {"lead": lead, "notes": [*notes, *left_out], "sections": sections}
 
 
 def render(template: str, **content: Any) -> str:
@@ -93,11 +91,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="directory of the report")
     args = parser.parse_args(argv)
     found, notes = runs.read([pathlib.Path(path).expanduser() for path in args.runs])
-    if not found and not notes:
-        raise UserError(f"no runs in {', '.join(args.runs)}")
     for note in notes:
         print(f"passed over: {note}")
-    *pictures, markdown, html = write(compose(found, notes), pathlib.Path(args.out).expanduser())
+    if not found:
+        raise UserError(f"no runs in {', '.join(args.runs)}")
+    with matplotlib.rc_context(fname=figures.STYLE):
+        paths = write(compose(found, notes), pathlib.Path(args.out).expanduser())
+    *pictures, markdown, html = paths
     print(f"{len(found)} runs: {html}, {markdown} and {len(pictures)} pictures")
 
 

@@ -1,11 +1,11 @@
 """The figures of a report: training curves, responses, errors by size and by class."""
 
-import dataclasses
 import io
 import math
 import pathlib
 import statistics
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,15 +14,14 @@ from matplotlib.figure import Figure
 
 from resnet_flax.runs.metrics import of_split
 from resnet_flax.tools.report import published
-from resnet_flax.tools.report.runs import Experiment, by_classes, grouped
+from resnet_flax.tools.report.experiment import Experiment, by_classes, commas, grouped
 
-_STYLE = pathlib.Path(__file__).with_suffix(".mplstyle")
+STYLE = pathlib.Path(__file__).with_suffix(".mplstyle")
 _DEPTHS = 20, 32, 44, 56, 110, 1202  # each of a colour, the same in every figure
 _POINTS = 250  # of a training curve; beyond that, neighbours are averaged
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A figure; its title is also its alternative text."""
 
     name: str
@@ -33,8 +32,7 @@ class Picture:
     def png(self) -> bytes:
         """The content of a PNG file."""
         content = io.BytesIO()
-        with matplotlib.rc_context(fname=_STYLE):
-            self.figure.savefig(content, format="png")
+        self.figure.savefig(content, format="png")
         return content.getvalue()
 
 
@@ -42,8 +40,7 @@ def all_pictures(experiments: list[Experiment]) -> list[Picture]:
     """Every picture that there is something to show in."""
     finished = [e for e in experiments if e.finished]
     makers = _training_curves, _responses, _parameters, _by_class
-    with matplotlib.rc_context(fname=_STYLE):
-        return [picture for make in makers for picture in make(finished)]
+    return [picture for make in makers for picture in make(finished)]
 
 
 def _numbered(name: str, number: int) -> str:
@@ -58,45 +55,41 @@ def _training_curves(experiments: list[Experiment]) -> Iterator[Picture]:
     # [R, Fig. 6], a picture for each recipe; the paper's at full length first.
     chosen = [e for e in experiments if e.model in published.TRAINING_ERRORS]
     families = grouped(
-        sorted(chosen, key=lambda e: (not e.recipe.is_paper, -e.steps, e.data)),
-        lambda e: (e.recipe.settings, e.recipe.remarks, e.steps, e.dtype, e.data),
+        sorted(chosen, key=lambda e: (not e.is_paper, -e.steps, e.data)),
+        lambda e: (e.settings, e.remarks, e.steps, e.dtype, e.data),
     )
     for number, family in enumerate(families.values(), 1):
-        first, recipe = family[0], family[0].recipe
-        kind = "the paper's recipe" if recipe.is_paper else "another recipe"
-        length = f"{first.steps:,} steps"
-        if recipe.is_paper and not recipe.is_full:
-            length += f" of the paper's {published.PAPER_STEPS:,}"
-        what = ", ".join(filter(None, (first.data, kind, length, recipe.remarks)))
+        first = family[0]
+        kind = "the paper's recipe" if first.is_paper else "another recipe"
+        what = commas(first.data, kind, f"{first.length} steps", first.remarks)
         title = f"Training of plain and residual nets [R, Fig. 6]: {what}"
         caption = "Training error dashed, test error bold; mean over the runs of a net. "
         caption += (
             "Marks at the right: where the paper's curves end, after "
             f"{published.PAPER_STEPS:,} steps (test filled, training hollow)."
             if first.is_comparable
-            else f"Recipe: {recipe.text}."
+            else f"Recipe: {first.recipe}."
         )
-        figure, top = Figure(figsize=(10, 4.2)), 20
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, name in zip(panels, ("plain", "resnet"), strict=True):
-            top = max(top, _draw_curves(axes, [e for e in family if e.model.startswith(name)]))
-            axes.set(xlim=(0, 1.03 * first.steps))
-        panels[0].set(title="plain", ylabel="error (%)", ylim=(0, min(100, top)))
-        panels[1].set(title="residual")
+        figure = Figure(figsize=(10, 4.2))
+        plain, residual = figure.subplots(1, 2, sharex=True, sharey=True)
+        for axes, name in ((plain, "plain"), (residual, "resnet")):
+            _draw_curves(axes, [e for e in family if e.model.startswith(name)])
+        tests = [_curve(e, "test")[1] for e in family]
+        highest = max(max(errors[len(errors) // 2 :], default=0) for errors in tests)
+        plain.set(xlim=(0, 1.03 * first.steps), ylim=(0, np.clip(1.15 * highest, 20, 100)))
+        plain.set(title="plain", ylabel="error (%)")
+        residual.set(title="residual")
         yield Picture(_numbered("fig6", number), title, caption, figure)
 
 
-def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
-    # Returns the height that the later half of the test curves needs.
-    top = 0.0
+def _draw_curves(axes: Axes, experiments: list[Experiment]) -> None:
+    train = {"linestyle": "--", "linewidth": 0.9, "alpha": 0.9}
     for e in experiments:
         color = _color(e)
         test = {"linewidth": 2.2, "label": f"{e.model} ({e.run_count})"}
-        train = {"linestyle": "--", "linewidth": 0.9, "alpha": 0.9}
         for split, style in (("train", train), ("test", test)):
             steps, errors = _curve(e, split)
             axes.plot(steps, errors, color=color, marker="o" if len(steps) == 1 else None, **style)
-        top = max(top, 1.15 * max(errors[len(errors) // 2 :], default=0))
         if e.is_comparable:
             ends = published.paper_error(e.model), published.TRAINING_ERRORS[e.model]
             for end, fill in zip(ends, ("full", "none"), strict=True):
@@ -106,21 +99,21 @@ def _draw_curves(axes: Axes, experiments: list[Experiment]) -> float:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "no runs", transform=axes.transAxes, ha="center")
-    return top
 
 
 def _curve(e: Experiment, split: str) -> tuple[list[int], list[float]]:
-    # Steps and mean errors, %, where every finished run has one.
-    points = [point for run in e.finished for point in of_split(run.log, split)]
-    by_step = sorted(grouped(points, lambda point: point["step"]).items())
-    means = [
-        (step, statistics.fmean(100 * point["error"] for point in own))
-        for step, own in by_step
-        if len(own) == len(e.finished)
-    ]
-    size = max(1, math.ceil(len(means) / _POINTS)) if split == "train" else 1
-    parts = [means[i : i + size] for i in range(0, len(means), size)]
-    return [p[-1][0] for p in parts], [statistics.fmean(e for _, e in p) for p in parts]
+    # Steps at which every finished run has an error, and the mean errors there, %.
+    logs = [{r["step"]: r["error"] for r in of_split(run.log, split)} for run in e.finished]
+    steps = sorted(set.intersection(*map(set, logs)))
+    errors = [statistics.fmean(100 * log[step] for log in logs) for step in steps]
+    if split != "train" or len(steps) <= _POINTS:
+        return steps, errors
+    size = math.ceil(len(steps) / _POINTS)
+    starts = range(0, len(steps), size)
+    return (
+        [steps[min(i + size, len(steps)) - 1] for i in starts],
+        [statistics.fmean(errors[i : i + size]) for i in starts],
+    )
 
 
 def _responses(experiments: list[Experiment]) -> Iterator[Picture]:
@@ -153,17 +146,16 @@ def _responses(experiments: list[Experiment]) -> Iterator[Picture]:
 def _parameters(experiments: list[Experiment]) -> Iterator[Picture]:
     figure = Figure(figsize=(8, 4.8))
     axes = figure.subplots()
-    colors: dict[str, str] = {}
-    for e in experiments:
-        if e.data == "cifar10":
-            errors, kind = e.values("test_error_last", 100), _kind(e)
-            x, mean = e.parameters, statistics.fmean(errors)
-            deviation = statistics.stdev(errors) if len(errors) > 1 else 0
-            label = None if kind in colors else kind
-            color = colors.setdefault(kind, f"C{len(colors)}")
-            axes.errorbar(x, mean, deviation, fmt="o", color=color, capsize=3, label=label)
-            axes.annotate(e.model, (x, mean), (5, 4), textcoords="offset points", fontsize=7)
-    if not colors:
+    kinds = grouped((e for e in experiments if e.data == "cifar10"), _kind)
+    for kind, own in kinds.items():
+        errors = [[100 * error for error in e.values("test_error_last")] for e in own]
+        means = list(map(statistics.fmean, errors))
+        deviations = [statistics.stdev(x) if len(x) > 1 else 0 for x in errors]
+        sizes = [e.parameters for e in own]
+        axes.errorbar(sizes, means, deviations, fmt="o", capsize=3, label=kind)
+        for e, *point in zip(own, sizes, means, strict=True):
+            axes.annotate(e.model, point, (5, 4), textcoords="offset points", fontsize=7)
+    if not kinds:
         return
     paper = [(size, published.paper_error(model)) for model, size in published.PARAMETERS.items()]
     style = {"color": matplotlib.rcParams["text.color"], "fillstyle": "none"}
@@ -176,11 +168,8 @@ def _parameters(experiments: list[Experiment]) -> Iterator[Picture]:
 
 
 def _kind(e: Experiment) -> str:
-    kinds = "keras", "bottleneck", "preact", "plain"
-    kind = next((word for word in kinds if word in e.model), "residual")
-    if not e.recipe.is_paper:
-        return f"{kind}, other recipe"
-    return kind if e.recipe.is_full else f"{kind}, {e.steps:,} steps"
+    words = "keras", "bottleneck", "preact", "plain"
+    return commas(next((word for word in words if word in e.model), "residual"), e.difference)
 
 
 def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
@@ -211,17 +200,16 @@ def _draw_confusion(axes: Axes, e: Experiment, names: list[str]) -> None:
     count = len(names)
     images = sum(run.confusion for run in e.finished)[:count, :count]
     shares = 100 * images / np.maximum(1, images.sum(axis=1, keepdims=True))
-    # The diagonal would leave no colour for the mistakes.
-    mistakes = shares * (1 - np.eye(count))
+    mistakes = shares * (1 - np.eye(count))  # The diagonal would leave no colour for them.
     highest = max(mistakes.max(), 1e-9)
     axes.imshow(mistakes, vmin=0, vmax=highest)
     axes.grid(False)
-    style = {"ha": "center", "va": "center", "fontsize": 6}
     for (i, j), share in np.ndenumerate(shares):
         if count <= 20 and (share >= 0.05 or i == j):
             text = f"{share:.1f}" if share < 10 else f"{share:.0f}"
             color = "#ffffff" if mistakes[i, j] > 0.55 * highest else "#111111"
             weight = "bold" if i == j else "normal"
+            style = {"ha": "center", "va": "center", "fontsize": 6}
             axes.text(j, i, text, color=color, fontweight=weight, **style)
     axes.set_xticks(range(count), names, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(count), names, fontsize=7)
