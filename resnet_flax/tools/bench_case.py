@@ -16,6 +16,9 @@ from resnet_flax.errors import UserError
 from resnet_flax.training import feed, seeds, setup
 from resnet_flax.training.setup import Setup
 
+PARTS = "train", "eval", "ceiling"
+"""What can be measured; "ceiling" is the rate of a product of large matrices."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -27,9 +30,8 @@ class Case:
     devices: int = 0  # 0: as many as a run would use
     repeats: int = 5  # timings of each thing
     seconds: float = 2.0  # shortest timing
-    examples: int = 0  # for training; 0: 50,000, or two batches of ImageNet's size
-    eval_examples: int = 0  # 0: 10,000, on a CPU 2,000, or two batches of ImageNet's size
-    parts: Sequence[str] = ("train", "eval", "ceiling")
+    examples: int = 0  # 0: 50,000, or two batches of ImageNet's size
+    parts: Sequence[str] = PARTS
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the config
 
 
@@ -52,33 +54,41 @@ class _Decoded(StreamedSplit):
         return self.source.images[index], self.source.labels[index]
 
 
+def _noise(case: Case, batch_size: int, most_tests: int) -> Dataset:
+    """Training examples, and the first of them to test.
+
+    Images of CIFAR's size lie on the devices. Larger ones are streamed, but need no decoding.
+    """
+    architecture = models.get_architecture(case.model)
+    side, classes = architecture.image_size, architecture.num_classes
+    is_resident = side == 32
+    size = case.examples or (50_000 if is_resident else 2 * batch_size)
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (size, side, side, 3), np.uint8)
+    labels = random.integers(0, classes, size, np.int32)
+    train, test = Split(images, labels), Split(images[:most_tests], labels[:most_tests])
+    if not is_resident:
+        train, test = (
+            _Decoded(split, np.arange(len(split)), side, (side, side), central)
+            for split, central in ((train, False), (test, True))
+        )
+    return Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
+
+
 def make_setups(case: Case) -> list[Setup]:
     """The case's setup on noise, one for each seed (`train.num_seeds`).
 
-    Images of CIFAR's size lie on the devices. Larger ones are streamed as in a run, but need no
-    decoding.
+    Raises:
+      UserError: there are not as many devices.
     """
-    config, architecture = make_config(case), models.get_architecture(case.model)
+    config = make_config(case)
     mesh = hardware.choose_mesh(config)
     if case.devices > mesh.size:
         raise UserError(f"--devices={case.devices}, but there are {mesh.size}")
     if case.devices:
         mesh = sharding.make_mesh(mesh.devices.flat[: case.devices], config.data.batch_size)
-    side, classes = architecture.image_size, architecture.num_classes
-    is_resident, on_cpu = side == 32, sharding.platform(mesh) == "cpu"
-    random = np.random.default_rng(0)
-
-    def noise(examples, resident, batch_size, central):
-        size = examples or (resident if is_resident else 2 * batch_size)
-        images = random.integers(0, 256, (size, side, side, 3), np.uint8)
-        split = Split(images, random.integers(0, classes, size, np.int32))
-        if is_resident:
-            return split
-        return _Decoded(split, np.arange(size), side, (side, side), central)
-
-    train = noise(case.examples, 50_000, config.data.batch_size, False)
-    test = noise(case.eval_examples, 2_000 if on_cpu else 10_000, config.eval.batch_size, True)
-    data = Dataset("noise", train, None, test, tuple(map(str, range(classes))), "", None)
+    most_tests = 2_000 if sharding.platform(mesh) == "cpu" else 10_000
+    data = _noise(case, config.data.batch_size, most_tests)
     configs = [one for one, _ in seeds.split(config, pathlib.Path())]
     put, meshes = feed.put_once(), seeds.meshes(mesh, len(configs))
     return [setup.build(c, data, m, put=put) for c, m in zip(configs, meshes, strict=True)]

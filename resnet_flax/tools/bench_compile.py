@@ -69,13 +69,14 @@ def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
 
     `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
     """
-    (here, *others), platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
-    if others and platform != "gpu":
+    setups, platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
+    here, nets = setups[0], len(setups)
+    if nets > 1 and platform != "gpu":
         raise UserError(f"on {target} each of several seeds has a program: leave train.num_seeds")
     steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
     try:
         mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
-        lowered = lower(here, mesh, platform, steps, case.batch_size, 1 + len(others))
+        lowered = lower(here, mesh, platform, steps, case.batch_size, nets)
         begin = time.perf_counter()
         compiled = lowered.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:

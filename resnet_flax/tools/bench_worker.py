@@ -33,32 +33,34 @@ class Trainer:
 
     def __init__(self, setups: Sequence[Setup]):
         """Compiles the programs, and measures how long that takes."""
-        self._feeds, self._step, self.loss = [s.train_feed for s in setups], 0, math.nan
-        platform, config = sharding.platform(setups[0].mesh), setups[0].config
-        self.length = feed.chunk_steps(self._feeds[0], config.train.chunk_steps, platform)
+        self._setups, self._step, self.loss = setups, 0, math.nan
+        first, self._groups = setups[0], seeds.programs([s.mesh for s in setups])
+        self.length = feed.chunk_steps(
+            first.train_feed, first.config.train.chunk_steps, sharding.platform(first.mesh)
+        )
         self.states = [s.create_state() for s in setups]
-        self.compile_seconds, self.programs = 0.0, {}
-        self._groups = []  # of nets, each with its program
-        for group in seeds.programs([s.mesh for s in setups]):
-            first = setups[group[0]]
-            if first.mesh not in self.programs:
-                chunk = first.make_train_chunk(several=len(group) > 1)
+        self.programs = {}  # by mesh
+        self.compile_seconds = 0.0
+        for group in self._groups:
+            one = setups[group[0]]
+            if one.mesh not in self.programs:
+                chunk = one.make_train_chunk(several=len(group) > 1)
                 lowered = chunk.lower(*self._arguments(group))
                 begin = time.perf_counter()
-                self.programs[first.mesh] = lowered.compile()
+                self.programs[one.mesh] = lowered.compile()
                 self.compile_seconds += time.perf_counter() - begin
-                cpu.limit_kept_memory(self.programs[first.mesh])
-            self._groups.append((group, self.programs[first.mesh]))
+                cpu.limit_kept_memory(self.programs[one.mesh])
 
     def _arguments(self, group: Sequence[int]):
-        feeds = [self._feeds[i] for i in group]
+        feeds = [self._setups[i].train_feed for i in group]
         batches = [f.chunk(self._step, self.length) for f in feeds]
         arguments = [self.states[i] for i in group], [f.resident for f in feeds], batches
         return arguments if len(group) > 1 else (*(x[0] for x in arguments), None)
 
     def _dispatch(self) -> list[Any]:
         found = []
-        for group, program in self._groups:
+        for group in self._groups:
+            program = self.programs[self._setups[group[0]].mesh]
             states, sums = program(*self._arguments(group))
             if len(group) == 1:
                 states, sums = [states], [sums]
@@ -86,8 +88,9 @@ def _peak_bytes(mesh: Mesh) -> int | None:
         return peak
     # A CPU: of this process. getrusage would count the parent's memory, too.
     status = pathlib.Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
-    return 1024 * int(found[1]) if found else None
+    if not status.exists():
+        return None
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
 
 
 def _matmul_rate(mesh: Mesh, dtype: Any, repeats: int) -> float:

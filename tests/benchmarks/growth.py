@@ -136,7 +136,7 @@ def main(argv=None):
 
     def case(model, batch, devices, seeds=1):
         overrides = {"train.num_seeds": str(seeds)} if seeds > 1 else {}
-        rest = "auto", devices, args.repeats, args.seconds, 50_000, 1, ["train"], overrides
+        rest = "auto", devices, args.repeats, args.seconds, 50_000, ["train"], overrides
         return dataclasses.asdict(bench_case.Case(model, batch, *rest))
 
     nets = args.depths.split(",")

@@ -125,9 +125,7 @@ def compile_step(model, each, group):
 
     # A loop's body would be counted once.
     settings = {"model.bn_group_size": str(group), "model.scan": "never"}
-    case = bench_case.Case(
-        model, each, "float32", 1, examples=each, eval_examples=1, overrides=settings
-    )
+    case = bench_case.Case(model, each, "float32", 1, examples=each, overrides=settings)
     (here,) = bench_case.make_setups(case)
     batch = each * jax.device_count()
     mesh = sharding.make_mesh(jax.devices(), batch)
