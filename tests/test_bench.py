@@ -9,7 +9,7 @@ import pytest
 
 from resnet_flax.devices import hardware
 from resnet_flax.errors import UserError
-from resnet_flax.tools import bench, bench_case, bench_compile
+from resnet_flax.tools import bench, bench_compile, bench_measure
 
 SMALL = "--dtypes=float32 --repeats=2 --seconds=0.01".split()
 
@@ -23,9 +23,7 @@ def test_a_small_real_run(tmp_path, capsys):
     (row,) = json.loads(out.read_text())["rows"]
     found = row["measured"]
     assert (found["devices"], found["chunk_steps"], found["dtype"]) == (2, 1, "float32")
-    # XLA counts all but the gradient towards the images, for a device, and some besides.
     assert found["step_operations"] == 6 * 12_239_488 * 16
-    assert 2 * found["xla"]["flops"] == pytest.approx(found["step_operations"], rel=0.15)
     for key in ("step_seconds", "train_images_per_second", "eval_images_per_second"):
         assert len(found[key]) == 2
         assert min(found[key]) > 0
@@ -43,8 +41,8 @@ def test_a_small_real_run(tmp_path, capsys):
 
 
 def test_images_of_imagenets_size_are_streamed():
-    case = bench_case.Case("resnet18", 4, "float32", 2, examples=5)
-    (run,) = bench_case.make_setups(case)
+    case = bench_measure.Case("resnet18", 4, "float32", 2, examples=5)
+    (run,) = bench_measure.make_setups(case)
     batch = run.train_feed.chunk(0, 1)
     assert (batch["images"].shape, batch["images"].dtype) == ((1, 4, 224, 224, 3), np.uint8)
     for image, label in zip(batch["images"][0], batch["labels"][0], strict=True):
@@ -86,7 +84,7 @@ def test_wrong_arguments(flag, message, monkeypatch):
 
 def test_devices_that_are_not_there():
     with pytest.raises(UserError, match="jax already runs with 8 devices"):
-        bench_case.make_setups(bench_case.Case("resnet8", 18, devices=9, examples=18))
+        bench_measure.make_setups(bench_measure.Case("resnet8", 18, devices=9, examples=18))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """tests/benchmarks: what `side_by_side` and `growth` make of timings; small real turns."""
 
+import functools
 import json
 import math
 from concurrent import futures
@@ -43,7 +44,8 @@ def test_the_net_in_pytorch_is_the_same_and_learns(monkeypatch):
 
 def test_the_usual_net_in_flax_is_the_same():
     net, images = flax_step.make_net(8, np.float32), np.zeros((BATCH, 32, 32, 3))
-    params = jax.eval_shape(net.init, jax.random.key(0), images, False)["params"]
+    init = functools.partial(net.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
     assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS
 
 

@@ -35,7 +35,7 @@ from typing import Any
 
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files
-from resnet_flax.tools import bench_case, bench_compile, entry
+from resnet_flax.tools import bench_compile, bench_measure, entry
 
 Row = dict[str, Any]
 
@@ -53,21 +53,16 @@ _COMPILERS = {"gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu
 
 
 def run_case(case: Row, target: str | None = None) -> Row:
-    """Measures a `bench_case.Case`, or compiles it for a target, in a process of its own.
+    """Measures a `bench_measure.Case`, or compiles it for a target, in a process of its own.
 
-    Returns:
-      `case` and `measured`; for a target the keys `COMPILED`. `error` says why something is
-      missing.
+    Returns `case` and `measured`, or the keys `COMPILED`; `error` says why something is missing.
     """
     with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as folder:
-        command = [sys.executable, "-m", "resnet_flax.tools.bench_worker", json.dumps(case)]
-        done = subprocess.run(
-            [*command, target, folder] if target else command,
-            capture_output=True,
-            text=True,
-            env=_environment(target, folder),
-            check=False,
-        )
+        command = [sys.executable, "-m", "resnet_flax.tools.bench_measure", json.dumps(case)]
+        if target:
+            command[2:] = ["resnet_flax.tools.bench_compile", json.dumps(case), target, folder]
+        env = _environment(target, folder)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         found = {"error": lines[-1].removeprefix("error: ")[:500]}
@@ -91,9 +86,7 @@ def _environment(target: str | None, folder: str) -> dict[str, str]:
     return environment
 
 
-def run_cases(
-    cases: Sequence[Row], path: pathlib.Path | None = None, target: str | None = None
-) -> Row:
+def run_cases(cases: Sequence[Row], path: pathlib.Path | None, target: str | None = None) -> Row:
     """`command`, and `rows`: one of `run_case` for each case.
 
     The JSON file `path` is updated row by row. Cases that it holds are not run again unless they
@@ -146,8 +139,8 @@ def _describe(rows: Sequence[Row]) -> str:
 
 def _make_cases(args: argparse.Namespace) -> list[Row]:
     overrides = dict(change.partition("=")[::2] for change in args.set)
-    if unknown := set(args.parts) - set(bench_case.PARTS):
-        known = ", ".join(bench_case.PARTS)
+    if unknown := set(args.parts) - set(bench_measure.PARTS):
+        known = ", ".join(bench_measure.PARTS)
         raise UserError(f"--parts: {unknown.pop()!r} must be one of {known}")
     if args.repeats < 1 or args.seconds <= 0:
         raise UserError(f"--repeats={args.repeats} and --seconds={args.seconds:g} must be above 0")
@@ -156,8 +149,8 @@ def _make_cases(args: argparse.Namespace) -> list[Row]:
     rest = args.repeats, args.seconds, args.examples, args.parts, overrides
     cases = []
     for options in itertools.product(args.models, args.batch_sizes, args.dtypes, devices):
-        case = bench_case.Case(*options, *rest)
-        batch_size = bench_case.make_config(case).data.batch_size
+        case = bench_measure.Case(*options, *rest)
+        batch_size = bench_measure.make_config(case).data.batch_size
         cases.append(dataclasses.asdict(case) | {"batch_size": batch_size})
     return cases
 
@@ -184,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         help="float32, bfloat16; auto: bfloat16 off the CPU",
     )
     add("--devices", type=whole_numbers, default="0", help="0: as many as a run would use")
-    add("--parts", type=_names, default=",".join(bench_case.PARTS), help="of %(default)s")
+    add("--parts", type=_names, default=",".join(bench_measure.PARTS), help="of %(default)s")
     add("--repeats", type=int, default=5, help="timings of each thing")
     add("--seconds", type=float, default=2.0, help="shortest timing")
     add("--examples", type=int, default=0, help="training images; default: 50,000")

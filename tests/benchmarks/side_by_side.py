@@ -80,12 +80,12 @@ def this_package(depth, batch, dtype, options):
 
     from resnet_flax.devices import cpu
     from resnet_flax.runs import environment
-    from resnet_flax.tools import bench_case, bench_worker
+    from resnet_flax.tools import bench_measure
 
     cpu.keep_freed_memory()
-    case = bench_case.Case(f"resnet{depth}", batch, dtype, **options)
-    (run,) = bench_case.make_setups(case)
-    trainer = bench_worker.Trainer([run])
+    case = bench_measure.Case(f"resnet{depth}", batch, dtype, **options)
+    (run,) = bench_measure.make_setups(case)
+    trainer = bench_measure.Trainer([run])
 
     def steps(count):
         trainer.run(count // trainer.length)
