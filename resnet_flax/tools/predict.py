@@ -4,8 +4,8 @@ r"""Prints the five likeliest classes of images, with their probabilities.
     python -m resnet_flax.tools.predict --weights=runs/quickstart/seed0/weights.safetensors \
         --json --strip=strip.png digits/
 
-Images may be of any size, mode and format that Pillow decodes; the net sees the central square. In
-folders and their sub-folders every file is taken whose name ends like that of an image. A file that
+Images may be of any size, mode and format that Pillow decodes; the net sees the central square.
+Folders are searched, with their sub-folders, for files with an image's extension. A file that
 cannot be read is named and passed over; the exit status is then 1.
 """
 

@@ -91,7 +91,7 @@ def collectives(text):
     """Collective operations of a compiled program's text, as {kind: bytes of each}.
 
     All-reduces of nothing but per-channel sums are "statistics", all others "gradients" (XLA merges
-    those of weights, their neighbours and the loss); other kinds keep their names.
+    the sums of weights, their neighbours and the loss); other kinds keep their names.
     """
     found = {"statistics": [], "gradients": []}
     for line in text.splitlines():
