@@ -1,11 +1,15 @@
 """tests/benchmarks: what `side_by_side` and `growth` make of timings; small real turns."""
 
+import functools
 import json
 import math
+from concurrent import futures
 
+import jax
+import numpy as np
 import pytest
 
-from tests.benchmarks import growth, pytorch_step, side_by_side
+from tests.benchmarks import flax_step, growth, pytorch_step, side_by_side
 
 BATCH, PARAMETERS = 4, 75_290  # Of resnet8.
 FLAX, OURS = "usual Flax float32", "this package float32"
@@ -29,36 +33,64 @@ def test_ratios_are_paired_and_of_one_dtype():
     assert last == "not run: PyTorch float32: why"
 
 
-def test_the_net_in_pytorch_is_the_same_and_learns():
+def test_the_net_in_pytorch_is_the_same_and_learns(monkeypatch):
     pytest.importorskip("torch").set_num_threads(1)  # Tests share the cores.
+    monkeypatch.setattr(pytorch_step, "BATCHES", 1)
     run, parameters, _ = pytorch_step.make(8, BATCH, "bfloat16", ("channels-last",), "cpu")
     assert parameters == PARAMETERS
-    first = run(pytorch_step.BATCHES)
-    # The same eight batches, again and again.
-    assert 0 < run(4 * pytorch_step.BATCHES) < first
+    first = run(1)
+    assert 0 < run(9) < first
 
 
-def test_variants_take_turns_and_those_that_cannot_are_named(tmp_path, capsys):
-    out, graph = tmp_path / "turns.json", "PyTorch float32 whole-step graph"
+def test_the_usual_net_in_flax_is_the_same():
+    net, images = flax_step.make_net(8, np.float32), np.zeros((BATCH, 32, 32, 3))
+    init = functools.partial(net.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    assert sum(x.size for x in jax.tree.leaves(params)) == PARAMETERS
+
+
+def test_variants_take_turns_and_those_that_cannot_are_named(tmp_path, capsys, monkeypatch):
+    turns, out = [], tmp_path / "turns.json"
+    torch, graph = "PyTorch float32", "PyTorch float32 whole-step graph"
+
+    def build(name, args):
+        if name == torch:
+            raise RuntimeError("sees no GPU")
+        return lambda steps: 0.5, PARAMETERS, {}, 1
+
+    def take_turn(name, steps):
+        turns.append(name)
+        return 0.1, 0.5
+
+    monkeypatch.setattr(futures, "ProcessPoolExecutor", lambda n, _: futures.ThreadPoolExecutor(n))
+    monkeypatch.setattr(side_by_side, "load", lambda *_: None)
+    monkeypatch.setattr(side_by_side, "build", build)
+    monkeypatch.setattr(side_by_side, "take_turn", take_turn)
+    variants = f"{OURS},{FLAX},{torch},*float32 whole*"
+    side_by_side.main([f"--variants={variants}", "--rounds=3", "--seconds=1e-9", f"--out={out}"])
+    assert turns == [FLAX, OURS, OURS, FLAX, FLAX, OURS]
+    result = json.loads(out.read_text())
+    row = {"steps": 1, "parameters": PARAMETERS, "about": {}, "seconds": [0.1] * 3, "loss": 0.5}
+    assert result["variants"] == {FLAX: row, OURS: row}
+    not_run = {torch: "RuntimeError: sees no GPU", graph: "exists on gpu only"}
+    assert result["not_run"] == not_run
+    printed = capsys.readouterr().out
+    for name, reason in not_run.items():
+        assert f"not run: {name}: {reason}" in printed
+
+
+@pytest.mark.slow
+def test_variants_in_processes_of_their_own(tmp_path):
+    out = tmp_path / "turns.json"
     names = [FLAX, "this package float32 on one device"]
     flags = "--model=resnet8 --batch=16 --rounds=2 --seconds=1e-9".split()
-    side_by_side.main([*flags, f"--variants={','.join(names)},*float32 whole*", f"--out={out}"])
+    side_by_side.main([*flags, f"--variants={','.join(names)}", f"--out={out}"])
     result = json.loads(out.read_text())
     assert list(result["variants"]) == names
     for row in result["variants"].values():
-        assert row["parameters"] == PARAMETERS
-        assert row["steps"] == 1
-        assert len(row["seconds"]) == 2
+        assert (row["parameters"], row["steps"], len(row["seconds"])) == (PARAMETERS, 1, 2)
         assert min(row["seconds"]) > 0
         assert math.isfinite(row["loss"])
-    assert result["not_run"] == {graph: "exists on gpu only"}
-    assert f"not run: {graph}: exists on gpu only" in capsys.readouterr().out
-    # No GPU is here, and perhaps no PyTorch.
-    side_by_side.main([*flags, "--platform=gpu", "--variants=PyTorch float32", f"--out={out}"])
-    result = json.loads(out.read_text())
-    assert result["variants"] == {}
-    reason = result["not_run"]["PyTorch float32"]
-    assert reason.startswith("ModuleNotFoundError") or reason.endswith("sees no GPU")
 
 
 @pytest.mark.parametrize("wrong", ["--model=resnet21", "--variants=none*", "--rounds=0"])

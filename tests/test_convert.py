@@ -219,7 +219,7 @@ def test_nets_that_pytorch_s_names_do_not_express_are_refused_both_ways(theirs, 
     out, ours = tmp_path / "new" / "out.safetensors", tmp_path / "ours.safetensors"
     kinds = r"highway\d+|resnet\d+_keras_v\d|resnet110_(?!preact|bottleneck)\w+"
     foreign = [name for name in models.ARCHITECTURES if re.fullmatch(kinds, name)]
-    # The arrays are not looked at: those of resnet110 would fit some of these nets.
+    # The arrays are not looked at: resnet110's would fit some of these nets.
     for name in foreign:
         save_ours(ours, name, {"params": {}, "batch_stats": {}})
         for flags in (

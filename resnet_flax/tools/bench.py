@@ -35,7 +35,7 @@ from typing import Any
 
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files
-from resnet_flax.tools import bench_case, bench_compile, entry
+from resnet_flax.tools import bench_compile, bench_measure, entry
 
 Row = dict[str, Any]
 
@@ -49,44 +49,45 @@ _MEASURED = (
     "model batch_size dtype devices train_images_per_second step_seconds matmul_share "
     "eval_images_per_second compile_seconds temporary_bytes peak_bytes"
 ).split()
-_PARTS = "train", "eval", "ceiling"
 _COMPILERS = {"gpu": ("jax_cuda13_plugin", "jax_cuda12_plugin"), "tpu": ("libtpu",)}
 
 
 def run_case(case: Row, target: str | None = None) -> Row:
-    """The row of a `bench_case.Case`: `case` and `measured`, or the keys `COMPILED` for a target.
+    """Measures a `bench_measure.Case`, or compiles it for a target, in a process of its own.
 
-    `error` says why something is missing.
+    Returns `case` and `measured`, or the keys `COMPILED`; `error` says why something is missing.
     """
     with tempfile.TemporaryDirectory(prefix="resnet_flax_bench_") as folder:
-        # Programs in the user's cache would hide how long compiling takes.
-        environment = os.environ | {"RESNET_FLAX_CACHE": ""}
+        command = [sys.executable, "-m", "resnet_flax.tools.bench_measure", json.dumps(case)]
         if target:
-            environment |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        if target and bench_compile.TARGETS[target] == "tpu":
-            environment["TPU_SKIP_MDS_QUERY"] = "1"
-        elif target:
-            # XLA reads only once, from the environment, where to write its list of launches.
-            flags = os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={folder}"
-            environment["XLA_FLAGS"] = " ".join((*flags, "--xla_dump_hlo_as_text"))
-        command = [sys.executable, "-m", "resnet_flax.tools.bench_worker", json.dumps(case)]
-        done = subprocess.run(
-            [*command, target, folder] if target else command,
-            capture_output=True, text=True, env=environment, check=False,
-        )  # fmt: skip
+            command[2:] = ["resnet_flax.tools.bench_compile", json.dumps(case), target, folder]
+        env = _environment(target, folder)
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         found = {"error": lines[-1].removeprefix("error: ")[:500]}
     else:
         found = json.loads(done.stdout.splitlines()[-1])
-    if not target:
-        return {"case": case} | (found if "error" in found else {"measured": found})
-    known = {"model": case["model"], "target": target, "devices": case["devices"]}
-    return dict.fromkeys(COMPILED) | known | found
+    if target:
+        known = {"model": case["model"], "target": target, "devices": case["devices"]}
+        return dict.fromkeys(COMPILED) | known | found
+    return {"case": case} | (found if "error" in found else {"measured": found})
+
+
+def _environment(target: str | None, folder: str) -> dict[str, str]:
+    # Programs in the user's cache would hide how long compiling takes.
+    environment = os.environ | {"RESNET_FLAX_CACHE": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if target:
+        environment |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    if bench_compile.TARGETS.get(target) == "gpu":
+        # XLA reads only once, from the environment, where to write its list of launches.
+        dump = f"--xla_dump_to={folder} --xla_dump_hlo_as_text"
+        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()
+    return environment
 
 
 def run_cases(cases: Sequence[Row], path: pathlib.Path | None, target: str | None = None) -> Row:
-    """`command`, and `rows`: of each case, see `run_case`.
+    """`command`, and `rows`: one of `run_case` for each case.
 
     The JSON file `path` is updated row by row. Cases that it holds are not run again unless they
     failed; its other content stays.
@@ -96,13 +97,14 @@ def run_cases(cases: Sequence[Row], path: pathlib.Path | None, target: str | Non
     command = shlex.join([pathlib.Path(sys.executable).name, *sys.orig_argv[1:]])
     for number, case in enumerate(cases, 1):
         key = json.dumps(case)
-        if key not in known or "error" in known[key]:
-            what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
-            print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
-            known[key] = run_case(case, target)
-            if path:
-                rows = list(known.values())
-                files.write_json(path, content | {"command": command, "rows": rows})
+        if key in known and "error" not in known[key]:
+            continue
+        what = ", ".join(f"{k} {case[k]}" for k in ("model", "batch_size", "dtype", "devices"))
+        print(f"{number} of {len(cases)}: {what}", file=sys.stderr, flush=True)
+        known[key] = run_case(case, target)
+        if path:
+            rows = list(known.values())
+            files.write_json(path, content | {"command": command, "rows": rows})
     return {"command": command, "rows": [known[json.dumps(case)] for case in cases]}
 
 
@@ -127,27 +129,29 @@ def table(rows: Sequence[Row], keys: Sequence[str]) -> str:
 def _describe(rows: Sequence[Row]) -> str:
     flat = [row.get("case", {}) | row.get("measured", row) for row in rows]
     lines = [table(flat, COMPILED if "target" in rows[0] else _MEASURED)]
-    for about in [row["environment"] for row in flat if "environment" in row]:
-        line = f"{about['hardware']}; jax {about['versions']['jax']}; commit {about['commit']}"
-        lines += [line] if line not in lines else []
-    return "\n".join(lines + [f"{r['model']}: {r['error']}" for r in flat if "error" in r])
+    lines += dict.fromkeys(
+        f"{about['hardware']}; jax {about['versions']['jax']}; commit {about['commit']}"
+        for about in (row["environment"] for row in flat if "environment" in row)
+    )
+    lines += [f"{row['model']}: {row['error']}" for row in flat if "error" in row]
+    return "\n".join(lines)
 
 
 def _make_cases(args: argparse.Namespace) -> list[Row]:
-    parts, overrides = args.parts.split(","), dict(x.partition("=")[::2] for x in args.set)
-    if unknown := set(parts) - set(_PARTS):
-        raise UserError(f"--parts: {unknown.pop()!r} must be one of {', '.join(_PARTS)}")
+    overrides = dict(change.partition("=")[::2] for change in args.set)
+    if unknown := set(args.parts) - set(bench_measure.PARTS):
+        known = ", ".join(bench_measure.PARTS)
+        raise UserError(f"--parts: {unknown.pop()!r} must be one of {known}")
     if args.repeats < 1 or args.seconds <= 0:
         raise UserError(f"--repeats={args.repeats} and --seconds={args.seconds:g} must be above 0")
-    rest = args.repeats, args.seconds, args.examples, args.eval_examples, parts, overrides
+    fewest = 1 if args.compile_for else 0
+    devices = [max(fewest, count) for count in args.devices]
+    rest = args.repeats, args.seconds, args.examples, args.parts, overrides
     cases = []
-    for model, batch, dtype, devices in itertools.product(
-        args.models.split(","), args.batch_sizes, args.dtypes.split(","), args.devices
-    ):
-        devices = devices or int(bool(args.compile_for))
-        case = bench_case.Case(model, batch, dtype, devices, *rest)
-        batch = bench_case.make_config(case).data.batch_size
-        cases.append(dataclasses.asdict(case) | {"batch_size": batch})
+    for options in itertools.product(args.models, args.batch_sizes, args.dtypes, devices):
+        case = bench_measure.Case(*options, *rest)
+        batch_size = bench_measure.make_config(case).data.batch_size
+        cases.append(dataclasses.asdict(case) | {"batch_size": batch_size})
     return cases
 
 
@@ -156,19 +160,27 @@ def whole_numbers(text: str) -> list[int]:  # its name is in argparse's message
     return [int(x) for x in text.split(",")]
 
 
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = entry.parser(__doc__)
     add = parser.add_argument
-    add("--models", default="resnet20", help="names, separated by commas")
+    add("--models", type=_names, default="resnet20", help="names, separated by commas")
     add("--compile_for", choices=bench_compile.TARGETS, help="compile only, for this device")
     add("--batch_sizes", type=whole_numbers, default="0", help="of all devices; 0: the recipe's")
-    add("--dtypes", default="auto", help="float32, bfloat16; auto: bfloat16 off the CPU")
+    add(
+        "--dtypes",
+        type=_names,
+        default="auto",
+        help="float32, bfloat16; auto: bfloat16 off the CPU",
+    )
     add("--devices", type=whole_numbers, default="0", help="0: as many as a run would use")
-    add("--parts", default=",".join(_PARTS), help="what to measure, of %(default)s")
+    add("--parts", type=_names, default=",".join(bench_measure.PARTS), help="of %(default)s")
     add("--repeats", type=int, default=5, help="timings of each thing")
     add("--seconds", type=float, default=2.0, help="shortest timing")
     add("--examples", type=int, default=0, help="training images; default: 50,000")
-    add("--eval_examples", type=int, default=0, help="test images; default: 10,000; CPU: 2,000")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change of the config")
     add("--out", type=pathlib.Path, help="JSON file, updated row by row")
     add("--json", action="store_true", help="print JSON")

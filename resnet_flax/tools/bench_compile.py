@@ -1,6 +1,10 @@
-"""Compiles a chunk of training steps for a device that is not here."""
+"""Compiles the training steps of a case of `tools.bench` for a device that is not here.
+
+python -m resnet_flax.tools.bench_compile CASE TARGET FOLDER
+"""
 
 import dataclasses
+import json
 import pathlib
 import time
 from typing import Any
@@ -11,8 +15,8 @@ from jax.sharding import Mesh
 
 from resnet_flax.devices import sharding
 from resnet_flax.errors import UserError, first_line
-from resnet_flax.tools import bench_program
-from resnet_flax.tools.bench_case import Case, make_setups
+from resnet_flax.tools import bench_program, entry
+from resnet_flax.tools.bench_measure import Case, make_setups
 from resnet_flax.training import feed, setup
 from resnet_flax.training.setup import Setup
 
@@ -67,13 +71,14 @@ def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
 
     `folder` is where this process's XLA_FLAGS let XLA write its list of launches.
     """
-    (here, *others), platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
-    if others and platform != "gpu":
+    setups, platform = make_setups(dataclasses.replace(case, devices=1)), TARGETS[target]
+    here, nets = setups[0], len(setups)
+    if nets > 1 and platform != "gpu":
         raise UserError(f"on {target} each of several seeds has a program: leave train.num_seeds")
     steps = feed.chunk_steps(here.train_feed, here.config.train.chunk_steps, platform)
     try:
         mesh = sharding.make_mesh(_devices(target, case.devices), case.batch_size)
-        lowered = lower(here, mesh, platform, steps, case.batch_size, 1 + len(others))
+        lowered = lower(here, mesh, platform, steps, case.batch_size, nets)
         begin = time.perf_counter()
         compiled = lowered.compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
@@ -88,3 +93,13 @@ def compile_chunk(case: Case, target: str, folder: str) -> dict[str, Any]:
         "compile_seconds": round(seconds, 1),
         **bench_program.count(compiled.as_text(), thunks, platform, steps),
     }
+
+
+def main(argv: list[str]) -> None:
+    """Compiles the case."""
+    case, target, folder = argv
+    print(json.dumps(compile_chunk(Case(**json.loads(case)), target, folder)))
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,8 +1,8 @@
 """Counts what a compiled program executes in a training step, from XLA's own texts."""
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from resnet_flax.errors import UserError
 
@@ -13,16 +13,15 @@ _KNOWN_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BOUND = re.compile(r"ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ALL_REDUCE = re.compile(r" all-reduce(?:-start)?\(")
-_THUNK = re.compile(r"\s*\d+: (k\w+)")
+_THUNK = re.compile(r"( *)\d+: (k\w+)")
 
-# Thunks that only hold others (a copied slice is a kDynamicSliceFusion around a copy), and thunks
-# that launch nothing.
-_HOLDERS = {"kAsyncStart", "kDynamicSlice", "kDynamicSliceFusion", "kSequential"}
+# What XLA's runtime for GPUs executes are thunks. These hold others (a copied slice is a
+# kDynamicSliceFusion around a copy), and these launch nothing.
+_HOLDERS = {
+    "kAsyncStart", "kCommandBuffer", "kDynamicSlice", "kDynamicSliceFusion", "kSequential",
+    "kWhile",
+}  # fmt: skip
 _SILENT = {"kAsyncDone", "kWaitForStreams"}
-_DIFFERENT = "the program and the list of its launches have different loops"
-
-# What XLA's runtime for GPUs executes: its kind, and the parts of a loop or a CUDA graph.
-_Thunk = tuple[str, list["_Thunk"]]
 
 
 class _Program:
@@ -47,12 +46,28 @@ class _Program:
                 return int(match[1])
         raise UserError("how often a loop of the program turns cannot be told")
 
-    def loops(self, name: str) -> list[tuple[int, str]]:
-        matches = [match for line in self.lines[name] if (match := _LOOP.search(line))]
-        return [(self.turns(match.string), match[2]) for match in matches]
+    def loops(self, name: str) -> Iterator[tuple[int, str]]:
+        """Turns and body of the loops in a computation, each followed by the loops inside it."""
+        for line in self.lines[name]:
+            if match := _LOOP.search(line):
+                yield self.turns(line), match[2]
+                yield from self.loops(match[2])
+
+    def step(self, steps: int) -> str:
+        """The computation that is one of the chunk's steps."""
+        if steps == 1:
+            return "ENTRY"
+        bodies = [body for turns, body in self.loops("ENTRY") if turns == steps]
+        if not bodies:
+            raise UserError(f"the program has no loop of {steps} turns")
+        # Other loops fill or convert arrays.
+        return max(bodies, key=lambda body: len(self.lines[body]))
 
     def total(self, name: str, own: Callable[[str], int]) -> int:
-        # Where a line has a number of its own, what it calls is part of that number.
+        """The sum of `own(line)` over what a computation executes.
+
+        Where a line has a number of its own, what it calls is part of that number.
+        """
         found = 0
         for line in self.lines.get(name, ()):
             if number := own(line):
@@ -64,49 +79,44 @@ class _Program:
         return found
 
 
-def _read_thunks(text: str) -> list[_Thunk]:
-    top: list[_Thunk] = []
-    above, in_condition = [(-1, top)], False
+class _Holder(NamedTuple):
+    indent: int
+    kind: str
+    times: int  # that a step executes what it holds
+    in_graph: bool
+
+
+def _launches(text: str, program: _Program, step: str) -> dict[str, int]:
+    """`launches` and `host_submissions` of a step, from XLA's list of thunks."""
+    if not text:
+        raise UserError("XLA has written no list of launches")
+    loops = list(program.loops("ENTRY"))
+    if text.count(": kWhile ") != len(loops):
+        raise UserError("the program and the list of its launches have different loops")
+    remaining, in_condition = iter(loops), False
+    launches = submissions = 0
+    above = [_Holder(-1, "kSequential", int(step == "ENTRY"), False)]
     for line in text.splitlines():
         if line.strip() in ("condition:", "body:"):
             # Conditions are not indented. With a known number of turns none is executed.
             in_condition = line.strip() == "condition:"
-        elif not in_condition and (match := _THUNK.match(line)):
-            indent, parts = len(line) - len(line.lstrip()), []
-            while above[-1][0] >= indent:
-                above.pop()
-            above[-1][1].append((match[1], parts))
-            above.append((indent, parts))
-    return top
-
-
-def _launches(thunks: Sequence[_Thunk], program: _Program, name: str) -> tuple[int, int]:
-    # The loops of the computation and of its thunks are in the same order.
-    loops = iter(program.loops(name))
-
-    def count(thunks):
-        launches = submissions = 0
-        for kind, parts in thunks:
-            if kind == "kWhile":
-                turns, body = next(loops, (0, None))
-                if body is None:
-                    raise UserError(_DIFFERENT)
-                inside, issued = (turns * n for n in _launches(parts, program, body))
-            elif kind == "kCommandBuffer":
-                inside, issued = count(parts)[0], 1
-            elif kind in _HOLDERS:
-                inside, issued = count(parts)
-            elif parts or kind == "kConditional":
-                raise UserError(f"what a thunk of the kind {kind} executes cannot be told")
-            else:
-                inside = issued = int(kind not in _SILENT)
-            launches, submissions = launches + inside, submissions + issued
-        return launches, submissions
-
-    found = count(thunks)
-    if next(loops, None):
-        raise UserError(_DIFFERENT)
-    return found
+        if in_condition or not (match := _THUNK.match(line)):
+            continue
+        indent, kind = len(match[1]), match[2]
+        while above[-1].indent >= indent:
+            above.pop()
+        _, holder, times, in_graph = above[-1]
+        if holder not in _HOLDERS or kind == "kConditional":
+            unknown = kind if holder in _HOLDERS else holder
+            raise UserError(f"what a thunk of the kind {unknown} executes cannot be told")
+        is_launch = kind not in _HOLDERS | _SILENT
+        launches += times * is_launch
+        submissions += times * (not in_graph and (is_launch or kind == "kCommandBuffer"))
+        if kind == "kWhile":
+            turns, body = next(remaining)
+            times = 1 if body == step else times * turns
+        above.append(_Holder(indent, kind, times, in_graph or kind == "kCommandBuffer"))
+    return {"launches": launches, "host_submissions": submissions}
 
 
 def count(text: str, thunk_text: str, platform: str, steps: int) -> dict[str, Any]:
@@ -123,28 +133,16 @@ def count(text: str, thunk_text: str, platform: str, steps: int) -> dict[str, An
       CUDA graphs too) and `host_submissions` (a CUDA graph is one); for a TPU `cycles_per_step` and
       `cycles_per_chunk`, as its compiler estimates them. `error` says why the rest is missing.
     """
-    program, found, step, thunks = _Program(text), {}, "ENTRY", _read_thunks(thunk_text)
+    found: dict[str, Any] = {}
     try:
-        if steps > 1:
-            # The largest loop; others fill or convert arrays.
-            loops = program.loops("ENTRY")
-            sizes = [len(program.lines[body]) for _, body in loops] or [0]
-            index = sizes.index(max(sizes))
-            if not loops or loops[index][0] != steps:
-                raise UserError(f"the program has no loop of {steps} turns")
-            step = loops[index][1]
-            whiles = [parts for kind, parts in thunks if kind == "kWhile"]
+        program = _Program(text)
+        step = program.step(steps)
         found["all_reduces"] = program.total(step, lambda line: len(_ALL_REDUCE.findall(line)))
-        if platform == "tpu":
+        if platform == "gpu":
+            found |= _launches(thunk_text, program, step)
+        else:
             for key, name in (("cycles_per_step", step), ("cycles_per_chunk", "ENTRY")):
                 found[key] = program.total(name, lambda line: sum(map(int, _CYCLES.findall(line))))
-        elif not thunks:
-            raise UserError("XLA has written no list of launches")
-        elif steps > 1 and len(whiles) != len(loops):
-            raise UserError(_DIFFERENT)
-        else:
-            parts = whiles[index] if steps > 1 else thunks
-            found["launches"], found["host_submissions"] = _launches(parts, program, step)
     except UserError as error:
         found["error"] = str(error)
     return found

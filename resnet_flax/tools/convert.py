@@ -74,9 +74,8 @@ def from_torch(
     try:
         shortcut, variables = _fitted(arrays, name, num_classes)
     except UserError as error:
-        fitting = list(_fitting(arrays, num_classes))
-        if fitting and name not in fitting:
-            raise UserError(f"{error}; it fits --model={' or '.join(fitting)}") from error
+        if fitting := " or ".join(_fitting(arrays, num_classes)):
+            raise UserError(f"{error}; it fits --model={fitting}") from error
         raise
     model = {"name": name, "shortcut": shortcut, "num_classes": num_classes}
     variables = _move_zeros(variables, option_a_zeros, model, "split")

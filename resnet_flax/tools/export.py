@@ -58,7 +58,7 @@ def export_net(
     portable = program(batch_size, ("cpu",))
     contents, described = {PROGRAM: serialized, PORTABLE: portable.mlir_module_serialized}, {}
     for name, run, batch, shape, platforms in (
-        (PROGRAM, lambda images: _run(serialized, images, PROGRAM), _COMPARED, "b", PLATFORMS),
+        (PROGRAM, export.deserialize(bytearray(serialized)).call, _COMPARED, "b", PLATFORMS),
         (PORTABLE, portable.call, batch_size, batch_size, "any"),
     ):
         random = np.random.RandomState(0)
@@ -95,16 +95,6 @@ def export_net(
     return description
 
 
-def _run(content: bytes, images: np.ndarray, name: str, writer: str = jax.__version__):
-    try:
-        return np.asarray(export.deserialize(bytearray(content)).call(images))
-    except Exception as error:  # Anything that a version of jax stumbles over.
-        raise UserError(
-            f"{name} does not run with jax {jax.__version__}; it was written by jax {writer}: take "
-            f"that one or a later one, or export with this one ({first_line(error)})"
-        ) from error
-
-
 def check(directory: pathlib.Path) -> dict[str, Any]:
     """Verifies an export and runs `model.jaxexport` on this machine; returns `model.json`.
 
@@ -129,9 +119,16 @@ def check(directory: pathlib.Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
-    found = _run((directory / PROGRAM).read_bytes(), images, directory / PROGRAM, writer)
+    program = directory / PROGRAM
+    try:
+        found = np.asarray(export.deserialize(bytearray(program.read_bytes())).call(images))
+    except Exception as error:  # Anything that a version of jax stumbles over.
+        raise UserError(
+            f"{program} does not run with jax {jax.__version__}; it was written by jax {writer}: "
+            f"take that one or a later one, or export with this one ({first_line(error)})"
+        ) from error
     if found.shape != shape or not np.isfinite(found).all():
-        raise UserError(f"{directory / PROGRAM} computes no {description['output']}")
+        raise UserError(f"{program} computes no {description['output']}")
     return description
 
 

@@ -4,8 +4,8 @@ r"""Prints the five likeliest classes of images, with their probabilities.
     python -m resnet_flax.tools.predict --weights=runs/quickstart/seed0/weights.safetensors \
         --json --strip=strip.png digits/
 
-Images may be of any size, mode and format that Pillow decodes; the net sees the central square. In
-folders and their sub-folders every file is taken whose name ends like that of an image. A file that
+Images may be of any size, mode and format that Pillow decodes; the net sees the central square.
+Folders are searched, with their sub-folders, for files with an image's extension. A file that
 cannot be read is named and passed over; the exit status is then 1.
 """
 
@@ -56,39 +56,39 @@ def predict(
     """
     files = iter(files)
     while batch := [{"image": file} for file in itertools.islice(files, pretrained.BATCH)]:
-        crops = []
+        readable, crops = [], []
         for found in batch:
             try:
                 crop = net.crop(found["image"])
                 if thumbnails:
                     found["thumbnail"] = net.crop(found["image"], _SIDE)
                     thumbnails -= 1
-                crops.append(crop)
             except UserError as error:
                 found["error"] = str(error)
-        rows = iter(net.probabilities(np.stack(crops)) if crops else ())
-        for found in batch:
-            if "error" not in found:
-                found["predictions"] = [
-                    {"class": name, "probability": round(p, 6)} for name, p in net.rank(next(rows))
-                ]
-            yield found
+            else:
+                readable.append(found)
+                crops.append(crop)
+        probabilities = net.probabilities(np.stack(crops)) if crops else ()
+        for found, row in zip(readable, probabilities, strict=True):
+            ranked = net.rank(row)
+            found["predictions"] = [{"class": c, "probability": round(p, 6)} for c, p in ranked]
+        yield from batch
 
 
-def draw_strip(found: list[dict[str, Any]]) -> bytes:
-    """A PNG of the thumbnails that `predict` yields, with their likeliest classes."""
+def draw_strip(drawn: list[tuple[np.ndarray, dict[str, Any]]]) -> bytes:
+    """A PNG of thumbnails with the likeliest class of each, see `predict`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(len(found), _COLUMNS)
-    rows = -(-len(found) // columns)
+    columns = min(len(drawn), _COLUMNS)
+    rows = -(-len(drawn) // columns)
     figure = Figure(figsize=(1.4 * columns, 1.85 * rows), dpi=100, layout="constrained")
-    for number, item in enumerate(found, 1):
+    for number, (thumbnail, found) in enumerate(drawn, 1):
         axes = figure.add_subplot(rows, columns, number)
         axes.axis("off")
-        axes.imshow(item["thumbnail"])
-        best = item["predictions"][0]
-        lines = _short(best["class"]), f"{100 * best['probability']:.1f} %", _short(item["image"])
+        axes.imshow(thumbnail)
+        best = found["predictions"][0]
+        lines = _short(best["class"]), f"{100 * best['probability']:.1f} %", _short(found["image"])
         # A class may be called "$5", which is no formula.
         axes.set_title("\n".join(lines), fontsize=8, parse_math=False)
     content = io.BytesIO()
@@ -119,28 +119,25 @@ def main(argv: list[str]) -> None:
     if strip and (strip.suffix.lower() != ".png" or not strip.parent.is_dir()):
         raise UserError(f"--strip={strip} must be a name ending in .png in a folder that exists")
     net = pretrained.load_pretrained(args.weights)
-    listed, shown, unreadable, total = [], [], 0, 0
+    results, drawn = [], []
     for found in predict(net, find_images(args.images), thumbnails=_STRIP if strip else 0):
-        total += 1
         if "thumbnail" in found:
-            shown.append(found)
+            drawn.append((found.pop("thumbnail"), found))
         if "error" in found:
-            unreadable += 1
             print(_printable(found["error"]), file=sys.stderr)
         elif not args.json:
             best = (f"{p['class']} {100 * p['probability']:.1f} %" for p in found["predictions"])
             print(_printable(f"{found['image']}: {', '.join(best)}"))
-        if args.json:
-            listed.append({k: v for k, v in found.items() if k != "thumbnail"})
-    if shown:
+        results.append(found)
+    if drawn:
         with entry.writing(strip):
-            write_atomically(strip, draw_strip(shown))
+            write_atomically(strip, draw_strip(drawn))
     if args.json:
-        print(json.dumps(listed, indent=2))
-    if not total:
+        print(json.dumps(results, indent=2))
+    if not results:
         raise UserError(f"there are no images in {', '.join(args.images)}")
-    if unreadable:
-        raise UserError(f"{unreadable} of {total} images could not be read")
+    if unreadable := sum("error" in found for found in results):
+        raise UserError(f"{unreadable} of {len(results)} images could not be read")
 
 
 if __name__ == "__main__":

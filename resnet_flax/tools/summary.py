@@ -22,7 +22,7 @@ def summarize(
 ) -> dict:
     """Totals and, as dicts, `count.layers` of a net, for a square image of `image_size` pixels.
 
-    Options are those of `models.create_model`; the default size is that of the net's data set.
+    The options are arguments of `models.create_model`; the default size is the data set's.
     """
     architecture = models.get_architecture(name)
     model = models.create_model(name, num_classes, shortcut=shortcut, stride_in_3x3=stride_in_3x3)

@@ -25,7 +25,7 @@ import numpy as np
 
 from resnet_flax import models
 from resnet_flax.runs import files
-from resnet_flax.tools import bench, bench_case
+from resnet_flax.tools import bench, bench_measure
 
 PARTS = "depth", "batch", "devices", "seeds", "start"
 DEPTHS = "resnet20,resnet32,resnet44,resnet56,resnet110,resnet1202"
@@ -136,8 +136,8 @@ def main(argv=None):
 
     def case(model, batch, devices, seeds=1):
         overrides = {"train.num_seeds": str(seeds)} if seeds > 1 else {}
-        rest = "auto", devices, args.repeats, args.seconds, 50_000, 1, ["train"], overrides
-        return dataclasses.asdict(bench_case.Case(model, batch, *rest))
+        rest = "auto", devices, args.repeats, args.seconds, 50_000, ["train"], overrides
+        return dataclasses.asdict(bench_measure.Case(model, batch, *rest))
 
     nets = args.depths.split(",")
     batches, devices, seeds = (

@@ -91,7 +91,7 @@ def collectives(text):
     """Collective operations of a compiled program's text, as {kind: bytes of each}.
 
     All-reduces of nothing but per-channel sums are "statistics", all others "gradients" (XLA merges
-    those of weights, their neighbours and the loss); other kinds keep their names.
+    the sums of weights, their neighbours and the loss); other kinds keep their names.
     """
     found = {"statistics": [], "gradients": []}
     for line in text.splitlines():
@@ -121,14 +121,12 @@ def compile_step(model, each, group):
     import jax
 
     from resnet_flax.devices import sharding
-    from resnet_flax.tools import bench_case, bench_compile
+    from resnet_flax.tools import bench_compile, bench_measure
 
     # A loop's body would be counted once.
     settings = {"model.bn_group_size": str(group), "model.scan": "never"}
-    case = bench_case.Case(
-        model, each, "float32", 1, examples=each, eval_examples=1, overrides=settings
-    )
-    (here,) = bench_case.make_setups(case)
+    case = bench_measure.Case(model, each, "float32", 1, examples=each, overrides=settings)
+    (here,) = bench_measure.make_setups(case)
     batch = each * jax.device_count()
     mesh = sharding.make_mesh(jax.devices(), batch)
     compiled = bench_compile.lower(here, mesh, "tpu", 1, batch).compile()

@@ -31,7 +31,6 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 from tests.benchmarks import pytorch_step
-from tests.benchmarks.pytorch_step import BATCHES, DECAY, MOMENTUM, RATE
 
 
 class Variant(NamedTuple):
@@ -75,94 +74,18 @@ def depth_of(name):
 # number of trained parameters; versions and hardware; and the steps that it does at once.
 
 
-def usual_flax(depth, batch, dtype):
-    """An ordinary linen net and optax step, one device, nothing tuned."""
-    import flax
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-
-    dtype = jnp.dtype(dtype)
-
-    def norm(train):
-        return nn.BatchNorm(use_running_average=not train, momentum=0.9, dtype=dtype)
-
-    def conv(filters, strides=1):
-        return nn.Conv(filters, (3, 3), strides, padding=1, use_bias=False, dtype=dtype)
-
-    class Block(nn.Module):
-        filters: int
-        strides: int
-
-        @nn.compact
-        def __call__(self, x, train):
-            y = nn.relu(norm(train)(conv(self.filters, self.strides)(x)))
-            y = norm(train)(conv(self.filters)(y))
-            if self.strides > 1:
-                x = x[:, ::2, ::2]
-                x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.filters // 2)))
-            return nn.relu(x + y)
-
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, x, train):
-            x = nn.relu(norm(train)(conv(16)(x)))
-            for stage in range(3):
-                for block in range((depth - 2) // 6):
-                    x = Block(16 * 2**stage, 2 if stage and not block else 1)(x, train)
-            return nn.Dense(10)(x.mean(axis=(1, 2)).astype(jnp.float32))
-
-    net = Net()
-    optimizer = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(RATE, momentum=MOMENTUM))
-    random = np.random.default_rng(0)
-    images = [
-        jax.device_put(random.standard_normal((batch, 32, 32, 3), np.float32))
-        for _ in range(BATCHES)
-    ]
-    labels = [jax.device_put(random.integers(0, 10, batch)) for _ in range(BATCHES)]
-    variables = jax.jit(net.init, static_argnums=2)(jax.random.key(0), images[0], False)
-    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-
-    @jax.jit
-    def step(state, x, y):
-        params, stats, opt_state = state
-
-        def loss_fn(params):
-            logits, new = net.apply(
-                {"params": params, "batch_stats": stats}, x, True, mutable=["batch_stats"]
-            )
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-            return loss, new["batch_stats"]
-
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), stats, opt_state), loss
-
-    def run(steps):
-        nonlocal state
-        for i in range(steps):
-            state, loss = step(state, images[i % BATCHES], labels[i % BATCHES])
-        jax.block_until_ready(state)
-        return float(loss)
-
-    parameters = sum(x.size for x in jax.tree.leaves(variables["params"]))
-    return run, parameters, {"jax": jax.__version__, "flax": flax.__version__}, 1
-
-
 def this_package(depth, batch, dtype, options):
     """What a training run executes."""
     import jax
 
     from resnet_flax.devices import cpu
     from resnet_flax.runs import environment
-    from resnet_flax.tools import bench_case, bench_worker
+    from resnet_flax.tools import bench_measure
 
     cpu.keep_freed_memory()
-    case = bench_case.Case(f"resnet{depth}", batch, dtype, **options)
-    (run,) = bench_case.make_setups(case)
-    trainer = bench_worker.Trainer([run])
+    case = bench_measure.Case(f"resnet{depth}", batch, dtype, **options)
+    (run,) = bench_measure.make_setups(case)
+    trainer = bench_measure.Trainer([run])
 
     def steps(count):
         trainer.run(count // trainer.length)
@@ -175,7 +98,9 @@ def this_package(depth, batch, dtype, options):
 def build(name, args):
     kind, dtype, _, options = VARIANTS[name]
     if kind == "flax":
-        return usual_flax(args.depth, args.batch, dtype)
+        from tests.benchmarks import flax_step
+
+        return *flax_step.make(args.depth, args.batch, dtype), 1
     if kind == "ours":
         return this_package(args.depth, args.batch, dtype, options)
     import torch
@@ -194,20 +119,22 @@ def load(name, platform):
         importlib.import_module("torch" if VARIANTS[name].kind == "torch" else "flax")
 
 
+_runs = {}  # of the variant of this process
+
+
 def prepare(name, args):
     """The second: builds the variant; returns its row of the results."""
-    global _run
-    _run, parameters, about, unit = build(name, args)
-    _run(math.ceil(5 / unit) * unit)
-    number, seconds = timeit.Timer(lambda: _run(unit)).autorange()
+    _runs[name], parameters, about, unit = build(name, args)
+    _runs[name](math.ceil(5 / unit) * unit)
+    number, seconds = timeit.Timer(lambda: _runs[name](unit)).autorange()
     steps = unit * max(1, round(args.seconds * number / seconds))
     return {"steps": steps, "parameters": parameters, "about": about, "seconds": []}
 
 
-def take_turn(steps):
+def take_turn(name, steps):
     """Every later one; returns the seconds a step, and the loss."""
     begin = time.perf_counter()
-    loss = _run(steps)
+    loss = _runs[name](steps)
     return (time.perf_counter() - begin) / steps, loss
 
 
@@ -250,7 +177,7 @@ def measure(names, args):
     for number in range(args.rounds):
         # There and back, so that nobody always follows the same one.
         for name in list(workers) if number % 2 == 0 else list(workers)[::-1]:
-            if turn := ask(name, take_turn, found[name]["steps"]):
+            if turn := ask(name, take_turn, name, found[name]["steps"]):
                 found[name]["seconds"].append(turn[0])
                 found[name]["loss"] = turn[1]
     for worker in workers.values():
