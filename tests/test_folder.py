@@ -305,7 +305,7 @@ def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(small_config, damag
     train.train(config, tmp_path / "parts")
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     said = []
-    text = scoring.score(None, str(tmp_path / "whole"), None, warn=said.append)
+    text = scoring.describe(scoring.score(None, str(tmp_path / "whole"), None, warn=said.append))
     assert f"({whole['test_wrong_last']} of 5 wrong)" in text
     assert "1 images could not be read" in text
     assert sum(bad[2] in line for line in said) == 1
@@ -340,7 +340,9 @@ def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
     again = train.train(config, tmp_path / "tuned", str(file))
     one, other = (json.loads(json.dumps(r, default=list)) for r in (again, result))
     assert one == other
-    text = scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
+    text = scoring.describe(
+        scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
+    )
     assert f"({result['test_wrong_last']} of 6 wrong)" in text
 
 

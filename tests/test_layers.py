@@ -4,7 +4,7 @@ import ast
 import graphlib
 
 ROOMS = [
-    {"errors", "signals"},
+    {"errors", "locks", "signals"},
     {"config", "commands"},
     {"devices"},
     {"models"},

@@ -88,7 +88,7 @@ def test_curves_and_events_are_written(tmp_path):
 
 def test_tensorboard_never_ends_a_run(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "tensorboardX", None)  # As one whose torch is half installed.
+        patch.setitem(sys.modules, "tensorboardX.event_file_writer", None)  # Half installed.
         log = metrics.RunLog(tmp_path, resume_step=0, tensorboard=True)
     log.write("train", 1, {"error": 0.5, "examples": 1})
     log.close()

@@ -308,7 +308,8 @@ def test_neighbouring_seeds_share_a_process(tmp_path, fake, capsys):
     assert starts(runs) == [["1"], [], ["3"], ["3"], ["3"], ["2"], ["2"]]
     assert (len(runner.done), len(other.done)) == (7, 1)
     log = (runs[3].directory / "log.txt").read_text()
-    assert f" --config.seed=2 --config.train.num_seeds=3 --workdir={tmp_path}/plain20  # output in {runs[2].directory}" in log
+    flags = f" --config.seed=2 --config.train.num_seeds=3 --workdir={tmp_path}/plain20"
+    assert f"{flags}  # output in {runs[2].directory}" in log
 
 
 def test_without_locks_it_says_so(tmp_path, fake, monkeypatch, capsys):

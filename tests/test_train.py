@@ -261,15 +261,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_config, tmp_path):
 def test_evaluation_of_checkpoint_and_weights_agree_with_the_result(finished, capsys):
     config, directory, result = finished
     percent = f"test: error {100 * result['test_error_last']:.2f} % ({result['test_wrong_last']} of"
-    from_run = scoring.score(None, str(directory), None)
+    from_run = scoring.describe(scoring.score(None, str(directory), None))
     assert percent in from_run
     assert "step 12" in from_run
     assert json.loads((directory / "evaluation.json").read_text())["test"]["examples"] == 359
     file = str(directory / "weights.safetensors")
-    assert percent in scoring.score(None, None, file)
-    assert percent in scoring.score(config, None, file)
+    assert percent in scoring.describe(scoring.score(None, None, file))
+    assert percent in scoring.describe(scoring.score(config, None, file))
     one = str(directory / "checkpoints" / "12")
-    assert percent in scoring.score(None, None, one)
+    assert percent in scoring.describe(scoring.score(None, None, one))
 
 
 def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
@@ -449,7 +449,9 @@ def test_statistics_can_be_estimated_again_before_an_evaluation(small_config, tm
     small_config.train.total_steps, small_config.optim.boundaries_steps = 4, ()
     result = train.train(small_config, tmp_path / "run")
     file = tmp_path / "run" / "weights.safetensors"
-    assert f"({result['test_wrong_last']} of" in scoring.score(None, None, str(file))
+    assert f"({result['test_wrong_last']} of" in scoring.describe(
+        scoring.score(None, None, str(file))
+    )
     # Early on, running statistics lag far behind: the estimates must make a difference.
     tree, _ = final_tree(tmp_path / "run")
     running, estimated = tree["batch_stats"], weights.load(file).variables["batch_stats"]
@@ -467,7 +469,7 @@ def test_checkpoints_may_lie_elsewhere_and_outlive_the_directory(finished, tmp_p
     # Known to the run from then on.
     with pytest.raises(UserError, match="has its checkpoints in .*bucket/run, not in"):
         train.train(config, tmp_path / "a", checkpoint_dir=str(tmp_path / "other"))
-    assert "step 6" in scoring.score(None, str(tmp_path / "a"), None)
+    assert "step 6" in scoring.describe(scoring.score(None, str(tmp_path / "a"), None))
     # Another machine, which knows nothing of the first but where the checkpoints are.
     other = config.copy_and_resolve_references()
     other.optim.learning_rate = 0.05
@@ -514,4 +516,6 @@ def test_every_option_is_as_safe_to_stop(small_config, tmp_path):
     assert loaded.model["survival"] == 0.4
     np.testing.assert_array_equal(loaded.std, [255])
     for source in (file, tmp_path / "run"):
-        assert f"({result['test_wrong_last']} of" in scoring.score(None, None, str(source))
+        assert f"({result['test_wrong_last']} of" in scoring.describe(
+            scoring.score(None, None, str(source))
+        )

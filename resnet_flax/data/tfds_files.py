@@ -1,7 +1,6 @@
 """Data sets in TFDS's files: found, read and written without TensorFlow."""
 
 import contextlib
-import fcntl
 import functools
 import os
 import pathlib
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from resnet_flax import locks
 from resnet_flax.errors import UserError, first_line
 
 INFO_FILE = "dataset_info.json"
@@ -192,12 +192,11 @@ def _staging(data_dir: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     data_dir.mkdir(parents=True, exist_ok=True)
     # Never deleted: one process could wait for the deleted file, another lock a new one.
     with open(data_dir / f".{name}.lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        held = locks.hold(lock)
+        if held is False:
             print(f"Another process prepares {name} in {data_dir}; waiting", file=sys.stderr)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
+            locks.hold(lock, wait=True)
+        elif held is None:
             # A file system without locks: each process has its own directory, the first wins.
             path = data_dir / f".{name}.preparing-{os.uname().nodename}-{os.getpid()}"
         shutil.rmtree(path, ignore_errors=True)

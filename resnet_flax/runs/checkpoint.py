@@ -1,9 +1,9 @@
-"""Saving and restoring a run's state, with a content hash and a way round damage.
+"""Saving and restoring a run's state; damage is noticed and passed over.
 
-Each checkpoint is one orbax directory, `<directory>/<step>`. It holds the state in the canonical
-layout (see `models.layout`) and, as orbax's custom metadata, a JSON record of the run and the
-SHA-256 of both: orbax itself loads a flipped bit without a word. `files.json`, written once a save
-is complete, holds the SHA-256 of each of its files.
+Each checkpoint is an orbax directory, `<directory>/<step>`, of the state in the canonical layout
+(see `models.layout`). Its custom metadata hold a JSON record of the run and the SHA-256 of both:
+orbax itself loads a flipped bit without a word. `files.json`, written once a save is complete,
+holds the SHA-256 of each file.
 """
 
 import concurrent.futures
@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from orbax.checkpoint import v1 as ocp_v1
 
 from resnet_flax.errors import UserError, first_line
 from resnet_flax.models import layout
+from resnet_flax.runs import files, weights
 
 _FILES = "files.json"
 
@@ -53,87 +55,71 @@ def from_tree(tree: dict[str, Any], template: Any, scanned: bool) -> Any:
     canonical = layout.to_canonical(template)
     nested = flax.serialization.to_state_dict(canonical)
     want = flax.traverse_util.flatten_dict(nested, keep_empty_nodes=True)
-    have = flax.traverse_util.flatten_dict(tree)
-    for path, spec in want.items():
-        name = "/".join(path)
-        if spec is None or spec is flax.traverse_util.empty_node:
-            continue
-        if path not in have:
-            raise UserError(f"the checkpoint lacks {name} {spec.dtype}{list(spec.shape)}")
-        if (have[path].shape, have[path].dtype) != (spec.shape, spec.dtype):
-            raise UserError(
-                f"{name} is {have[path].dtype}{list(have[path].shape)} in the checkpoint, but "
-                f"{spec.dtype}{list(spec.shape)} in this net"
-            )
-        want[path] = have.pop(path)
-    if have:
-        raise UserError(f"the checkpoint holds {'/'.join(next(iter(have)))}, which this net lacks")
-    nested = flax.traverse_util.unflatten_dict(want)
+    arrays = {path: spec for path, spec in want.items() if hasattr(spec, "shape")}
+    weights.fit(tree, flax.traverse_util.unflatten_dict(arrays), "the checkpoint")
+    nested = flax.traverse_util.unflatten_dict(want | flax.traverse_util.flatten_dict(tree))
     state = flax.serialization.from_state_dict(canonical, nested)
     return layout.to_scanned(state) if scanned else state
-
-
-def content_hash(tree: dict[str, Any], record: dict[str, Any]) -> str:
-    """SHA-256, in hex, of every array's name, dtype, shape and bytes, and of the record."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    for path, value in sorted(flax.traverse_util.flatten_dict(tree).items()):
-        digest.update(f"{'/'.join(path)} {value.dtype} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
 
 
 def read(path: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """State tree and record of one checkpoint directory; a `UserError` says how it is damaged."""
     path = epath.Path(path).resolve()
-    reason = _find_damage(path)
+    reason = _find_damaged_file(path)
     if reason is None:
-        reason = "its content does not match its SHA-256"
-        context = ocp_v1.Context()
-        here = ocp_v1.multihost.process_index()
-        context.multiprocessing.primary_host = here
-        context.multiprocessing.active_processes = {here}
         try:
-            with context:
-                metadata = ocp_v1.checkpointables_metadata(path).custom_metadata
-                record, expected = metadata["record"], metadata["sha256"]
-                tree = ocp_v1.load_checkpointables(path, {"state": None})["state"]
-            if content_hash(tree, record) == expected:
-                return tree, record
+            tree, metadata = _load(path)
+            if _content_hash(tree, metadata["record"]) == metadata["sha256"]:
+                return tree, metadata["record"]
+            reason = "its content does not match its SHA-256"
         except Exception as error:  # Whatever orbax, tensorstore or a JSON reader raises.
             cause = error.__cause__ or error
             reason = f"{type(cause).__name__}: {first_line(cause)}"
     raise UserError(f"checkpoint {path} is damaged: {reason}")
 
 
-def _hash_files(path: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file below a directory, by its relative path."""
-    found = {}
-    for child in sorted(path.iterdir()):
-        if child.is_dir():
-            found |= {f"{child.name}/{k}": v for k, v in _hash_files(child).items()}
-        elif child.name != _FILES:
-            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
-    return found
+def _load(path: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State tree and custom metadata, read by this process alone."""
+    context = ocp_v1.Context()
+    here = ocp_v1.multihost.process_index()
+    context.multiprocessing.primary_host = here
+    context.multiprocessing.active_processes = {here}
+    with context:
+        metadata = ocp_v1.checkpointables_metadata(path).custom_metadata
+        return ocp_v1.load_checkpointables(path, {"state": None})["state"], metadata
 
 
-def _find_damage(path: epath.Path) -> str | None:
+def _content_hash(tree: dict[str, Any], record: dict[str, Any]) -> str:
+    return files.content_hash(flax.traverse_util.flatten_dict(tree, sep="/"), record)
+
+
+def _find_damaged_file(path: epath.Path) -> str | None:
     """What is wrong with a checkpoint's files by its list of them; None also without a list.
 
     Orbax would find most of it too, but in pages of tracebacks from threads of its own.
     """
     try:
-        expected = json.loads((path / _FILES).read_text())
+        expected = json.loads((path / _FILES).read_text()).items()
         actual = _hash_files(path)
-        for name, digest in expected.items():
-            if name not in actual:
-                return f"file {name} is missing"
-            if actual[name] != digest:
-                return f"file {name} has changed"
     except FileNotFoundError:
         return None  # Killed between saving and listing: the hash of the content decides.
     except (ValueError, AttributeError, OSError) as error:
         return f"file {_FILES} cannot be read: {error}"
+    for name, digest in expected:
+        if actual.get(name) != digest:
+            return f"file {name} {'has changed' if name in actual else 'is missing'}"
     return None
+
+
+def _hash_files(path: epath.Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by its relative path."""
+    found = {}
+    for child in path.iterdir():
+        if child.is_dir():
+            found |= {f"{child.name}/{k}": v for k, v in _hash_files(child).items()}
+        elif child.name != _FILES:
+            found[child.name] = hashlib.sha256(child.read_bytes()).hexdigest()
+    return found
 
 
 def locate(place: str) -> epath.Path:
@@ -237,7 +223,7 @@ class Writer:
                 raise NotFiniteError(f"{name} is not finite at step {step}")
         # JSON may change the record (floats, tuples): hash what will be read.
         record = json.loads(json.dumps(record))
-        metadata = {"record": record, "sha256": content_hash(tree, record)}
+        metadata = {"record": record, "sha256": _content_hash(tree, record)}
         self.wait()
         self._check_room(sum(value.nbytes for value in flat.values()))
         path = self.directory / str(step)
@@ -277,8 +263,7 @@ class Writer:
 
     def _failure(self, error: Exception) -> UserError:
         # Tensorstore names files first, then the reason, then pages of specification.
-        text = str(error.__cause__ or error).partition(" [tensorstore_spec")[0].strip()
-        text = text.splitlines()[0] if text else type(error).__name__
+        text = first_line(error.__cause__ or error, sys.maxsize).partition(" [tensorstore_spec")[0]
         text = text if len(text) <= 200 else f"… {text[-200:]}"
         return UserError(f"could not save a checkpoint in {self.directory}: {text}")
 

@@ -7,14 +7,15 @@ result lie beside them.
 
 import contextlib
 import datetime
-import fcntl
 import json
 import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 
+from resnet_flax import locks
 from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files, weights
@@ -69,15 +70,12 @@ class Directory:
                 f"cannot write in workdir {path}: {error.strerror}; choose another --workdir"
             ) from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            # Without locks it is up to the user to avoid two runs at once.
+            if locks.hold(lock) is False:
                 raise UserError(
                     f"another process is training in workdir {path}; wait for it, or choose "
                     "another --workdir"
-                ) from error
-            except OSError:
-                pass  # A file system without locks: two runs at once are the user's to avoid.
+                )
             for part in path.glob(f".*{files.PART}"):
                 part.unlink()  # Left by a kill.
             try:
@@ -102,7 +100,7 @@ class Directory:
         if not (old < new and in_steps and config["optim.schedule"] != "cosine"):
             return
         extended = self.config | {key: new}
-        if _differing(extended, config, OPERATIONAL_KEYS):
+        if _differing(extended, config):
             return
         for name in ("result.json", "weights.safetensors", "evaluation.json"):
             path = self.path / name
@@ -121,10 +119,7 @@ class Directory:
         """
         if not self.config:
             return
-        # A run that was begun before a key existed used its default.
-        old = flatten(base_config()) | self.config
-        other = {k for k in old if sections and k.split(".")[0] not in sections}
-        if differing := _differing(old, config, OPERATIONAL_KEYS | other):
+        if differing := _differing(self.config, config, sections):
             raise UserError(
                 f"workdir {self.path} belongs to a run of another config; choose another --workdir "
                 "(--weights=FILE begins from what a finished run has learned), or undo: "
@@ -167,8 +162,8 @@ class Directory:
     def checkpoints(self, requested: str | None = None) -> str:
         """Where the checkpoints lie: a path, or the URL of a bucket.
 
-        That of a new run is `requested`, by default in the directory; an older run refuses another
-        than its own.
+        A new run has them where `requested`, by default in the directory; an older run refuses
+        another place than its own.
         """
         own = str(self.path / "checkpoints")
         if not self.record:
@@ -188,8 +183,7 @@ class Directory:
         """
         if self.record:
             return  # It has been compared already.
-        old = flatten(base_config()) | saved["config"]
-        differing = _differing(old, now["config"], OPERATIONAL_KEYS)
+        differing = _differing(saved["config"], now["config"])
         if saved["fingerprint"] != now["fingerprint"]:
             differing.append("the data set")
         if differing:
@@ -206,7 +200,8 @@ class Directory:
         path = self.path / "preprocess.safetensors"
         if not path.exists() or files.sha256_of(path) != digest:
             raise UserError(f"{path} is missing or damaged; restore it from a copy")
-        return weights.load_preprocessing(path)
+        tensors = safetensors.numpy.load_file(path)
+        return tensors["mean"], tensors["std"]
 
     def write_start(
         self,
@@ -216,15 +211,14 @@ class Directory:
         start: dict[str, Any],
     ) -> None:
         """Writes what the run is when it begins; a later `start` is only added to `run.json`."""
-        start = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **start}
-        if self.record:
-            record = self.record
-        else:
+        if not self.record:
             files.write_json(self.path / "config.json", config)
+            mean, std = preprocessing
             path = self.path / "preprocess.safetensors"
-            weights.save_preprocessing(path, *preprocessing)
-            record = {**record, "preprocess_sha256": files.sha256_of(path)}
-        self.record = record | {"starts": [*record.get("starts", []), start]}
+            files.write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
+            self.record = {**record, "preprocess_sha256": files.sha256_of(path)}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.record["starts"] = [*self.record.get("starts", []), {"time": now, **start}]
         files.write_json(self.path / "run.json", self.record)
 
     def finished(self, total_steps: int) -> dict[str, Any] | None:
@@ -237,12 +231,17 @@ class Directory:
         return result if result.get("steps") == total_steps else None
 
 
-def _differing(old: dict[str, Any], new: dict[str, Any], ignored: Collection[str]) -> list[str]:
-    """Descriptions "key: old -> new" of flat configurations' differences."""
-    new = json.loads(json.dumps(new, default=list))
-    missing = object()
+def _differing(
+    old: dict[str, Any], new: dict[str, Any], sections: Collection[str] = ()
+) -> list[str]:
+    """The differences of two flat configurations as "key: old -> new", but for operational keys.
+
+    With `sections` only their keys are compared. A key that `old` lacks had its default.
+    """
+    old = flatten(base_config()) | old
+    old, new = (json.loads(json.dumps(config, default=list)) for config in (old, new))
     return [
         f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
-        for key in sorted(set(old) | set(new))
-        if key not in ignored and old.get(key, missing) != new.get(key, missing)
+        for key in sorted((old.keys() | new.keys()) - OPERATIONAL_KEYS)
+        if old.get(key) != new.get(key) and (not sections or key.partition(".")[0] in sections)
     ]

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -45,28 +46,20 @@ def _version(package: str) -> str | None:
 
 def _cpu_name() -> str:
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        described = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        described = ""
+    found = re.search(r"^model name\s*: (.+)$", described, re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
     """The package's git commit, with "+" if files differ from it; None outside a checkout."""
-
-    def git(*args):
-        return subprocess.run(
-            ["git", *args],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-
+    git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    options = {"cwd": pathlib.Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
     try:
-        git("ls-files", "--error-unmatch", __file__)  # Not the repository around a site-packages.
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", ":/")
-        return git("rev-parse", "HEAD") + ("+" if dirty else "")
+        # Not the repository around a site-packages.
+        subprocess.check_output(["git", "ls-files", "--error-unmatch", __file__], **options)
+        return subprocess.check_output(git, timeout=10, **options).strip()
     except (OSError, subprocess.SubprocessError):
         return None

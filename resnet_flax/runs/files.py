@@ -1,12 +1,13 @@
 """Files that are whole or not there: written beside, flushed, then renamed."""
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-import tempfile
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from resnet_flax.errors import UserError
 
@@ -32,24 +33,15 @@ def _pretty(value: Any, margin: str = "") -> str:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Replaces a file through a temporary one beside it, flushed to disk."""
-    handle, name = tempfile.mkstemp(PART, f".{path.name}.", path.parent)
+    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(part, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any] | None:
@@ -73,3 +65,12 @@ def sha256_of(path: pathlib.Path) -> str:
     """SHA-256 of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(arrays: Mapping[str, np.ndarray], description: dict[str, Any]) -> str:
+    """SHA-256, in hex, of every array's name, dtype, shape and bytes, and of JSON about them."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name, value in sorted(arrays.items()):
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).data)
+    return digest.hexdigest()

@@ -141,10 +141,8 @@ class RunLog(Log):
             events, self._events = self._events, None
             with contextlib.suppress(Exception):
                 events.close()
-            print(
-                f"note: nothing more is written for TensorBoard: {first_line(error)}",
-                file=sys.stderr,
-            )
+            note = f"note: nothing more is written for TensorBoard: {first_line(error)}"
+            print(note, file=sys.stderr)
 
     def _add(self, record: dict[str, Any]) -> None:
         super()._add(record)
@@ -171,11 +169,8 @@ class RunLog(Log):
         if self._events:
             with self._optional():
                 self._events.flush()
-        try:
-            in_place = os.path.samestat(self._path.stat(), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            in_place = False
-        if not in_place:
+        here = self._path.exists() and self._path.stat()
+        if not (here and os.path.samestat(here, os.fstat(self._file.fileno()))):
             raise UserError(
                 f"{self._path} was removed or replaced while the run wrote it; leave "
                 f"{self._path.parent} alone until the run has ended"
@@ -190,29 +185,32 @@ class RunLog(Log):
 
 
 class _Events:
-    """TensorBoard's copy of the records.
+    """TensorBoard's copy of the records, written by the caller's thread.
 
-    Written by the caller's own thread: tensorboardX's `SummaryWriter` hands events to another one,
-    and waits for it without end once a full disk has ended it.
+    tensorboardX's `SummaryWriter` hands events to a thread of its own, and waits for it for ever
+    once a full disk has ended it.
     """
 
     def __init__(self, folder: pathlib.Path, first_step: int):
-        """Opens a file in `folder`; what others there hold from `first_step` on is not shown."""
+        """Opens a file in `folder`; TensorBoard hides what others hold from `first_step` on."""
         # Imported here: it takes a while, and not every run wants it.
-        from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
 
         folder.mkdir(exist_ok=True)
-        self._event, self._scalar = Event, summary.scalar
+        self._event, self._summary = Event, Summary
         self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         self.flush, self.close = self._writer.flush, self._writer.close
-        start = SessionLog(status=SessionLog.START)
-        self._writer.write_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+        self._write(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(wall_time=time.time(), step=step, **content))
 
     def write(self, record: dict[str, Any]) -> None:
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                scalar = self._scalar(f"{record['split']}/{name}", value)
-                event = self._event(wall_time=time.time(), step=record["step"], summary=scalar)
-                self._writer.write_event(event)
+        values = [
+            self._summary.Value(tag=f"{record['split']}/{name}", simple_value=value)
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        self._write(record["step"], summary=self._summary(value=values))

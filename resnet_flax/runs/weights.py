@@ -7,7 +7,6 @@ since safetensors itself does not notice a flipped bit.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -20,11 +19,11 @@ import safetensors.numpy
 
 from resnet_flax.errors import UserError
 from resnet_flax.models import layout
-from resnet_flax.runs.files import write_atomically
+from resnet_flax.runs.files import content_hash, write_atomically
 
 FORMAT = "resnet_flax 1"
 
-# What the net of a file has whose `model` lacks the option: older versions did not write them.
+# Options that the `model` of older versions lacks, and what those nets have.
 _DEFAULTS = {"stride_in_3x3": False, "survival": 1.0}
 _DESCRIPTION = {"model": dict, "class_names": list, "training": dict}
 
@@ -49,17 +48,8 @@ def save(path: pathlib.Path, weights: Weights) -> None:
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     description = {key: json.dumps(getattr(weights, key)) for key in _DESCRIPTION}
     metadata = {"format": FORMAT, **description}
-    metadata["sha256"] = _content_hash(tensors, metadata)
+    metadata["sha256"] = content_hash(tensors, metadata)
     write_atomically(path, safetensors.numpy.save(tensors, metadata))
-
-
-def _content_hash(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> str:
-    described = {key: metadata[key] for key in metadata if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(np.ascontiguousarray(value).data)
-    return digest.hexdigest()
 
 
 def load(path: pathlib.Path) -> Weights:
@@ -75,8 +65,8 @@ def load(path: pathlib.Path) -> Weights:
         raise UserError(f"weights file {path} cannot be read: {reason}") from error
     if (form := metadata.get("format")) != FORMAT:
         raise UserError(f"weights file {path} is of format {form!r}, not {FORMAT!r}")
-    # Older versions wrote no hash.
-    if "sha256" in metadata and metadata["sha256"] != _content_hash(tensors, metadata):
+    digest = metadata.pop("sha256", None)  # Older versions wrote none.
+    if digest not in (None, content_hash(tensors, metadata)):
         raise UserError(f"weights file {path} is damaged: its content does not match its SHA-256")
     for name, value in tensors.items():
         if not np.issubdtype(value.dtype, np.floating) or not np.isfinite(value).all():
@@ -109,21 +99,10 @@ def check_preprocessing(
         )
 
 
-def save_preprocessing(path: pathlib.Path, mean: np.ndarray, std: np.ndarray) -> None:
-    """Writes what `load_preprocessing` reads."""
-    write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
-
-
-def load_preprocessing(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """The (mean, std) of `save_preprocessing`."""
-    tensors = safetensors.numpy.load_file(path)
-    return tensors["mean"], tensors["std"]
-
-
 def for_classes(weights: Weights, class_names: tuple[str, ...], source: str) -> Weights:
-    """`weights` with the outputs in the order of a data set's classes, and any others after them.
+    """`weights` with its outputs in the order of a data set's classes, then any others.
 
-    Weights whose class names are only numbers match a data set of as many classes by order.
+    Outputs named by numbers only match a data set of as many classes by order.
 
     Raises:
       UserError: the weights lack a class of the data set.
@@ -155,7 +134,7 @@ def check_model(weights: Weights, model: dict[str, Any], source: str) -> None:
 
 
 def fit(variables: dict[str, Any], template: Any, source: str) -> dict[str, Any]:
-    """Returns `variables` if their names, shapes and dtypes are those of `template`.
+    """Returns `variables` if their names, shapes and dtypes are the template's.
 
     Raises:
       UserError: names the first array that is missing, foreign, or of another shape or dtype.

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import math
 import pathlib
@@ -15,7 +14,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 import resnet_flax
-from resnet_flax import models
+from resnet_flax import locks, models
 from resnet_flax.config import flatten, override, validate
 from resnet_flax.errors import UserError
 from resnet_flax.runs import metrics
@@ -211,11 +210,8 @@ def _about(seconds: float) -> str:
 
 def lock(file: IO) -> bool:
     """Holds a file until it is closed; False if another process does."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
+    held = locks.hold(file)
+    if held is None:
         note = "the file system has no locks: let one process at a time work here, or use --part"
         print(note, file=sys.stderr)
-    return True
+    return held is not False
