@@ -41,6 +41,13 @@ def test_a_run_says_what_was_learned_and_what_to_run_next(uninterrupted):
     assert start["command"].endswith(f" --workdir={os.path.relpath(directory, ROOT)}")
 
 
+def test_a_finished_run_gives_its_result_as_json_too(uninterrupted):
+    directory = uninterrupted[0]
+    done = run(*SMALL, f"--workdir={directory}", "--json")
+    assert json.loads(done.stdout) == json.loads((directory / "result.json").read_text())
+    assert run("--version").stdout.startswith("resnet_flax ")
+
+
 def test_evaluate_mode_gives_the_same_numbers(uninterrupted, tmp_path):
     directory = tmp_path / "run"  # Evaluation writes in it.
     shutil.copytree(uninterrupted[0], directory)
@@ -50,6 +57,11 @@ def test_evaluate_mode_gives_the_same_numbers(uninterrupted, tmp_path):
     wanted = f"({result['test_wrong_last']} of {result['test_examples']} wrong)"
     assert wanted in done.stdout
     assert done.stdout.count("%") == 11  # the whole and ten classes
+    assert (directory / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+    done = run("--mode=evaluate", f"--workdir={directory}", "--json")
+    found = json.loads(done.stdout)
+    assert found["test"]["confusion"] == result["test_confusion_last"]
+    assert found == json.loads((directory / "evaluation.json").read_text())
     # With changes of the run's own configuration, none of which may make it another.
     weights = f"--weights={directory}/weights.safetensors"
     done = run("--mode=evaluate", weights, "--config.eval.batch_size=77")
