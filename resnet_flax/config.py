@@ -26,7 +26,7 @@ _AUTO = "auto", "always", "never"
 # siblings `<x>_epochs` and `<x>_examples`; one that is not 0 (or not empty) replaces the steps.
 _KEYS: dict[str, tuple[Any, str | tuple]] = {
     "seed": (0, "[0, 2147483648)"),  # of the first weights, data order, augmentation, validation
-    "model.name": ("resnet20", ""),  # one of models.ARCHITECTURES; "auto": that of --weights
+    "model.name": ("resnet20", ""),  # one of models.ARCHITECTURES; "auto": the net of --weights
     "model.shortcut": ("auto", ""),  # "A", "B", "C"; "auto": the paper's for this net
     "model.num_classes": (0, "[0, 2147483648)"),  # outputs; 0: as many as the data have classes
     # of activations; "auto": bfloat16 on a GPU or TPU, float32 on a CPU. A GPU multiplies float32

@@ -1,4 +1,4 @@
-"""Nets that the papers compare with, and those of the Keras tutorial."""
+"""Nets that the papers compare with, and the nets of the Keras tutorial."""
 
 import functools
 from typing import Any

@@ -109,7 +109,7 @@ def _known_model(
 def _describe(built: Setup, count: int, devices: str) -> str:
     """What is about to be trained, on what data and devices."""
     several = f"{count} seeds of " if count > 1 else ""
-    how = "; convolutions in the way of a CPU" if built.model.cpu_convolutions else ""
+    how = "; convolutions written for a CPU" if built.model.cpu_convolutions else ""
     how += "; narrow convolutions by models/fused/" if built.model.uses_fused else ""
     images, batch = len(built.dataset.train), built.config.data.batch_size
     if batch > images:
