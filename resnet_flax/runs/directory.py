@@ -124,6 +124,18 @@ class Directory:
             "another --workdir"
         )
 
+    def check_not_in_group(self) -> None:
+        """Refuses a run that version 0.1.0 began together with other seeds and did not finish.
+
+        Its checkpoints lie in one directory with the ones of the other seeds.
+        """
+        if self.record.get("group") and not (self.path / "checkpoints").exists():
+            raise UserError(
+                f"the run in {self.path} was begun by resnet_flax 0.1.0 together with other seeds "
+                f"({self.record['group']}), which this version cannot resume; choose another "
+                "--workdir"
+            )
+
     def checkpoints(self, requested: str | None = None) -> str:
         """Where the checkpoints lie: a path, or the URL of a bucket.
 

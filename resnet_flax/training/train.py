@@ -78,6 +78,7 @@ def train(
         for run in runs if distributed.is_first() else ():
             run.directory = stack.enter_context(Directory.open(run.path))
             run.directory.check_config(flatten(run.config))
+            run.directory.check_not_in_group()
         for run, dataset in zip(runs, _load_data([run.config for run in runs]), strict=True):
             run.dataset = dataset
         for run in runs:
