@@ -15,9 +15,8 @@ from resnet_flax import data, models
 from resnet_flax.errors import UserError
 from resnet_flax.runs import weights
 from resnet_flax.tools import ensemble, responses
-from resnet_flax.training import outputs, scoring, train
+from resnet_flax.training import outputs, scoring
 from resnet_flax.training.trained import Loader
-from tests.conftest import make_small_config
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +31,14 @@ def logits(content, images, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, digits):
+def runs(tmp_path_factory, digits, undisturbed):
     """A run `a`, a file `b.safetensors` with another preprocessing, and the weights of both."""
     folder = tmp_path_factory.mktemp("runs")
-    config = make_small_config()
-    config.data.normalize = "pixel_mean_255"
-    config.train.total_steps, config.optim.boundaries_steps = 1, ()
-    config.eval.batch_size = 100  # The last batch of 359 examples is filled up with nothing.
-    train.train(config, folder / "a")
+    shutil.copytree(undisturbed().directory, folder / "a")
+    config = json.loads((folder / "a" / "config.json").read_text())
+    # The last batch of 359 examples is filled up with nothing.
+    config |= {"eval.batch_size": 100, "train.cpu_devices": 1}
+    (folder / "a" / "config.json").write_text(json.dumps(config))
     first = weights.load(folder / "a" / "weights.safetensors")
     random = np.random.RandomState(0)
     second = dataclasses.replace(

@@ -68,7 +68,7 @@ class Progress:
     def start(self, total_steps: int, step: int) -> None:
         """Shows a run of `total_steps` of which `step` are done."""
         self._total, self._step = total_steps, step
-        self._start = self._first = None
+        self._start = None
         self._last_line = time.monotonic()
         self._bar = tqdm(
             total=total_steps,
@@ -86,22 +86,21 @@ class Progress:
         done, self._step = step - self._step, step
         if self._process:
             return
-        text = (
-            f"batch loss {loss:.3f}  batch error {100 * error:.1f} %  rate {rate:.3g}  "
-            f"{images_per_second:,.0f} images/s"
-        )
+        text = f"batch loss {loss:.3f}  batch error {100 * error:.1f} %  rate {rate:.3g}  "
+        text += f"{images_per_second:,.0f} images/s"
         now = time.monotonic()
         if self._start is None:
             # Compilation is over: the steps that follow tell the time left.
-            self._start, self._first = now, step
+            self._start = now, step
             self._bar.unpause()
         if self._terminal:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(done)
         elif now - self._last_line >= self._pause or step == self._total:
             self._last_line = now
-            if step > self._first:
-                left = (now - self._start) / (step - self._first) * (self._total - step)
+            began, first = self._start
+            if step > first:
+                left = (now - began) / (step - first) * (self._total - step)
                 text += f"  {tqdm.format_interval(left)} left"
             self.say(f"step {step}/{self._total}  {text}")
 
@@ -157,14 +156,13 @@ def summary(result: dict[str, Any], directory: pathlib.Path) -> str:
             each.append(f"{name}: {_summary(one, directory / name)}")
         together = f"  python -m resnet_flax.tools.report {directory} --out={directory}/report"
         return "\n".join([*each, "Each is an ordinary run. Together:", together])
-    text = _summary(result, directory)
-    if result["data"] != "digits":
-        return text
-    learned = result["test_error_last"] < 0.1
-    return (
-        f"{text}\n{'It has learned to read handwritten digits. ' if learned else ''}Next, CIFAR-10 "
-        "in ten epochs:\n  python -m resnet_flax.main --config=configs/cifar10_short.py"
-    )
+    lines = [_summary(result, directory)]
+    if result["data"] == "digits":
+        learned = result["test_error_last"] < 0.1
+        praise = "It has learned to read handwritten digits. " if learned else ""
+        lines.append(f"{praise}Next, CIFAR-10 in ten epochs:")
+        lines.append("  python -m resnet_flax.main --config=configs/cifar10_short.py")
+    return "\n".join(lines)
 
 
 def _summary(result: dict[str, Any], directory: pathlib.Path) -> str:

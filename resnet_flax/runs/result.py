@@ -29,7 +29,7 @@ def write(
     epoch: int,
     costs: dict[str, Any],
 ) -> dict[str, Any]:
-    """Writes `weights.safetensors`, `curves.png` and, last, `result.json`.
+    """Writes `weights.safetensors`, `curves.png` and, last, `result.json`; returns its content.
 
     The headline is the test error of the last step. Beside it stands the test error at the step of
     the lowest validation error, null without a validation split. The lowest test error of all is
@@ -37,25 +37,22 @@ def write(
 
     Args:
       directory: of the run.
-      weights: to save; the result becomes part of their `training`, beside what that holds.
+      weights: to save; the result is added to their `training`.
       test: record of the last step's score on the test split.
       records: all records of the run.
       confusion: of the test split, examples by (label, prediction).
       facts: what the run is: "data", "seed", "steps" and the like.
       epoch: number of training examples in an epoch.
       costs: time, speed, environment.
-
-    Returns:
-      The content of `result.json`.
     """
     at_validation = best(records, "validation")
     test_errors = {r["step"]: r["error"] for r in of_split(records, "test")}
-    details = {f"test_{key}_last": test.get(key) for key in ("top5_error", "unreadable")}
-    if "class_errors" in test:
-        details |= {
-            "test_class_errors_last": test["class_errors"],
-            "test_confusion_last": confusion,
-        }
+    details = {
+        "test_top5_error_last": test.get("top5_error"),
+        "test_unreadable_last": test.get("unreadable"),
+        "test_class_errors_last": test.get("class_errors"),
+        "test_confusion_last": confusion if "class_errors" in test else None,
+    }
     model = weights.model
     result = {
         "model": model["name"],

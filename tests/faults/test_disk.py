@@ -41,7 +41,7 @@ def test_full_disk(undisturbed, tmp_path, small_disk):
     run = harness.Run(small_disk / "run", logs=tmp_path / "logs")
     process = run.start()
     # Between two saves: orbax's libraries have words of their own for a save that breaks off.
-    saved = run.directory / "checkpoints" / "10" / "files.json"
+    saved = run.directory / "checkpoints" / str(harness.SAVE_EVERY) / "files.json"
     assert process.hit(None, saved.exists)
     filler = fill(small_disk)
     process.go_on()

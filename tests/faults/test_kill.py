@@ -10,16 +10,10 @@ from tests.faults import harness, moments
 
 
 def test_killed_in_a_row(undisturbed, tmp_path):
-    """SIGKILL four times: in a save, right after one, in an evaluation, at the end"""
+    """SIGKILL three times: in a save, in an evaluation, at the end"""
     run = harness.Run(tmp_path / "run")
-    chain = [
-        moments.saving(run, after=5),
-        moments.unlisted(run, after=10),
-        moments.evaluating(run, after=20),
-        moments.ending(run),
-    ]
-    for moment in chain:
-        run.kill(moment)
+    for moment in (moments.saving, moments.evaluating, moments.ending):
+        run.kill(moment(run))
     run.finish_as(undisturbed())
 
 

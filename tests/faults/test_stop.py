@@ -33,7 +33,7 @@ def test_second_process_and_sigterm(undisturbed, tmp_path):
     assert first.hit(None, moments.at_step(run, 3))
     run.finish().assert_refused("another process is training in workdir")
     first.go_on()
-    step = stopped(run, first, moments.saving(run, after=10))
+    step = stopped(run, first, moments.saving(run))
     run.finish_as(undisturbed())
     assert run.resumed_from() == [0, step]
 

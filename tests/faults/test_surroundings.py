@@ -19,6 +19,7 @@ def patched(folder: pathlib.Path, code: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
+@pytest.mark.long
 def test_diverging(tmp_path):
     """Learning rate 1e6: stops with step, rate and last good checkpoint, which is finite"""
     flags = "--config.optim.learning_rate=1e6", "--config.optim.schedule=constant"
