@@ -258,6 +258,7 @@ def test_what_is_not_the_data_set_is_named(small, monkeypatch):
     refused(r"is uint8 \(32, 32, 3\), not \(28, 28, 1\)")
 
 
+@pytest.mark.slow
 def test_the_real_cifar10():
     real = data.load("cifar10", data_dir=helpers.real_data_dir(), split="45k/5k", seed=0)
     assert real.fingerprint == GOLDEN

@@ -7,7 +7,7 @@ from resnet_flax.errors import UserError, first_line
 
 
 class Place(NamedTuple):
-    """A process among those of its run."""
+    """One of the processes of a run."""
 
     address: str  # HOST:PORT where process 0 listens.
     count: int
