@@ -9,7 +9,8 @@ import pytest
 from tests.conftest import ROOT
 
 PATH = ROOT / "notebooks/main.ipynb"
-SMALLEST = 'DATA = "digits"\nSTEPS, BATCH, RATE = 4, 16, 0.1\nNETS = ("resnet8",)\n'
+# The training step of `conftest.make_small_config`, which is compiled once for all tests.
+SMALLEST = 'DATA = "digits"\nSTEPS, BATCH, RATE = 12, 16, 0.1\nNETS = ("resnet8",)\n'
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_it_runs_from_top_to_bottom(cells, tmp_path, monkeypatch, capsys):
         for number, cell in enumerate(cells):
             text = source(cell) if number else SMALLEST
             exec(compile(text, f"cell {number}", "exec"), names)
-    assert names["results"]["resnet8"]["steps"] == 4
+    assert names["results"]["resnet8"]["steps"] == 12
     figures = list(map(names["plt"].figure, names["plt"].get_fignums()))
     assert len(figures) == sum("image/png" in str(c["outputs"]) for c in cells) == 6
     # As many responses as layers with batch normalisation: all but the last.

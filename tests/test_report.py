@@ -247,6 +247,7 @@ def test_the_figures_show_what_they_say(written):
         ("{tmp}", "arguments are required: --out"),
         ("{tmp}/absent --out={tmp}/o", "absent is no directory"),
         ("{tmp}/empty --out={tmp}/o", "no runs in"),
+        ("{tmp}/damaged --out={tmp}/o", "no runs in"),
         ("{tmp} --out={tmp}/file", "cannot write in"),
     ],
 )
@@ -254,6 +255,7 @@ def test_wrong_flags(tmp_path, args, message):
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     write_run(tmp_path / "run", finished=False)
+    (write_run(tmp_path / "damaged") / "run.json").unlink()
     with pytest.raises(UserError, match=message):
         report.main(args.format(tmp=tmp_path).split())
     assert not (tmp_path / "o").exists()

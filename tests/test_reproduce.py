@@ -24,6 +24,7 @@ from resnet_flax.tools import reproduce
 from resnet_flax.tools.experiments import Run, make_runs, plan, rows_of, scaled
 from resnet_flax.tools.reproduce import Runner
 from tests.conftest import ROOT
+from tests.faults import harness
 from tests.processes import until
 
 PYTHON, WEIGHTS = sys.executable, ROOT / "resnet_flax/pretrained/plain20.safetensors"
@@ -91,14 +92,12 @@ def starts(runs):
 
 
 @contextlib.contextmanager
-def in_thread(*functions):
-    threads = [threading.Thread(target=function) for function in functions]
-    for thread in threads:
-        thread.start()
+def in_thread(function):
+    thread = threading.Thread(target=function)
+    thread.start()
     yield
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive()
+    thread.join(120)
+    assert not thread.is_alive()
 
 
 def test_the_experiments_are_the_papers(tmp_path):
@@ -226,8 +225,8 @@ def test_a_failed_run_does_not_stop_the_rest(tmp_path, fake, capsys):
 def test_several_runners_share_the_runs(tmp_path, fake):
     runs = make(tmp_path, 5)
     runners = [Runner(runs) for _ in range(3)]
-    with in_thread(*(runner.run for runner in runners)):
-        pass
+    with in_thread(runners[1].run), in_thread(runners[2].run):
+        runners[0].run()
     # Each is made once, and all know that it is done.
     assert starts(runs) == [["1"]] * 5
     assert all(len(runner.done) == 5 and not runner.failed for runner in runners)
@@ -308,8 +307,9 @@ def test_neighbouring_seeds_share_a_process(tmp_path, fake, capsys):
     assert starts(runs) == [["1"], [], ["3"], ["3"], ["3"], ["2"], ["2"]]
     assert (len(runner.done), len(other.done)) == (7, 1)
     log = (runs[3].directory / "log.txt").read_text()
-    flags = f" --config.seed=2 --config.train.num_seeds=3 --workdir={tmp_path}/plain20"
-    assert f"{flags}  # output in {runs[2].directory}" in log
+    assert f" --config.train.num_seeds=3 --workdir={tmp_path}/plain20 " in log
+    assert " --config.seed=2 --config.train.num_seeds=3 " in log
+    assert f"  # output in {runs[2].directory}" in log
 
 
 def test_without_locks_it_says_so(tmp_path, fake, monkeypatch, capsys):
@@ -356,17 +356,21 @@ def test_a_gpu_is_shared(tmp_path, fake, monkeypatch, capsys, backend, mps):
         assert ("nvidia-cuda-mps-control -d" in said.err) == hint
 
 
-def test_a_real_run(tmp_path, capsys):
-    settings = {"model.name": "resnet8", "train.cpu_devices": "1", "train.total_steps": "10"}
-    settings["seed"] = "3"
-    file = ROOT / "configs/quickstart.py"
-    config = runpy.run_path(str(file))["get_config"]()
-    override(config, settings)
-    flags = (f"--config={file}", *(f"--config.{key}={text}" for key, text in settings.items()))
-    run = Run("tiny", tmp_path / "tiny/seed3", config, flags)
+def test_a_real_run_goes_on(tmp_path, undisturbed, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    flags = *harness.FLAGS, "--config.train.cpu_devices=2"
+    config = runpy.run_path("configs/quickstart.py")["get_config"]()
+    override(config, dict(flag.removeprefix("--config.").split("=") for flag in flags[1:]))
+    run = Run("tiny", tmp_path / "tiny/seed0", config, flags)
+    finished = undisturbed().directory
+    shutil.copytree(finished, run.directory)
+    (run.directory / "result.json").unlink()
     runner = Runner([run])
     runner.run()
     reproduce.finish(runner, tmp_path)
-    assert "All 1 runs are done" in capsys.readouterr().out
-    assert (runner.done[run.name]["steps"], runner.done[run.name]["seed"]) == (10, 3)
+    said = capsys.readouterr()
+    assert f"{run.name}: goes on; it had come to step 40\n" in said.err
+    assert "All 1 runs are done" in said.out
+    result = json.loads((finished / "result.json").read_text())
+    assert runner.done[run.name]["test_error_last"] == result["test_error_last"]
     assert "resnet8 on digits" in (run.directory / "log.txt").read_text()

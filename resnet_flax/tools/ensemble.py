@@ -70,10 +70,8 @@ def _check_alike(first: Trained, other: Trained) -> None:
         ("data set's fingerprint", two.dataset.fingerprint, one.dataset.fingerprint),
     ):
         if own != firsts:
-            raise UserError(
-                f"{other.source} does not go with {first.source}: its {what}: {own}; the other's: "
-                f"{firsts}"
-            )
+            pair = f"{other.source} does not go with {first.source}"
+            raise UserError(f"{pair}: its {what}: {own}; the other's: {firsts}")
 
 
 def main(argv: list[str]) -> None:

@@ -50,9 +50,9 @@ EXPERIMENTS: dict[str, list[str]] = {
 
 def rows_of(experiment: str, *, with_1202: bool = False) -> list[str]:
     """The rows of an experiment, or of "all", each once; ResNet-1202 only where asked for."""
-    if experiment not in (*EXPERIMENTS, "all"):
-        known = ", ".join([*EXPERIMENTS, "all"])
-        raise UserError(f"unknown experiment {experiment!r}; known: {known}")
+    known = [*EXPERIMENTS, "all"]
+    if experiment not in known:
+        raise UserError(f"unknown experiment {experiment!r}; known: {', '.join(known)}")
     chosen = EXPERIMENTS.values() if experiment == "all" else [EXPERIMENTS[experiment]]
     rows = dict.fromkeys(itertools.chain(*chosen))
     return [row for row in rows if with_1202 or row != "resnet1202"]

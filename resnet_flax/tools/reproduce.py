@@ -205,7 +205,7 @@ def _choose_jobs(asked: int | None) -> int:
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     parser = entry.parser(__doc__)
     add = parser.add_argument
-    add("experiment", help="one of those above")
+    add("experiment", help="one of the above")
     add("--workdir", default="runs/paper", help="of all runs; default: %(default)s")
     add("--seeds", type=int, default=5, help="of each net; default: %(default)s")
     add("--jobs", type=int, help="processes side by side; default: 4 on a GPU, else 1")

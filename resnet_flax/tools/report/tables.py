@@ -35,7 +35,7 @@ def _percent(errors: list[float]) -> str:
 
 
 def comparisons(experiments: list[Experiment]) -> tuple[list[Table], list[str]]:
-    """The papers' tables, and the titles of those of which nothing has been run."""
+    """The papers' tables, and the titles of the tables left out: none of their nets has a run."""
     tables, absent = [], []
     comparable = [e for e in experiments if e.is_comparable]
     done = {e.model for e in comparable}.difference(TABLES[0]["models"])
