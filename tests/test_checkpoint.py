@@ -22,7 +22,7 @@ def abstract_state(model, seed=0, ema=True):
 
 
 def make_state(*args, **options):
-    return state.place(lambda _: abstract_state(*args, **options), sharding.replicated(MESH))
+    return state.place(lambda: abstract_state(*args, **options), sharding.replicated(MESH))
 
 
 def at_step(some, step):

@@ -122,11 +122,11 @@ class Setup:
         """See `make_optimizer`."""
         return make_optimizer(self.config)
 
-    def _first_state(self, variables: Any = None, image_shape=None) -> state.TrainState:
+    def _first_state(self, variables=None, seed=None, image_shape=None) -> state.TrainState:
         return state.create_state(
             self.model,
             self.optimizer,
-            seed=self.config.seed,
+            seed=self.config.seed if seed is None else seed,
             image_shape=image_shape or self.dataset.train.image_shape,
             ema=self.config.optim.ema_decay > 0,
             variables=variables,
@@ -136,7 +136,8 @@ class Setup:
         """The first state, from canonical `variables` or from the seed."""
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
-        return state.place(self._first_state, sharding.replicated(self.mesh), variables)
+        seed = np.uint32(self.config.seed)  # An argument: one program draws for every seed.
+        return state.place(self._first_state, sharding.replicated(self.mesh), variables, seed)
 
     def abstract_state(self, image_shape=None) -> state.TrainState:
         """Shapes and dtypes of the state; `image_shape` stands in for a data set's (H, W, C)."""
