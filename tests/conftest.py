@@ -45,16 +45,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The files that take longest, longest first: pytest-xdist gives a file at a time to a worker, and
 # one that begins last would be waited for by all the others.
 LONG = """
-    launch_slurm distributed train faults/test_kill faults/test_disk faults/test_stop steps models
-    variants folder seeds reproduce config stochastic_depth benchmarks cli
-    faults/test_damage faults/test_surroundings readme summary paired convert checkpoint notebook
+    test_distributed test_train test_seeds faults/test_kill faults/test_disk faults/test_stop
+    test_steps test_models test_variants test_folder test_reproduce test_checkpoint test_config
+    test_stochastic_depth test_benchmarks test_cli faults/test_damage faults/test_surroundings
+    test_launch_tpu test_summary test_convert test_docs test_fitting test_wheel test_notebook
 """.split()
 
 
 def pytest_collection_modifyitems(items):
     if "PYTEST_XDIST_WORKER" in os.environ:
-        order = {f"tests/test_{name}.py": i for i, name in enumerate(LONG)}
-        order |= {f"tests/{name}.py": i for i, name in enumerate(LONG)}
+        order = {f"tests/{name}.py": i for i, name in enumerate(LONG)}
         items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(LONG)))
 
 

@@ -1,12 +1,12 @@
 """Runs of one or several real processes on this machine, over gloo, as the tests start them."""
 
-import json
 import os
 import socket
 import subprocess
 import sys
 import time
 
+from resnet_flax.runs import metrics
 from tests import conftest
 
 SETTINGS = {
@@ -105,14 +105,7 @@ def signal_at_step(workdir, step, index, number, count=2, **options):
 
 
 def records(workdir, split):
-    parsed = []
-    if (workdir / "metrics.jsonl").exists():
-        for line in (workdir / "metrics.jsonl").read_text().splitlines():
-            try:
-                parsed.append(json.loads(line))
-            except ValueError:
-                continue  # Just being written.
-    return [r for r in parsed if r["split"] == split]
+    return metrics.of_split(metrics.read_records(workdir / "metrics.jsonl"), split)
 
 
 def losses(workdir):

@@ -1,5 +1,6 @@
 """What README and docs say is what the code does: commands, snippets, links, numbers, the nets."""
 
+import functools
 import json
 import pathlib
 import re
@@ -207,10 +208,19 @@ OWN_SHORTCUTS = {"bare": "B", "conv_shortcut": "C"}
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
 
-def parameters(name, shortcut):
-    model = create_model(name, shortcut=shortcut, scan=True)
+@functools.cache
+def parts(model):
+    """The parameters of the stem, of each block and of the head, by name."""
     params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)["params"]
-    return sum(x.size for x in jax.tree.leaves(params))
+    return {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+
+
+def parameters(name, shortcut):
+    """Of the net with two blocks a stage, the second of them as often as the net has it."""
+    model = create_model(name, shortcut=shortcut)
+    sizes = parts(model.clone(stage_sizes=(2,) * len(model.stage_sizes)))
+    more = {f"stage{s}_block2": n - 2 for s, n in enumerate(model.stage_sizes, 1)}
+    return sum(sizes.values()) + sum(sizes[block] * times for block, times in more.items())
 
 
 def net_table():

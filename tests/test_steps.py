@@ -74,7 +74,7 @@ class Setup:
     def state(self, seed=0):
         if seed not in self.states:
             create = functools.partial(state.create_state, self.model, self.optimizer, seed=seed)
-            made = state.place(lambda _: create(ema=self.ema), self.everywhere)
+            made = state.place(lambda: create(ema=self.ema), self.everywhere)
             self.states[seed] = jax.device_get(made)
         # Copies: a step donates its state.
         return jax.device_put(jax.tree.map(np.copy, self.states[seed]), self.everywhere)

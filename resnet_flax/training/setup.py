@@ -123,13 +123,12 @@ class Setup:
             return optim.adam(rate, **same)
         return optim.sgd(rate, nesterov=o.nesterov, **same)
 
-    def _first_state(self, variables: Any = None) -> state.TrainState:
-        c = self.config
+    def _first_state(self, variables: Any = None, seed: Any = None) -> state.TrainState:
         return state.create_state(
             self.model,
             self.optimizer,
-            seed=c.seed,
-            ema=c.optim.ema_decay > 0,
+            seed=self.config.seed if seed is None else seed,
+            ema=self.config.optim.ema_decay > 0,
             variables=variables,
         )
 
@@ -137,7 +136,8 @@ class Setup:
         """The first state, from canonical `variables` or from the seed."""
         if variables is not None and self.model.scan:
             variables = layout.to_scanned(variables)
-        return state.place(self._first_state, sharding.replicated(self.mesh), variables)
+        seed = np.uint32(self.config.seed)  # An argument: one program draws for every seed.
+        return state.place(self._first_state, sharding.replicated(self.mesh), variables, seed)
 
     def abstract_state(self) -> state.TrainState:
         """Shapes and dtypes of the state."""

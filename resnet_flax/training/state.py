@@ -59,7 +59,7 @@ def create_state(
     model: ResNet,
     optimizer: optax.GradientTransformation,
     *,
-    seed: int,
+    seed: int | jax.Array,
     ema: bool,
     variables: Any = None,
 ) -> TrainState:
@@ -81,11 +81,9 @@ def create_state(
     )
 
 
-def place(
-    create: Callable[[Any], TrainState], sharding: Sharding, variables: Any = None
-) -> TrainState:
-    """Computes a state, `create(variables)`, where it will stay: every leaf under `sharding`."""
+def place(create: Callable[..., TrainState], sharding: Sharding, *arguments: Any) -> TrainState:
+    """Computes a state, `create(*arguments)`, where it will stay: every leaf under `sharding`."""
     # Run once: on a CPU, compiling the many random draws well takes longer than drawing badly.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    return jax.jit(create, out_shardings=sharding, compiler_options=options)(variables)
+    return jax.jit(create, out_shardings=sharding, compiler_options=options)(*arguments)

@@ -79,13 +79,13 @@ class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == "resnet_flax.data.digits":
             sys.meta_path.remove(self)
-            import sklearn.datasets as datasets
-            original = datasets.load_digits
-            def load_digits():
-                bunch = original()
-                bunch.images[1000, 4, 4] = 16 - bunch.images[1000, 4, 4]
-                return bunch
-            datasets.load_digits = load_digits
+            import numpy
+            original = numpy.loadtxt
+            def loadtxt(*args, **options):
+                table = original(*args, **options)
+                table[1000, 36] = 16 - table[1000, 36]
+                return table
+            numpy.loadtxt = loadtxt
 sys.meta_path.insert(0, Finder())
 """
 
