@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resnet_flax.runs.metrics import of_split
+from resnet_flax.runs.pictures import show_confusion
 from resnet_flax.tools.report import published
 from resnet_flax.tools.report.experiment import Experiment, by_classes, commas, grouped
 
@@ -188,29 +189,10 @@ def _by_class(experiments: list[Experiment]) -> Iterator[Picture]:
         across, down = min(3, len(own)), math.ceil(len(own) / 3)
         figure = Figure(figsize=(4.6 * across, 5.4 * down))
         for i, e in enumerate(own, 1):
-            _draw_confusion(figure.add_subplot(down, across, i), e, names)
+            images = sum(run.confusion for run in e.finished)[: len(names), : len(names)]
+            show_confusion(figure.add_subplot(down, across, i), images, names, e.label)
         caption = (
             "Share of each class's test images (rows) that are taken for each class (columns), %; "
             "all runs of a net together, at the last step."
         )
         yield Picture(_numbered("confusion", number), "Confusion of the classes", caption, figure)
-
-
-def _draw_confusion(axes: Axes, e: Experiment, names: list[str]) -> None:
-    count = len(names)
-    images = sum(run.confusion for run in e.finished)[:count, :count]
-    shares = 100 * images / np.maximum(1, images.sum(axis=1, keepdims=True))
-    mistakes = shares * (1 - np.eye(count))  # The diagonal would leave no colour for them.
-    highest = max(mistakes.max(), 1e-9)
-    axes.imshow(mistakes, vmin=0, vmax=highest)
-    axes.grid(False)
-    for (i, j), share in np.ndenumerate(shares):
-        if count <= 20 and (share >= 0.05 or i == j):
-            text = f"{share:.1f}" if share < 10 else f"{share:.0f}"
-            color = "#ffffff" if mistakes[i, j] > 0.55 * highest else "#111111"
-            weight = "bold" if i == j else "normal"
-            style = {"ha": "center", "va": "center", "fontsize": 6}
-            axes.text(j, i, text, color=color, fontweight=weight, **style)
-    axes.set_xticks(range(count), names, rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(count), names, fontsize=7)
-    axes.set_title(e.label, fontsize=9)
