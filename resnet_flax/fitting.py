@@ -52,7 +52,8 @@ def fit(
     c.model.name = model
     c.data.name = arrays.NAME
     c.train.total_steps = total_steps
-    c.optim.boundaries_steps = (total_steps // 2, total_steps * 3 // 4)
+    # Of very few steps both may be the same one.
+    c.optim.boundaries_steps = tuple(sorted({max(total_steps * k // 4, 1) for k in (2, 3)}))
     c.eval.every_steps = c.checkpoint.every_steps = max(total_steps // 10, 1)
     c.log.every_steps = max(total_steps // 100, 1)
     override(c, {key: str(value) for key, value in (config or {}).items()})

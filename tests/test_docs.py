@@ -37,7 +37,7 @@ SHORT = {
     "python -m resnet_flax.main --config=configs/finetune_folder.py": [
         *("--config.train.total_steps=1", "--config.data.batch_size=4", "--config.data.workers=0"),
     ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --config.data.name=folder": [
+    "python -m resnet_flax.main --config=configs/resnet20.py --workdir=runs/photos": [
         *(*_FEW, "--config.data.batch_size=4", "--config.data.workers=0"),
     ],
     "python -m resnet_flax.main --config=configs/resnet20.py --config.train.total_steps": [
@@ -54,9 +54,6 @@ SHORT = {
     "python -m resnet_flax.main --config=": DIGITS,
     "python -m resnet_flax.main --mode=evaluate --workdir": [],
     "python -m resnet_flax.main --mode=evaluate --weights=runs": [],
-    "python -m resnet_flax.main --mode=evaluate --weights=resnet20": [
-        *("--config.data.name=digits", "--config.eval.batch_size=360"),
-    ],
     "python -m resnet_flax.tools.predict": [],
     "python -m resnet_flax.tools.export": [],
     "python -m resnet_flax.tools.summary": [],
@@ -73,6 +70,7 @@ ELSEWHERE = {
     "srun": "tests/test_launch_slurm.py",
     "launch/": "tests/test_launch_local.py",
     "python -m resnet_flax.main --config=configs/imagenet.py": "tests/test_data_imagenet.py",
+    "python -m resnet_flax.main --mode=evaluate --weights=resnet20": "needs CIFAR-10",
     "python -m resnet_flax.tools.publish": "changes the package; tests/test_pretrained.py",
     "python -m resnet_flax.tools.convert": "tests/test_convert.py",
     "python -m resnet_flax.tools.bench": "tests/test_bench.py",
@@ -115,7 +113,12 @@ def place(tmp_path_factory, undisturbed):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(here / path)
     finished = undisturbed().directory
-    for run in ("quickstart/seed0", "paper/resnet20/seed0", "paper/resnet110/seed0"):
+    for run in (
+        "quickstart/seed0",
+        "paper/resnet20/seed0",
+        "paper/resnet110/seed0",
+        "paper/resnet110/seed1",
+    ):
         shutil.copytree(finished, here / "runs" / run)
     return here
 
