@@ -126,6 +126,8 @@ def place(tmp_path_factory, undisturbed):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p)])
 def test_the_commands_of_a_page_run(page, place):
+    other = "--config=configs/quickstart.py", "--workdir=runs/paper/resnet110/seed1"
+    commands.run("resnet_flax.main", *other, *DIGITS, cwd=place)
     for command in commands_of(page):
         if (start := beginning(command, SHORT)) is None:
             continue
@@ -240,6 +242,15 @@ def net_table():
                 cells.append(f"**{count}**" if option == architecture.shortcut else count)
         rows.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet1202", "resnet1001_preact", "resnet110_keras_v2", "resnet152"]
+)
+def test_blocks_are_counted_as_the_whole_net_has_them(name):
+    model = create_model(name, scan=True)
+    params = jax.eval_shape(model.init, jax.random.key(0), IMAGE)["params"]
+    assert parameters(name, None) == sum(x.size for x in jax.tree.leaves(params))
 
 
 def test_the_table_of_nets_is_true():
