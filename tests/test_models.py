@@ -119,6 +119,8 @@ def test_stride_in_the_3x3_costs_more_and_keeps_the_parameters():
         ("resnet20_keras_v1", {"shortcut": "A"}, "shortcuts of its own"),
         ("resnet20", {"num_classes": -1}, "num_classes=-1"),
         ("resnet20", {"dtype": "float33"}, "unknown dtype 'float33'"),
+        ("resnet20", {"dtype": "int32"}, "unknown dtype 'int32'"),
+        (20, {}, "unknown model 20"),
         ("resnet20", {"survival": 0}, "survival=0 must be above 0"),
         ("plain20", {"survival": 0.5}, "'plain20' has plain layers"),
         ("highway20", {"survival": 0.5}, "'highway20' has plain layers"),

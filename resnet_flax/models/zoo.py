@@ -105,8 +105,8 @@ def get_architecture(name: str) -> Architecture:
     """The architecture called `name`; a UserError suggests the nearest name."""
     if name not in ARCHITECTURES:
         # Nearly all names are much alike: of the closest ones, take the one of the nearest depth.
-        close = difflib.get_close_matches(name.lower(), ARCHITECTURES, n=8)
-        near = min(close, key=lambda other: abs(_depth(other) - _depth(name)), default=None)
+        close = difflib.get_close_matches(str(name).lower(), ARCHITECTURES, n=8)
+        near = min(close, key=lambda other: abs(_depth(other) - _depth(str(name))), default=None)
         hint = f" (did you mean {near!r}?)" if near else ""
         raise UserError(
             f"unknown model {name!r}{hint}; python -m resnet_flax.tools.summary --list shows all"
@@ -174,9 +174,11 @@ def create_model(
     if num_classes < 0:
         raise UserError(f"num_classes={num_classes} must be 0 (pooled features) or more")
     try:
-        dtype = jnp.dtype(dtype)
-    except TypeError as error:
-        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16") from error
+        is_float = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_float = False
+    if not is_float:
+        raise UserError(f"unknown dtype {dtype!r}; known: float32, bfloat16")
     if not 0 < survival <= 1:
         raise UserError(f"survival={survival} must be above 0 and at most 1")
     if survival < 1 and architecture.shortcut in ("none", "highway"):
@@ -194,7 +196,7 @@ def create_model(
         block=block,
         shortcuts=_SHORTCUTS[resolve_shortcut(name, shortcut)],
         num_classes=num_classes,
-        dtype=dtype,
+        dtype=jnp.dtype(dtype),
         zero_init_last=zero_init_last,
         survival=survival,
         **architecture.extra,
