@@ -87,11 +87,11 @@ def test_what_is_published_is_what_was_recorded(name):
     assert all(x.dtype == np.float32 for x in jax.tree.leaves(net.variables))
 
 
-def test_readme_and_installation_have_what_is_published():
-    inside = (ROOT / "README.md").read_text().split("published -->")[1]
+def test_docs_and_installation_have_what_is_published():
+    inside = (ROOT / "docs/weights.md").read_text().split("published -->")[1]
     rows = []
     for name, entry in INDEX.items():
-        run = f"[{entry['results'].split('/', 1)[1]}]({entry['results']})"
+        run = f"[{entry['results'].split('/', 1)[1]}](../{entry['results']})"
         rows.append(f"| `{name}` | {100 * entry['test_error']:.2f} % | {run} |")
     assert [line for line in inside.splitlines() if line.startswith("| `")] == rows
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
