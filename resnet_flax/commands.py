@@ -1,11 +1,11 @@
-"""The commands of this package: its modules that `python -m` runs."""
+"""The commands of this package, its modules that `python -m` runs, and their configurations."""
 
 import ast
 import pathlib
 
 from resnet_flax import signals
 
-_FOLDER = pathlib.Path(__file__).parent
+_FOLDER = pathlib.Path(__file__).resolve().parent
 
 
 def _is_command(source: str) -> bool:
@@ -21,6 +21,12 @@ def find() -> dict[str, str]:
             purpose, *_ = ast.get_docstring(ast.parse(source)).splitlines()
             found[name.removesuffix(".__main__")] = purpose
     return found
+
+
+def configs() -> pathlib.Path:
+    """The folder of the project's configurations: in an installed package, or a checkout's."""
+    installed = _FOLDER / "configs"
+    return installed if installed.is_dir() else _FOLDER.parent / "configs"
 
 
 def begin(arguments: list[str]) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 from resnet_flax.config import base_config, override
 from resnet_flax.data import arrays
+from resnet_flax.errors import UserError
 from resnet_flax.pretrained import Pretrained, load_pretrained
 from resnet_flax.training import loop
 from resnet_flax.training.train import train
+
+_NOT_FOR_ARRAYS = {"data.name", "eval.crops", "model.num_classes", "train.num_seeds"}
 
 
 def fit(
@@ -48,6 +51,9 @@ def fit(
       UserError: anything the user can mend.
       KeyboardInterrupt: a signal has stopped the run; it is saved.
     """
+    for key in _NOT_FOR_ARRAYS & (config or {}).keys():
+        raise UserError(f"config: {key} is not for `fit`, which trains one net on the given arrays")
+    workdir = pathlib.Path(workdir).expanduser()
     c = base_config()
     c.model.name = model
     c.data.name = arrays.NAME
@@ -60,7 +66,7 @@ def fit(
     data = arrays.load((images, labels), test, class_names, split=c.data.split, seed=c.seed)
     # For `load_pretrained`: how large the images are that the net has seen.
     c.data.image_size = c.data.eval_short_side = data.train.image_shape[0]
-    result = train(c, pathlib.Path(workdir), weights, dataset=data)
+    result = train(c, workdir, weights, dataset=data)
     if loop.STOPPED in result:
         step = result[loop.STOPPED]
         raise KeyboardInterrupt(f"stopped at step {step}; the same call resumes {workdir}")

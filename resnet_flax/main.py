@@ -1,5 +1,7 @@
 """Trains or evaluates: `python -m resnet_flax.main --config=configs/resnet20.py`."""
 
+import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -11,7 +13,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from resnet_flax import signals
+from resnet_flax import commands, signals
 from resnet_flax.config import check_key, parse, validate
 from resnet_flax.devices import cache, cpu, distributed, place
 from resnet_flax.errors import UserError, first_line
@@ -85,11 +87,11 @@ def _locate(place: str) -> str:
       UserError: there is no such text file.
     """
     given, colon, argument = place.partition(":")
-    path, package = pathlib.Path(given), pathlib.Path(__file__).parent
+    if not given:
+        raise UserError("--config needs a file, for example --config=configs/resnet20.py")
+    path = pathlib.Path(given)
     if path.parent == pathlib.Path("configs") and not path.exists():
-        # An installed package holds them; in a checkout they lie beside it.
-        folders = package / "configs", package.parent / "configs"
-        path = next((f / path.name for f in folders if (f / path.name).exists()), path)
+        path = commands.configs() / path.name
     try:
         path.read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -112,7 +114,7 @@ def _parse(argv: list[str]) -> dict[str, str]:
     """
     given = {flag: os.environ.get(name) for flag, name in _FLAG_VARIABLES.items()}
     rest = [argv[0], *(f"--{flag}={value}" for flag, value in given.items() if value)]
-    changes, has_config, arguments = {}, False, iter(argv[1:])
+    changes, config, arguments = {}, None, iter(argv[1:])
     for argument in arguments:
         flag, equals, value = argument.lstrip("-").partition("=")
         if argument.startswith("-") and flag.startswith("config."):
@@ -122,11 +124,11 @@ def _parse(argv: list[str]) -> dict[str, str]:
                 raise UserError(f"{argument}: write --config.{key}=VALUE")
             changes[key] = value
         elif argument.startswith("-") and flag == "config":
-            rest.append(f"--config={_locate(value if equals else next(arguments, ''))}")
-            has_config = True
+            config = _locate(value if equals else next(arguments, ""))
         else:
             rest.append(argument)
-    if has_config:
+    if config:
+        rest.append(f"--config={config}")
         rest += [f"--config.{key}={parse(key, value)}" for key, value in changes.items()]
     sys.argv[:] = rest  # Where ml_collections looks for the changes; --config comes first.
     try:
@@ -181,13 +183,15 @@ def _train(config: ConfigDict | None, _: dict[str, str]) -> None:
     result = train.train(config, path, _path(_WEIGHTS.value), checkpoint_dir)
     if not distributed.is_first():
         return
-    if loop.STOPPED in result:
+    if _JSON.value:
+        print(json.dumps(result))
+    elif loop.STOPPED in result:
         print(
             f"Stopped by {result['signal']} at step {result[loop.STOPPED]}; all is saved in "
             f"{path}. The same command goes on from there."
         )
     else:
-        print(json.dumps(result) if _JSON.value else progress.summary(result, path))
+        print(progress.summary(result, path))
 
 
 def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
@@ -196,7 +200,8 @@ def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
     directory, source = _path(_WORKDIR.value), _path(_WEIGHTS.value)
     if config is not None and not (directory or source):
         directory = _directory(config)
-    found = scoring.score(config, directory, source, overrides=changes)
+    warn = functools.partial(print, file=sys.stderr)
+    found = scoring.score(config, directory, source, warn, overrides=changes)
     if distributed.is_first():
         print(json.dumps(found) if _JSON.value else scoring.describe(found))
 
@@ -211,8 +216,10 @@ def _join() -> None:
 
 def _main(changes: dict[str, str]) -> None:
     if _VERSION.value:
-        print(f"resnet_flax {importlib.metadata.version('resnet_flax')}")
-        return
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"resnet_flax {importlib.metadata.version('resnet_flax')}")
+            return
+        raise UserError("resnet_flax is not installed, only on the path: it has no version")
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")

@@ -24,7 +24,7 @@ LABELS = np.arange(24) % 3
 def trained(tmp_path_factory):
     """A run's directory, and what `fit` returned."""
     directory = tmp_path_factory.mktemp("fit") / "run"
-    names = ("x", "y", "z")
+    names = np.array(["x", "y", "z"])
     options = {"model": "resnet8", "total_steps": 4, "config": SHORT, "class_names": names}
     return directory, fit(images(24), LABELS, workdir=directory, **options), options
 
@@ -89,6 +89,8 @@ def test_given_test_images_are_the_test_set(tmp_path):
         ({"class_names": ("a", "b")}, "class_names has 2 names, but the labels go to 2"),
         ({"model": "resnet21"}, "unknown model 'resnet21'"),
         ({"config": {"optim.rate": 1}}, "optim.rate"),
+        ({"config": {"train.num_seeds": 2}}, "train.num_seeds is not for `fit`"),
+        ({"config": {"data.name": "digits"}}, "data.name is not for `fit`"),
     ],
 )
 def test_bad_arrays_are_refused(tmp_path, change, message):

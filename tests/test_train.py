@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from resnet_flax.errors import UserError
-from resnet_flax.runs import checkpoint, metrics, weights
+from resnet_flax.runs import checkpoint, files, metrics, weights
 from resnet_flax.training import loop, scoring, train, trained
 from tests import conftest
 
@@ -236,6 +236,45 @@ def test_a_finished_run_goes_on_to_more_steps(finished, tmp_path):
         train.train(config, tmp_path / "run")
 
 
+def test_a_start_that_was_killed_as_the_run_grew_is_repeated_or_taken_back(finished, tmp_path):
+    given, shorter, _ = finished
+    longer = given.copy_and_resolve_references()
+    longer.train.total_steps = 14
+
+    class Killed(BaseException):
+        pass
+
+    def kill_after(name, config, directory):
+        write = files.write_json
+
+        def write_and_die(path, content):
+            write(path, content)
+            if path.name == name:
+                raise Killed
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, "write_json", write_and_die)
+            with pytest.raises(Killed):
+                train.train(config, directory)
+
+    def record(directory):
+        return json.loads((directory / "run.json").read_text())
+
+    for name, config in (("run.json", longer), ("run.json", given), ("config.json", longer)):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(shorter, tmp_path / "run")
+        kill_after(name, longer, tmp_path / "run")
+        total = config.train.total_steps
+        assert train.train(config, tmp_path / "run")["steps"] == total
+        assert record(tmp_path / "run")["total_steps"] == total
+        entries = [] if config is given else [{"from": 12, "to": 14}]
+        assert record(tmp_path / "run")["extended"] == entries
+    # Before anything but the configuration was written, a run begins anew with the larger number.
+    kill_after("config.json", given, tmp_path / "new")
+    train.train(longer, tmp_path / "new")
+    assert record(tmp_path / "new")["preprocess_sha256"]
+
+
 def test_a_cosine_does_not_grow_longer(small_config, tmp_path):
     small_config.optim.schedule = "cosine"
     small_config.train.total_steps = 1
@@ -449,9 +488,7 @@ def test_statistics_can_be_estimated_again_before_an_evaluation(small_config, tm
     small_config.train.total_steps, small_config.optim.boundaries_steps = 4, ()
     result = train.train(small_config, tmp_path / "run")
     file = tmp_path / "run" / "weights.safetensors"
-    assert f"({result['test_wrong_last']} of" in scoring.describe(
-        scoring.score(None, None, str(file))
-    )
+    assert scoring.score(None, None, str(file)["test"]["wrong"] == result["test_wrong_last"])
     # Early on, running statistics lag far behind: the estimates must make a difference.
     tree, _ = final_tree(tmp_path / "run")
     running, estimated = tree["batch_stats"], weights.load(file).variables["batch_stats"]
@@ -516,6 +553,4 @@ def test_every_option_is_as_safe_to_stop(small_config, tmp_path):
     assert loaded.model["survival"] == 0.4
     np.testing.assert_array_equal(loaded.std, [255])
     for source in (file, tmp_path / "run"):
-        assert f"({result['test_wrong_last']} of" in scoring.describe(
-            scoring.score(None, None, str(source))
-        )
+        assert scoring.score(None, None, str(source)["test"]["wrong"] == result["test_wrong_last"])

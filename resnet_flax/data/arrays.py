@@ -46,7 +46,7 @@ def load(
     if not len(tests):
         raise UserError("there are no test images: give `test`, or two images of a class")
     classes = 1 + max(int(labels.max()) for labels in (given.labels, tests.labels))
-    names = tuple(class_names or map(str, range(classes)))
+    names = tuple(map(str, range(classes) if class_names is None else class_names))
     if len(names) < classes:
         raise UserError(f"class_names has {len(names)} names, but the labels go to {classes - 1}")
     fingerprint = dataset.fingerprint(examples, tests)

@@ -1,6 +1,7 @@
 """The 1,797 handwritten digits that come with scikit-learn, enlarged to CIFAR's image size."""
 
-import importlib.metadata
+import importlib.util
+import pathlib
 
 import numpy as np
 
@@ -15,8 +16,8 @@ def load() -> dataset.Dataset:
     three equal channels. A class-balanced fifth is the test set.
     """
     # The file that `load_digits` reads, without the two seconds that importing sklearn takes.
-    package = importlib.metadata.distribution("scikit-learn")
-    file = package.locate_file("sklearn/datasets/data/digits.csv.gz")
+    package = pathlib.Path(importlib.util.find_spec("sklearn").origin).parent
+    file = package / "datasets/data/digits.csv.gz"
     table = np.loadtxt(file, delimiter=",")
     small = np.rint(table[:, :64].reshape(-1, 8, 8, 1) * (255.0 / 16.0)).astype(np.uint8)
     images = small.repeat(4, axis=1).repeat(4, axis=2).repeat(3, axis=3)

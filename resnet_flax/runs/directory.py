@@ -8,6 +8,7 @@ result lie beside them.
 import contextlib
 import datetime
 import json
+import math
 import pathlib
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -19,6 +20,15 @@ from resnet_flax import locks
 from resnet_flax.config import OPERATIONAL_KEYS, base_config, flatten
 from resnet_flax.errors import UserError
 from resnet_flax.runs import files, weights
+
+# What tells of the last step: kept under another name if the run goes on.
+_OF_THE_END = (
+    "result.json",
+    "weights.safetensors",
+    "evaluation.json",
+    "confusion.png",
+    "responses.json",
+)
 
 
 class Directory:
@@ -88,28 +98,14 @@ class Directory:
                             p.rmdir()
                 raise
 
-    def extend(self, config: dict[str, Any]) -> None:
-        """Lets a run go on to a larger `train.total_steps`, if the learning rates stay the same.
-
-        `config` is as for `check_config`, which refuses what does not fit. The result so far is
-        kept under a name with its step, and `run.json` lists the extension.
-        """
+    def grows(self, config: dict[str, Any]) -> bool:
+        """Whether `config` only lengthens the run, and leaves its learning rates as they were."""
         key = "train.total_steps"
-        old, new = self.config.get(key, config[key]), config[key]
         in_steps = not (config["train.total_epochs"] or config["train.total_examples"])
-        if not (old < new and in_steps and config["optim.schedule"] != "cosine"):
-            return
-        extended = self.config | {key: new}
-        if _differing(extended, config):
-            return
-        for name in ("result.json", "weights.safetensors", "evaluation.json"):
-            path = self.path / name
-            if path.exists():
-                path.rename(path.with_stem(f"{path.stem}_{old}"))
-        history = [*self.record.get("extended", []), {"from": old, "to": new}]
-        self.config, self.record = extended, self.record | {"total_steps": new, "extended": history}
-        files.write_json(self.path / "config.json", self.config)
-        files.write_json(self.path / "run.json", self.record)
+        longer = self.config.get(key, math.inf) < config[key]
+        if not (longer and in_steps and config["optim.schedule"] != "cosine"):
+            return False
+        return not _differing(self.config | {key: config[key]}, config)
 
     def check_config(self, config: dict[str, Any], sections: Collection[str] = ()) -> None:
         """Refuses another configuration than the run's; the `UserError` names the keys.
@@ -117,7 +113,7 @@ class Directory:
         `config` is flat and as given, before durations are resolved. Compared are these sections,
         or everything, but never operational keys.
         """
-        if not self.config:
+        if not self.config or self.grows(config):
             return
         if differing := _differing(self.config, config, sections):
             raise UserError(
@@ -210,16 +206,34 @@ class Directory:
         preprocessing: tuple[np.ndarray, np.ndarray],
         start: dict[str, Any],
     ) -> None:
-        """Writes what the run is when it begins; a later `start` is only added to `run.json`."""
+        """Writes what the run is when it begins; a later `start` is only added to `run.json`.
+
+        If the run grows, its result so far is kept under a name with its step.
+        """
+        total = record["total_steps"]
+        if grows := bool(self.record) and self.grows(config):
+            old = self.config["train.total_steps"]
+            for name in _OF_THE_END:
+                path = self.path / name
+                if path.exists():
+                    path.rename(path.with_stem(f"{path.stem}_{old}"))
+            self.record.setdefault("extended", []).append({"from": old, "to": total})
         if not self.record:
             files.write_json(self.path / "config.json", config)
             mean, std = preprocessing
             path = self.path / "preprocess.safetensors"
             files.write_atomically(path, safetensors.numpy.save({"mean": mean, "std": std}))
             self.record = {**record, "preprocess_sha256": files.sha256_of(path)}
+        self.record["total_steps"] = total
+        if "extended" in self.record:
+            # Without what a start wrote that was killed before it wrote config.json.
+            entries = {e["from"]: e for e in self.record["extended"] if e["to"] <= total}
+            self.record["extended"] = list(entries.values())
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.record["starts"] = [*self.record.get("starts", []), {"time": now, **start}]
         files.write_json(self.path / "run.json", self.record)
+        if grows:
+            files.write_json(self.path / "config.json", config)
 
     def finished(self, total_steps: int) -> dict[str, Any] | None:
         """The result of a finished run; None: it is made again from the last checkpoint."""

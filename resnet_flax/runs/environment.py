@@ -56,10 +56,15 @@ def _cpu_name() -> str:
 def _commit() -> str | None:
     """The package's git commit, with "+" if files differ from it; None outside a checkout."""
     git = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-    options = {"cwd": pathlib.Path(__file__).parent, "stderr": subprocess.DEVNULL, "text": True}
+    options = {
+        "cwd": pathlib.Path(__file__).parent,
+        "stderr": subprocess.DEVNULL,
+        "text": True,
+        "timeout": 10,
+    }
     try:
         # Not the repository around a site-packages.
         subprocess.check_output(["git", "ls-files", "--error-unmatch", __file__], **options)
-        return subprocess.check_output(git, timeout=10, **options).strip()
+        return subprocess.check_output(git, **options).strip()
     except (OSError, subprocess.SubprocessError):
         return None

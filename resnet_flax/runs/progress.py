@@ -127,6 +127,8 @@ class Progress:
             yield
         finally:
             over.set()
+            if thread.is_alive():
+                thread.join()
 
     def warn(self, line: str) -> None:
         """Prints a line about this process."""

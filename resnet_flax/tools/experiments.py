@@ -13,8 +13,7 @@ from typing import IO
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-import resnet_flax
-from resnet_flax import locks, models
+from resnet_flax import commands, locks, models
 from resnet_flax.config import flatten, override, validate
 from resnet_flax.errors import UserError
 from resnet_flax.runs import metrics
@@ -119,7 +118,7 @@ def make_runs(
     `overrides` are values by flat key, as text; the durations they leave alone are `scaled`.
 
     Raises:
-      UserError: an override or the scale makes no sense, or there is no `configs/`.
+      UserError: an override or the scale makes no sense.
     """
     for key in {"seed", "model.name", "train.num_seeds"} & overrides.keys():
         raise UserError(f"--config.{key} is the experiment's own to choose; leave it out")
@@ -139,9 +138,7 @@ def make_runs(
 
 def _config_of(row: str) -> tuple[pathlib.Path, str, dict[str, str]]:
     # The file, the net that it takes as its argument, and changed keys.
-    folder = pathlib.Path(resnet_flax.__file__).resolve().parent.parent / "configs"
-    if not folder.is_dir():
-        raise UserError(f"there is no {folder}: install the project from a clone (pip install -e)")
+    folder = commands.configs()
     if folder.parent == pathlib.Path.cwd().resolve():
         folder = pathlib.Path(folder.name)
     net, _, option = row.removeprefix("modern-").partition("-")

@@ -171,6 +171,9 @@ class Run:
     def _write_start(self, say: Callable[[str], None]) -> None:
         built, dataset, draw = self.setup, self.dataset, self.dataset.validation_draw
         usual = str(self.path / "checkpoints")
+        if self.directory.grows(flatten(self.config)):
+            steps = built.config.train.total_steps
+            say(f"the run grows to {steps} steps; a result it has is kept beside the new one")
         began_on = self.directory.record.get("devices", built.mesh.size)
         if began_on != built.mesh.size:
             say(

@@ -74,8 +74,9 @@ def score(
         files.write_json(folder / "evaluation.json", found)
         if "confusion" in found["test"]:
             title = f"{config.model.name} on {dataset.name}, % of each class's test images"
-            matrix = scores["test"].confusion
-            pictures.draw_confusion(matrix, dataset.class_names, folder / "confusion.png", title)
+            names = dataset.class_names  # A net may have more outputs.
+            matrix = scores["test"].confusion[: len(names), : len(names)]
+            pictures.draw_confusion(matrix, names, folder / "confusion.png", title)
     return found
 
 

@@ -74,7 +74,6 @@ def train(
         progress = stack.enter_context(contextlib.closing(Progress(distributed.index())))
         for run in runs if distributed.is_first() else ():
             run.directory = stack.enter_context(Directory.open(run.path))
-            run.directory.extend(flatten(run.config))
             run.directory.check_config(flatten(run.config))
             run.directory.check_not_in_group()
         datasets = [dataset] if dataset else seeds.load_data([run.config for run in runs])
