@@ -215,11 +215,6 @@ def _join() -> None:
 
 
 def _main(changes: dict[str, str]) -> None:
-    if _VERSION.value:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            print(f"resnet_flax {importlib.metadata.version('resnet_flax')}")
-            return
-        raise UserError("resnet_flax is not installed, only on the path: it has no version")
     modes = {"train": _train, "evaluate": _evaluate}
     if _MODE.value not in modes:
         raise UserError(f"--mode={_MODE.value} must be one of {', '.join(modes)}")
@@ -231,6 +226,11 @@ def _main(changes: dict[str, str]) -> None:
                 "ConfigDict: begin with resnet_flax.config.base_config()"
             )
         validate(config)
+    if _VERSION.value:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"resnet_flax {importlib.metadata.version('resnet_flax')}")
+            return
+        raise UserError("resnet_flax is not installed, only on the path: it has no version")
     # Libraries log every step at the default level.
     logging.set_verbosity(logging.WARNING)
     # An error in orbax's threads is raised, and printed, in the thread that waits for them.

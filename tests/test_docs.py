@@ -98,10 +98,19 @@ def test_every_command_is_run_or_has_a_reason(page):
         assert known, f"{page}: {command} is not in SHORT, nor in ELSEWHERE"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, undisturbed):
+@pytest.mark.parametrize("page", PAGES)
+def test_configurations_and_flags_of_training_commands_are_right(page):
+    for command in commands_of(page):
+        _, *words = command.split()
+        if words[:2] == ["-m", "resnet_flax.main"]:
+            done = commands.run("resnet_flax.main", *words[2:], "--version")
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.fixture
+def place(tmp_path, undisturbed):
     """A directory like a checkout's, with photographs and runs for the pages to name."""
-    here = tmp_path_factory.mktemp("docs")
+    here = tmp_path
     for name in ("configs", "results", "launch"):
         (here / name).symlink_to(ROOT / name)
     random = np.random.default_rng(0)
@@ -158,6 +167,7 @@ def test_the_snippets_in_python_run(page, index, place, monkeypatch, capsys):
     smaller = {
         'model="resnet20", total_steps=1000': 'model="resnet8", total_steps=2',
         "resnet56": "resnet8",
+        "(8, 32, 32, 3)": "(2, 8, 8, 3)",
     }
     for old, new in smaller.items():
         code = code.replace(old, new)
@@ -165,7 +175,7 @@ def test_the_snippets_in_python_run(page, index, place, monkeypatch, capsys):
     if "net" in names and hasattr(names["net"], "training"):
         assert 0 <= names["net"].training["test_error_last"] <= 1
     if "logits" in names:
-        assert names["logits"].shape == (8, 10)
+        assert names["logits"].shape == (2, 10)
         assert "batch_stats" in names["updates"]
 
 
@@ -201,6 +211,12 @@ def test_the_results_in_readme_are_the_recorded_ones(run):
     assert f"**{100 * result['test_error_last']:.2f} %**" in row.split("|")[2]
     assert f"| {100 * result['train_error_last']:.2f} % |" in row
     assert f"{result['seconds']:.0f} s |" in row
+
+
+def test_the_short_run_in_readme_is_the_recorded_one():
+    result = json.loads((ROOT / "results/cifar10_short/result.json").read_text())
+    (line,) = (x for x in (ROOT / "README.md").read_text().splitlines() if "cifar10_short" in x)
+    assert f"{100 * result['test_error_last']:.1f} % error" in line
 
 
 # Under which option a net stands whose shortcuts are a variant of it; the others under A.

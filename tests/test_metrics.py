@@ -2,6 +2,7 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -200,3 +201,9 @@ def test_a_failure_leaves_no_empty_directory_behind(tmp_path):
     with pytest.raises(UserError, match="late"):
         claim_and(tmp_path / "run", write_and_fail)
     assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_class_names_of_a_confusion_picture_may_be_anything(tmp_path):
+    names = ("$5_to_$10", "猫")
+    pictures.draw_confusion(np.eye(2), names, tmp_path / "confusion.png", "title")
+    assert (tmp_path / "confusion.png").read_bytes()[:4] == b"\x89PNG"

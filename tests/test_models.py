@@ -12,7 +12,7 @@ from resnet_flax.models import ARCHITECTURES, count, layout, resolve_shortcut
 from resnet_flax.models.layers import BatchNorm, relu
 
 # Parameters and multiply-adds (of bottlenecks with the stride in the 1x1). The parameters of all
-# nets, with each shortcut, are in README's table.
+# nets, with each shortcut, are in the table of docs/nets.md.
 TOTALS = {
     "resnet20": (269_722, 40_551_040),
     "resnet32": (464_154, 68_862_592),

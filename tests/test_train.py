@@ -311,6 +311,17 @@ def test_evaluation_of_checkpoint_and_weights_agree_with_the_result(finished, ca
     assert percent in scoring.describe(scoring.score(None, None, one))
 
 
+def test_a_net_with_more_outputs_than_classes_is_scored(small_config, tmp_path):
+    small_config.model.num_classes = 12
+    small_config.train.total_steps = 1
+    small_config.optim.boundaries_steps = (1,)
+    result = train.train(small_config, tmp_path / "run")
+    found = scoring.score(None, str(tmp_path / "run"), None)
+    assert found["test"]["wrong"] == result["test_wrong_last"]
+    assert len(found["test"]["confusion"]) == 12
+    assert (tmp_path / "run/confusion.png").exists()
+
+
 def test_a_flipped_bit_in_a_weights_file_is_noticed(finished, tmp_path):
     _, directory, _ = finished
     content = bytearray((directory / "weights.safetensors").read_bytes())

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -26,12 +27,12 @@ def run(*command, cwd):
 def installed(tmp_path_factory):
     """The Python of an environment with the wheel, and with this environment's other packages."""
     here = tmp_path_factory.mktemp("wheel")
-    # From a copy of what git knows: a build leaves files, and packs up what lies about.
-    files = run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT)
-    for name in filter(lambda f: (ROOT / f).is_file(), files.splitlines()):
-        (here / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        (here / "source" / name).write_bytes((ROOT / name).read_bytes())
-    pip = sys.executable, "-m", "pip", "-q", "--no-input"
+    # From a copy: a build leaves files.
+    for name in ("resnet_flax", "configs"):
+        shutil.copytree(ROOT / name, here / "source" / name)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, here / "source" / name)
+    pip = sys.executable, "-m", "pip", "-q", "--no-input", "--disable-pip-version-check"
     run(
         *pip,
         "wheel",
@@ -70,6 +71,11 @@ def test_published_nets_load(installed, tmp_path):
     place, name = run(installed, "-c", code, cwd=tmp_path).split()
     assert name == "airplane"
     assert not place.startswith(str(ROOT))
+
+
+def test_experiments_find_their_configs(installed, tmp_path):
+    command = installed, "-m", "resnet_flax.tools.reproduce", "plain", "--seeds=1", "--dry_run"
+    assert "plain56" in run(*command, f"--workdir={tmp_path}/paper", cwd=tmp_path)
 
 
 def test_commands_say_their_version(installed, tmp_path):
