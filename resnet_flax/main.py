@@ -201,7 +201,8 @@ def _evaluate(config: ConfigDict | None, changes: dict[str, str]) -> None:
     if config is not None and not (directory or source):
         directory = _directory(config)
     warn = functools.partial(print, file=sys.stderr)
-    found = scoring.score(config, directory, source, warn, overrides=changes)
+    with progress.Progress(distributed.index()).waiting("evaluating"):
+        found = scoring.score(config, directory, source, warn, overrides=changes)
     if distributed.is_first():
         print(json.dumps(found) if _JSON.value else scoring.describe(found))
 
