@@ -90,8 +90,9 @@ def _locate(place: str) -> str:
     if not given:
         raise UserError("--config needs a file, for example --config=configs/resnet20.py")
     path = pathlib.Path(given)
-    if path.parent == pathlib.Path("configs") and not path.exists():
-        path = commands.configs() / path.name
+    own = commands.configs() / path.name
+    if path.parent == pathlib.Path("configs") and not path.exists() and own.exists():
+        path = own
     try:
         path.read_text()
     except (OSError, UnicodeDecodeError) as error:

@@ -499,7 +499,7 @@ def test_statistics_can_be_estimated_again_before_an_evaluation(small_config, tm
     small_config.train.total_steps, small_config.optim.boundaries_steps = 4, ()
     result = train.train(small_config, tmp_path / "run")
     file = tmp_path / "run" / "weights.safetensors"
-    assert scoring.score(None, None, str(file)["test"]["wrong"] == result["test_wrong_last"])
+    assert scoring.score(None, None, str(file))["test"]["wrong"] == result["test_wrong_last"]
     # Early on, running statistics lag far behind: the estimates must make a difference.
     tree, _ = final_tree(tmp_path / "run")
     running, estimated = tree["batch_stats"], weights.load(file).variables["batch_stats"]
@@ -564,4 +564,4 @@ def test_every_option_is_as_safe_to_stop(small_config, tmp_path):
     assert loaded.model["survival"] == 0.4
     np.testing.assert_array_equal(loaded.std, [255])
     for source in (file, tmp_path / "run"):
-        assert scoring.score(None, None, str(source)["test"]["wrong"] == result["test_wrong_last"])
+        assert scoring.score(None, None, str(source))["test"]["wrong"] == result["test_wrong_last"]
