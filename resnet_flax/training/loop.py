@@ -20,6 +20,9 @@ from resnet_flax.training.run import Run
 STOPPED = "stopped"
 """Key of what a stopped run returns, to tell it from a finished one."""
 
+# `timeout -s INT` and others send one Ctrl-C twice: to the process, and to its group.
+_ECHO_SECONDS = 0.5
+
 
 class Loop:
     """Dispatches chunks of steps, reading each one's results while the next is computed.
@@ -37,7 +40,7 @@ class Loop:
         self.pending: tuple[list[Run], int, list[dict]] | None = None
         # The signal this process has had, and the one for which all stop together.
         self.wish = self.stop_signal = 0
-        self.clock = self.train_clock = time.monotonic()
+        self.clock = self.train_clock = self.asked = time.monotonic()
 
     @property
     def step(self) -> int:
@@ -223,9 +226,12 @@ class Loop:
 
         A second Ctrl-C is final, and so is one before the first step, when nothing is lost.
         """
-        if number == signal.SIGINT and (self.wish == number or self.step == self.first):
-            return True
-        self.wish = number
+        if number == signal.SIGINT:
+            if self.step == self.first:
+                return True
+            if self.wish == number:
+                return time.monotonic() - self.asked > _ECHO_SECONDS
+        self.wish, self.asked = number, time.monotonic()
         if distributed.count() == 1:
             self.stop_signal = number
         self.progress.say(
