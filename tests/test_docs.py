@@ -83,7 +83,7 @@ def blocks(page, language):
 
 def commands_of(page):
     text = "\n".join(blocks(page, "sh")).replace("\\\n", "")
-    lines = (re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines())
+    lines = (re.sub(r"(^|\s+)#.*", "", line).strip() for line in text.splitlines())
     return [re.sub(r"\s+", " ", line) for line in lines if line]
 
 
