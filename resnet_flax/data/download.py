@@ -59,18 +59,20 @@ def obtain(name: str, sources: list[tuple[str, str]], data_dir: pathlib.Path) ->
                 return path
     failures = []
     for url, stem in sources:
+        if failures:
+            print(f"Cannot download: {failures[-1]}", file=sys.stderr)
         try:
             return _fetch(url, ARCHIVES[name][stem], folder / f"{stem}.tar.gz")
         except _SourceError as error:
             failures.append(str(error))
-            print(f"Cannot download: {error}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"cannot download into {folder}: {first_line(error)}") from error
+    files = " or ".join(f"{stem}.tar.gz" for stem in ARCHIVES[name])
     raise UserError(
-        f"there is no prepared {name} in {data_dir}, and it cannot be downloaded "
-        f"({'; '.join(failures)}).\n"
-        "Set config.data.data_dir to a directory of prepared TFDS data sets, config.data.archive "
-        f"to a downloaded {stem}.tar.gz, or config.data.mirror to the URL of a copy of it."
+        f"there is no prepared {name} in {data_dir}, and it cannot be downloaded: "
+        f"{'; '.join(failures)}\n"
+        "set config.data.data_dir to a directory of prepared TFDS data sets, config.data.archive "
+        f"to a downloaded {files}, or config.data.mirror to the URL of a copy"
     )
 
 

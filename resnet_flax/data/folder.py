@@ -118,9 +118,11 @@ def _split_roots(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def _folders(root: pathlib.Path) -> list[str]:
     try:
-        return sorted(
-            p.name for p in root.iterdir() if p.is_dir() and image_files.is_visible(p.name)
-        )
+        visible = [path for path in sorted(root.iterdir()) if image_files.is_visible(path.name)]
+        for path in visible:
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"{path} is a link that leads nowhere; mend or remove it")
+        return [path.name for path in visible if path.is_dir()]
     except OSError as error:
         raise UserError(f"cannot read the folder {root}: {error.strerror}") from error
 

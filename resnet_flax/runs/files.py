@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,8 @@ def _pretty(value: Any, margin: str = "") -> str:
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
     """Replaces a file through a temporary one beside it, flushed to disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}{PART}")
+    # Two processes, on two machines perhaps, may write the same file of a shared cache.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PART}")
     try:
         with open(part, "wb") as file:
             file.write(content)
