@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
 from resnet_flax import signals
+from resnet_flax.training import loop
 from tests import conftest
 
 # Busy in C, where Python runs no handlers; like XLA it lets other threads run.
@@ -90,3 +92,17 @@ def test_commands_are_listed_and_other_modules_refused():
     code, out, err = run("resnet_flax.main", "--help")
     assert (code, err) == (0, "")
     assert "--config" in out
+
+
+def test_one_ctrl_c_may_arrive_twice_and_a_second_one_is_final(monkeypatch):
+    now, said = [100.0], []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    run = types.SimpleNamespace(setup=types.SimpleNamespace(config=None), step=3)
+    asked = loop.Loop([run], types.SimpleNamespace(say=said.append))
+    assert asked._ask(signal.SIGINT)  # Nothing is lost before a step is done.
+    run.step = 4
+    assert not asked._ask(signal.SIGINT)
+    assert not asked._ask(signal.SIGINT)  # As from `timeout -s INT`.
+    assert said == ["SIGINT: saving, then stopping; Ctrl-C now ends at once"]
+    now[0] += 1
+    assert asked._ask(signal.SIGINT)
