@@ -13,11 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from configs import quickstart
 from resnet_flax.config import flatten
 from resnet_flax.devices import cpu, distributed, hardware
 from resnet_flax.devices.place import Place, find_place
 from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint
+from resnet_flax.training import train
 from tests import conftest, processes
 
 CPU = {"train.cpu_devices": 1}
@@ -33,9 +35,11 @@ def assert_same_curve(a, b):
 
 @pytest.fixture(scope="module")
 def undivided(tmp_path_factory):
-    """An uninterrupted run of one process with two devices."""
+    """An uninterrupted run of one process, this one, with two devices."""
+    config = quickstart.get_config()
+    config.update_from_flattened_dict(processes.SETTINGS | {"train.cpu_devices": 2})
     directory = tmp_path_factory.mktemp("undivided") / "run"
-    processes.run(directory, 1, settings={"train.cpu_devices": 2})
+    train.train(config, directory)
     return directory
 
 

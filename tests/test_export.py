@@ -17,6 +17,7 @@ from resnet_flax import pretrained
 from resnet_flax.errors import UserError
 from resnet_flax.runs import weights
 from resnet_flax.tools import export
+from tests.test_docs import blocks
 from tests.test_pretrained import small_weights
 
 
@@ -35,11 +36,14 @@ def exported(file, tmp_path_factory):
 
 
 def test_any_number_of_images_runs_without_the_package(file, exported, tmp_path):
+    """By the snippet of the documentation, in a process of its own."""
     images = np.random.RandomState(3).randint(0, 256, (5, 8, 8, 3), np.uint8)
     np.save(tmp_path / "images.npy", images)
-    code = (
-        "import sys, numpy as np; from jax import export\n"
-        f"net = export.deserialize(open({str(exported / 'model.jaxexport')!r}, 'rb').read())\n"
+    (tmp_path / "exported").symlink_to(exported)
+    (snippet,) = (s for s in blocks("docs/weights.md", "python") if "jaxexport" in s)
+    code = snippet.replace("(4, 32, 32, 3)", "(4, 8, 8, 3)") + (
+        "import sys\n"
+        "assert probabilities.shape == (4, 3)\n"
         "images = np.load('images.npy')\n"
         "np.save('got.npy', np.concatenate([net.call(images), net.call(images[:1])]))\n"
         "assert net.platforms == ('cpu', 'cuda', 'tpu')\n"

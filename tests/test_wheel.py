@@ -12,6 +12,7 @@ import venv
 import pytest
 
 from tests.conftest import ROOT
+from tests.faults import harness
 
 # Without PYTHONPATH, by which the checkout could be found.
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -32,34 +33,21 @@ def installed(tmp_path_factory):
         shutil.copytree(ROOT / name, here / "source" / name)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, here / "source" / name)
-    pip = sys.executable, "-m", "pip", "-q", "--no-input", "--disable-pip-version-check"
-    run(
-        *pip,
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        f"--wheel-dir={here}",
-        ".",
-        cwd=here / "source",
-    )
+    build = "wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={here}", "."
+    run(sys.executable, "-m", "pip", "-q", "--no-input", *build, cwd=here / "source")
     (wheel,) = here.glob("*.whl")
     venv.create(here / "venv", with_pip=False, symlinks=True)
-    python = here / "venv/bin/python"
-    run(*pip, f"--python={python}", "install", "--no-deps", wheel, cwd=here)
     packages = sysconfig.get_path("purelib", vars={"base": str(here / "venv")})
+    shutil.unpack_archive(wheel, packages, "zip")  # All that pip does with one without scripts.
     # A line of a .pth file brings the packages, but not the editable installation among them.
     (pathlib.Path(packages) / "others.pth").write_text(sysconfig.get_path("purelib"))
-    return python
+    return here / "venv/bin/python"
 
 
 def test_the_quickstart_trains_by_the_config_that_comes_with_it(installed, tmp_path):
-    few = (
-        "--config.model.name=resnet8",
-        "--config.train.total_steps=2",
-        "--config.train.cpu_devices=1",
-    )
+    few = harness.FLAGS[1:]  # Of the fault tests, whose programs have been compiled.
     command = installed, "-m", "resnet_flax.main", "--config=configs/quickstart.py"
-    out = run(*command, *few, cwd=tmp_path)
+    out = run(*command, *few, "--config.train.cpu_devices=2", cwd=tmp_path)
     assert "resnet8 on digits" in out
     assert (tmp_path / "runs/quickstart/seed0/result.json").exists()
 
