@@ -22,44 +22,29 @@ PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*
 LINKED = [*PAGES, "launch/README.md", "results/README.md", "results/performance.md"]
 
 # Appended to a command that trains, so that it takes seconds.
-_FEW = [
-    "--config.model.name=resnet8",
-    "--config.data.batch_size=16",
-    "--config.eval.batch_size=360",
-]
-_FEW += ["--config.train.total_steps=2", "--config.optim.boundaries_steps=1"]
-_FEW += ["--config.log.tensorboard=False", "--config.train.cpu_devices=1"]
+_FEW = """
+    --config.model.name=resnet8 --config.data.batch_size=16 --config.eval.batch_size=360
+    --config.train.total_steps=2 --config.optim.boundaries_steps=1 --config.log.tensorboard=False
+    --config.train.cpu_devices=1
+""".split()
 DIGITS = [*_FEW, "--config.data.name=digits"]
-PHOTOS = ["--config.data.data_dir=photos"]
+FEW_PHOTOS = ["--config.data.batch_size=4", "--config.data.workers=0"]
+WARM = [*DIGITS, "--config.optim.warmup_steps=1"]
+TRAIN = "python -m resnet_flax.main --config=configs/"
+TOOLS = "predict", "export", "summary", "responses", "report", "ensemble"
 
 # What is appended to each command of the pages to make it short, by how the command begins.
 SHORT = {
-    "python -m resnet_flax.main --config=configs/finetune_folder.py": [
-        *("--config.train.total_steps=1", "--config.data.batch_size=4", "--config.data.workers=0"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --workdir=runs/photos": [
-        *(*_FEW, "--config.data.batch_size=4", "--config.data.workers=0"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --config.train.total_steps": [
-        *(*DIGITS, "--config.train.total_steps=3"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --config.train.num_seeds": DIGITS,
-    "python -m resnet_flax.main --config=configs/modern.py": [
-        *DIGITS,
-        "--config.optim.warmup_steps=1",
-    ],
-    "python -m resnet_flax.main --config=configs/cifar10_short.py": [
-        *(*DIGITS, "--config.optim.warmup_steps=1"),
-    ],
+    f"{TRAIN}finetune_folder.py": ["--config.train.total_steps=1", *FEW_PHOTOS],
+    f"{TRAIN}resnet20.py --workdir=runs/photos": [*_FEW, *FEW_PHOTOS],
+    f"{TRAIN}resnet20.py --config.train.total_steps": [*DIGITS, "--config.train.total_steps=3"],
+    f"{TRAIN}resnet20.py --config.train.num_seeds": DIGITS,
+    f"{TRAIN}modern.py": WARM,
+    f"{TRAIN}cifar10_short.py": WARM,
     "python -m resnet_flax.main --config=": DIGITS,
     "python -m resnet_flax.main --mode=evaluate --workdir": [],
     "python -m resnet_flax.main --mode=evaluate --weights=runs": [],
-    "python -m resnet_flax.tools.predict": [],
-    "python -m resnet_flax.tools.export": [],
-    "python -m resnet_flax.tools.summary": [],
-    "python -m resnet_flax.tools.responses": [],
-    "python -m resnet_flax.tools.report": [],
-    "python -m resnet_flax.tools.ensemble": [],
+    **{f"python -m resnet_flax.tools.{tool}": [] for tool in TOOLS},
     "python -m resnet_flax.tools.reproduce": ["--dry_run"],
 }
 # And why a command is not run here, by how it begins.
