@@ -199,17 +199,13 @@ QUOTA = "ERROR: (gcloud.compute.tpus.tpu-vm.create) RESOURCE_EXHAUSTED: Quota li
         ({"refusal": QUOTA}, ["create"], ["Quota limit 'X' exceeded", "v5litepod-8 in z"], 1),
         ({"refusal": QUOTA}, ["watch", "--", "x"], ["Quota limit 'X'", "no quota for v5l"], 1),
         # Lost as soon as it was made.
-        (
-            {"after_queued-resources": "ACCEPTED\nFAILED"},
-            ["create", "--queued"],
-            ["vm is FAILED", "error: gcloud could not make vm"],
-            1,
-        ),
+        ({"after_queued-resources": "ACCEPTED\nFAILED"}, ["create", "--queued"],
+         ["vm is FAILED", "error: gcloud could not make vm"], 1),
         # A question without an answer is not taken for absence.
         ({"tpu-vm": "?"}, ["create"], ["Reauthentication failed"], 0),
         ({"project": ""}, ["watch", "--", "x"], ["error: no Google Cloud project: give --proj"], 0),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_made_is_an_error(world, files, command, messages, verbs):
     for name, content in files.items():
         world.write(name, content)
