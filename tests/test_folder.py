@@ -349,10 +349,10 @@ def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(tmp_path,
     config = finetune_folder.get_config()
     config.data.data_dir, config.data.workers = str(tmp_path / "photos"), 0
     config.train.total_steps, config.checkpoint.every_steps = 4, 2
-    config.train.cpu_devices = 1
+    config.data.batch_size, config.train.cpu_devices = 16, 1
     result = train.train(config, tmp_path / "whole", str(file))
     assert (result["test_examples"], result["class_names"]) == (2, CLASSES[:2])
-    assert "a batch of 64 holds images more than once, as there are 4" in capsys.readouterr().err
+    assert "a batch of 16 holds images more than once, as there are 4" in capsys.readouterr().err
     after = weights.load(tmp_path / "whole" / "weights.safetensors")
     assert (after.model["name"], after.model["num_classes"]) == ("resnet8", 2)
     assert after.class_names == CLASSES[:2]
