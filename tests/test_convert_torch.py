@@ -68,7 +68,9 @@ def small(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("kind", NETS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[pytest.mark.slow] if "of the" in k else []) for k in NETS]
+)
 def test_outputs_are_equal_both_ways(kind, small, tmp_path):
     name, theirs, arguments = small(kind)
     torch.save({"state_dict": theirs.state_dict(), "best_prec1": 91.7}, tmp_path / "theirs.pth")
@@ -104,7 +106,7 @@ def test_images_go_the_way_they_go_in_pytorch(tmp_path):
     images = np.random.RandomState(0).randint(0, 256, (8, 32, 32, 3), np.uint8)
     mean, std = (np.float32(v) for v in convert.PREPROCESS["imagenet"])
     want = torch_outputs(net, (images.astype(np.float32) / 255 - mean) / std)
-    got = load_pretrained(ours).logits(images)
+    got = jax.jit(load_pretrained(ours).logits)(images)
     np.testing.assert_allclose(got, want, atol=1e-3, rtol=1e-3)
 
 
@@ -158,11 +160,14 @@ def test_checkpoints_in_the_usual_forms(net, tmp_path):
     def converted(state_dict):
         return convert.from_torch(state_dict, "resnet8", **COMMON).variables
 
+    def expected(state_dict):
+        return converted({k: v.float().numpy() for k, v in state_dict.items()})
+
+    exact = expected(plain)
     for form, content in forms.items():
         torch.save(content, tmp_path / "theirs.pth")
         state_dict, _, notes = torch_file.read(tmp_path / "theirs.pth")
-        exact = content if form == "bfloat16" else plain
-        want = converted({k: v.float().numpy() for k, v in exact.items()})
+        want = expected(content) if form == "bfloat16" else exact
         assert_equal(converted(state_dict), want)
         said = ["took state_dict_ema of the file, not state_dict"] if form == "timm" else []
         assert notes == said, form

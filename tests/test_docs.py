@@ -22,44 +22,29 @@ PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*
 LINKED = [*PAGES, "launch/README.md", "results/README.md", "results/performance.md"]
 
 # Appended to a command that trains, so that it takes seconds.
-_FEW = [
-    "--config.model.name=resnet8",
-    "--config.data.batch_size=16",
-    "--config.eval.batch_size=360",
-]
-_FEW += ["--config.train.total_steps=2", "--config.optim.boundaries_steps=1"]
-_FEW += ["--config.log.tensorboard=False", "--config.train.cpu_devices=1"]
+_FEW = """
+    --config.model.name=resnet8 --config.data.batch_size=16 --config.eval.batch_size=360
+    --config.train.total_steps=2 --config.optim.boundaries_steps=1 --config.log.tensorboard=False
+    --config.train.cpu_devices=1
+""".split()
 DIGITS = [*_FEW, "--config.data.name=digits"]
-PHOTOS = ["--config.data.data_dir=photos"]
+FEW_PHOTOS = ["--config.data.batch_size=4", "--config.data.workers=0"]
+WARM = [*DIGITS, "--config.optim.warmup_steps=1"]
+TRAIN = "python -m resnet_flax.main --config=configs/"
+TOOLS = "predict", "export", "summary", "responses", "report", "ensemble"
 
 # What is appended to each command of the pages to make it short, by how the command begins.
 SHORT = {
-    "python -m resnet_flax.main --config=configs/finetune_folder.py": [
-        *("--config.train.total_steps=1", "--config.data.batch_size=4", "--config.data.workers=0"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --workdir=runs/photos": [
-        *(*_FEW, "--config.data.batch_size=4", "--config.data.workers=0"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --config.train.total_steps": [
-        *(*DIGITS, "--config.train.total_steps=3"),
-    ],
-    "python -m resnet_flax.main --config=configs/resnet20.py --config.train.num_seeds": DIGITS,
-    "python -m resnet_flax.main --config=configs/modern.py": [
-        *DIGITS,
-        "--config.optim.warmup_steps=1",
-    ],
-    "python -m resnet_flax.main --config=configs/cifar10_short.py": [
-        *(*DIGITS, "--config.optim.warmup_steps=1"),
-    ],
+    f"{TRAIN}finetune_folder.py": ["--config.train.total_steps=1", *FEW_PHOTOS],
+    f"{TRAIN}resnet20.py --workdir=runs/photos": [*_FEW, *FEW_PHOTOS],
+    f"{TRAIN}resnet20.py --config.train.total_steps": [*DIGITS, "--config.train.total_steps=3"],
+    f"{TRAIN}resnet20.py --config.train.num_seeds": DIGITS,
+    f"{TRAIN}modern.py": WARM,
+    f"{TRAIN}cifar10_short.py": WARM,
     "python -m resnet_flax.main --config=": DIGITS,
     "python -m resnet_flax.main --mode=evaluate --workdir": [],
     "python -m resnet_flax.main --mode=evaluate --weights=runs": [],
-    "python -m resnet_flax.tools.predict": [],
-    "python -m resnet_flax.tools.export": [],
-    "python -m resnet_flax.tools.summary": [],
-    "python -m resnet_flax.tools.responses": [],
-    "python -m resnet_flax.tools.report": [],
-    "python -m resnet_flax.tools.ensemble": [],
+    **{f"python -m resnet_flax.tools.{tool}": [] for tool in TOOLS},
     "python -m resnet_flax.tools.reproduce": ["--dry_run"],
 }
 # And why a command is not run here, by how it begins.
@@ -108,28 +93,23 @@ def test_configurations_and_flags_of_training_commands_are_right(page):
 
 
 @pytest.fixture
-def place(tmp_path, undisturbed):
-    """A directory like a checkout's, with photographs and runs for the pages to name."""
-    here = tmp_path
+def place(tmp_path):
+    """A directory like a checkout's, with photographs for the pages to name."""
     for name in ("configs", "results", "launch"):
-        (here / name).symlink_to(ROOT / name)
+        (tmp_path / name).symlink_to(ROOT / name)
     random = np.random.default_rng(0)
-    for path in (
-        "photo.jpg",
-        "holiday/1.jpg",
-        *(f"photos/{c}/{i}.png" for c in "ab" for i in range(4)),
-    ):
-        (here / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(here / path)
-    finished = undisturbed().directory
-    for run in ("quickstart/seed0", "paper/resnet20/seed0", "paper/resnet110/seed0"):
-        shutil.copytree(finished, here / "runs" / run)
-    return here
+    photos = [f"photos/{c}/{i}.png" for c in "ab" for i in range(4)]
+    for path in (tmp_path / name for name in ("photo.jpg", "holiday/1.jpg", *photos)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 40, 3), np.uint8)).save(path)
+    return tmp_path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if commands_of(p)])
-def test_the_commands_of_a_page_run(page, place):
+def test_the_commands_of_a_page_run(page, place, undisturbed):
+    for run in ("quickstart/seed0", "paper/resnet20/seed0", "paper/resnet110/seed0"):
+        shutil.copytree(undisturbed().directory, place / "runs" / run)
     other = "--config=configs/quickstart.py", "--workdir=runs/paper/resnet110/seed1"
     assert commands.run("resnet_flax.main", *other, *DIGITS, cwd=place).returncode == 0
     for command in commands_of(page):
@@ -148,34 +128,41 @@ def expand(place, word):
     return sorted(place.glob(word)) or [place / word]
 
 
-SNIPPETS = [(p, i) for p in PAGES for i, _ in enumerate(blocks(p, "python"))]
+# What is put in place of a part of a snippet, so that it takes seconds.
+SMALLER = {
+    'model="resnet20", total_steps=1000': 'model="resnet8", total_steps=4, config=few',
+    "model.init(": "traced(model.init, ",
+    "model.apply(": "traced(model.apply, ",
+}
+# Those of which the quick tests run as much elsewhere.
+_SLOW = {"docs/images.md": "README.md has `fit`, too; its arguments: tests/test_fitting.py"}
+SNIPPETS = [
+    pytest.param(page, code, id=page, marks=[pytest.mark.slow] if page in _SLOW else [])
+    for page in PAGES
+    for code in blocks(page, "python")
+    if "jaxexport" not in code  # tests/test_export.py
+]
 
 
-@pytest.mark.parametrize(("page", "index"), SNIPPETS)
-def test_the_snippets_in_python_run(page, index, place, monkeypatch, capsys):
+def traced(function, *arguments, **options):
+    """The shapes of what a function of arrays returns."""
+    return jax.eval_shape(functools.partial(function, **options), *arguments)
+
+
+@pytest.mark.parametrize(("page", "code"), SNIPPETS)
+def test_the_snippets_in_python_run(page, code, place, monkeypatch):
     monkeypatch.chdir(place)
-    code = blocks(page, "python")[index]
-    if "jaxexport" in code:
-        done = commands.run(
-            "resnet_flax.tools.export", "--weights=resnet20", "--out=exported", cwd=place
-        )
-        assert done.returncode == 0, done.stderr
-    names = {
-        "images": np.arange(64 * 8 * 8 * 3).astype(np.uint8).reshape(64, 8, 8, 3),
-        "labels": np.arange(64) % 4,
-    }
-    smaller = {
-        'model="resnet20", total_steps=1000': 'model="resnet8", total_steps=2',
-        "resnet56": "resnet8",
-        "(8, 32, 32, 3)": "(2, 8, 8, 3)",
-    }
-    for old, new in smaller.items():
+    # As in tests/test_fitting.py, which compiles the same programs.
+    images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+    few = {"data.batch_size": 8, "train.cpu_devices": 1, "log.tensorboard": False}
+    names = {"images": images, "labels": np.arange(24) % 3, "few": few, "traced": traced}
+    for old, new in SMALLER.items():
         code = code.replace(old, new)
     exec(code, names)
-    if "net" in names and hasattr(names["net"], "training"):
-        assert 0 <= names["net"].training["test_error_last"] <= 1
+    for net in {"net", "own"} & set(names):
+        assert 0 <= names[net].training["test_error_last"] <= 1
     if "logits" in names:
-        assert names["logits"].shape == (2, 10)
+        assert names["logits"].shape == (8, 10)
         assert "batch_stats" in names["updates"]
 
 

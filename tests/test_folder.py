@@ -20,7 +20,7 @@ from resnet_flax.errors import UserError
 from resnet_flax.runs import metrics, weights
 from resnet_flax.tools import predict
 from resnet_flax.training import feed, scoring, train
-from tests.conftest import stop_at_step
+from tests.conftest import make_small_config, stop_at_step
 from tests.test_pretrained import small_weights
 from tests.test_train import assert_same_end
 
@@ -214,7 +214,7 @@ def test_streamed_batches_are_the_examples_in_their_order(photos, make_feed, dev
 
 def test_each_epoch_cuts_out_another_part_and_a_restart_the_same(photos, make_feed):
     split = load(photos, SCALED).train
-    got, rest = make_feed(split).chunk(0, 20), make_feed(split, workers=2).chunk(7, 13)
+    got, rest = make_feed(split).chunk(0, 20), make_feed(split, workers=1).chunk(7, 13)
     np.testing.assert_array_equal(got["images"][7:], rest["images"])
     seen = {}
     images = np.asarray(got["images"]).reshape(160, -1)
@@ -231,10 +231,10 @@ def test_every_image_is_evaluated_once_on_any_number_of_devices(photos, make_fee
     assert set(labels[labels < 0]) <= {streaming.PADDING}
 
 
-@pytest.fixture
-def damaged(photos, tmp_path):
+@pytest.fixture(scope="module")
+def damaged(photos, tmp_path_factory):
     """Two training images and one of the test set cannot be read, the first a dangling link."""
-    root = shutil.copytree(photos, tmp_path / "damaged")
+    root = shutil.copytree(photos, tmp_path_factory.mktemp("damaged") / "photos")
     found = load(root)
     bad = [found.train.name(5), found.train.name(6), found.test.name(0)]
     for name, content in zip(bad[1:], (b"just text", b"\x89PNG\r\n\x1a\n cut"), strict=True):
@@ -278,7 +278,7 @@ def test_too_many_unreadable_images_end_it(photos, tmp_path, make_feed, workers)
     for i in range(54):
         open(split.name(i), "w").close()
     with pytest.raises(UserError, match="^3 images in a row .*, the first is .*png: [^\n]*$"):
-        make_feed(split, workers=workers, limit=2).chunk(0, 1)
+        make_feed(split, limit=2).chunk(0, 1)
     with pytest.raises(UserError, match="none of 10 training images can be read; .*png: it is not"):
         streaming.central_sample(split, 10)
 
@@ -291,72 +291,79 @@ def configure(config, root):
     return config
 
 
-def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(small_config, damaged, tmp_path):
-    """With unreadable images on the way, which are counted and not scored."""
-    root, bad = damaged
-    config = configure(small_config, root)
+@pytest.fixture(scope="module")
+def whole(damaged, tmp_path_factory):
+    """A run with unreadable images on the way, evaluated by ten crops: config, place, result."""
+    config = configure(make_small_config(), damaged[0])
     config.eval.bn_examples = 16
-    whole = train.train(config, tmp_path / "whole")
-    assert (whole["test_examples"], whole["test_unreadable_last"]) == (5, 1)
-    record = metrics.read_records(tmp_path / "whole" / "metrics.jsonl")[-1]
+    config.data.eval_short_side, config.eval.crops = 20, 10
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    return config, directory, train.train(config, directory)
+
+
+def test_unreadable_images_are_counted_and_not_scored(whole, damaged):
+    _, directory, result = whole
+    assert (result["test_examples"], result["test_unreadable_last"]) == (5, 1)
+    record = metrics.read_records(directory / "metrics.jsonl")[-1]
     assert (record["examples"], record["unreadable"]) == (5, 1)
-    halted = stop_at_step(config, tmp_path / "parts", 6)
-    assert halted["stopped"] == 6
-    train.train(config, tmp_path / "parts")
-    assert_same_end(tmp_path / "whole", tmp_path / "parts")
     said = []
-    text = scoring.describe(scoring.score(None, str(tmp_path / "whole"), None, warn=said.append))
-    assert f"({whole['test_wrong_last']} of 5 wrong)" in text
+    text = scoring.describe(scoring.score(None, str(directory), None, warn=said.append))
+    assert f"({result['test_wrong_last']} of 5 wrong)" in text
     assert "1 images could not be read" in text
-    assert sum(bad[2] in line for line in said) == 1
+    assert sum(damaged[1][2] in line for line in said) == 1
 
 
-def test_a_changed_folder_is_refused(small_config, photos, tmp_path):
-    root = shutil.copytree(photos, tmp_path / "photos")
-    config = configure(small_config, root)
-    stop_at_step(config, tmp_path / "run", 4)
-    (root / "ant" / "00.png").unlink()
+def test_ten_crops_average_the_probabilities(whole, damaged):
+    _, directory, result = whole
+    loaded = weights.load(directory / "weights.safetensors")
+    net = jax.jit(create_model("resnet8", 3).apply)
+    split = load(damaged[0], streaming.Geometry(SIDE, (20, 20), 20, 20)).test
+    wrong = 0
+    for i in [i for i in range(len(split)) if split.name(i) != damaged[1][2]]:
+        image, label = split.example(i, None)
+        parts = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
+        parts += [part[:, ::-1] for part in parts]
+        logits = net(loaded.variables, (np.stack(parts) - loaded.mean) / loaded.std)
+        wrong += int(np.asarray(jax.nn.softmax(logits)).mean(axis=0).argmax() != label)
+    assert result["test_wrong_last"] == wrong
+
+
+def test_stopped_and_resumed_a_run_on_a_folder_ends_the_same(whole, damaged, tmp_path):
+    config, directory, _ = whole
+    assert stop_at_step(config, tmp_path / "run", 6)["stopped"] == 6
+    other = config.copy_and_resolve_references()
+    other.data.data_dir = str(shutil.copytree(damaged[0], tmp_path / "photos", symlinks=True))
+    (tmp_path / "photos/ant/00.png").unlink()
     with pytest.raises(UserError, match="the data set folder is not the one"):
-        train.train(config, tmp_path / "run")
+        train.train(other, tmp_path / "run")
+    train.train(config, tmp_path / "run")
+    assert_same_end(directory, tmp_path / "run")
 
 
-def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(
-    small_config, photos, tmp_path
-):
-    small_config.train.total_steps = 4
-    train.train(small_config, tmp_path / "digits")
-    file = tmp_path / "digits" / "weights.safetensors"
-    before = weights.load(file)
-    config = configure(small_config, photos)
-    config.model.name = "auto"
-    config.data.image_size, config.data.pad = 0, -1
-    result = train.train(config, tmp_path / "tuned", str(file))
-    after = weights.load(tmp_path / "tuned" / "weights.safetensors")
-    assert (after.model["name"], after.model["num_classes"]) == ("resnet8", 3)
-    assert after.class_names == CLASSES
-    np.testing.assert_array_equal(after.mean, before.mean)
-    assert result["test_examples"] == 6
-    # Finished, and then known by its own configuration.
-    again = train.train(config, tmp_path / "tuned", str(file))
-    one, other = (json.loads(json.dumps(r, default=list)) for r in (again, result))
-    assert one == other
-    text = scoring.describe(
-        scoring.score(config, None, str(tmp_path / "tuned" / "weights.safetensors"))
-    )
-    assert f"({result['test_wrong_last']} of 6 wrong)" in text
-
-
-def test_a_handful_of_images_will_do_for_fine_tuning(tmp_path, capsys):
+def test_fine_tuning_takes_net_size_and_preprocessing_from_the_weights(tmp_path, capsys):
+    """And a handful of images will do."""
     draw(tmp_path / "photos", CLASSES[:2], 3)
+    before = small_weights(mean=np.full((32, 32, 3), 120, np.float32))
     file = tmp_path / "net.safetensors"
-    weights.save(file, small_weights(mean=MEAN))
+    weights.save(file, before)
     config = finetune_folder.get_config()
     config.data.data_dir, config.data.workers = str(tmp_path / "photos"), 0
-    config.data.image_size = SIDE
     config.train.total_steps, config.checkpoint.every_steps = 4, 2
+    config.data.batch_size, config.train.cpu_devices = 16, 1
     result = train.train(config, tmp_path / "whole", str(file))
     assert (result["test_examples"], result["class_names"]) == (2, CLASSES[:2])
-    assert "a batch of 64 holds images more than once, as there are 4" in capsys.readouterr().err
+    assert "a batch of 16 holds images more than once, as there are 4" in capsys.readouterr().err
+    after = weights.load(tmp_path / "whole" / "weights.safetensors")
+    assert (after.model["name"], after.model["num_classes"]) == ("resnet8", 2)
+    assert after.class_names == CLASSES[:2]
+    np.testing.assert_array_equal(after.mean, before.mean)
+    # Finished, and then known by its own configuration.
+    again = train.train(config, tmp_path / "whole", str(file))
+    one, other = (json.loads(json.dumps(r, default=list)) for r in (again, result))
+    assert one == other
+    found = scoring.score(config, None, str(tmp_path / "whole" / "weights.safetensors"))
+    assert f"({result['test_wrong_last']} of 2 wrong)" in scoring.describe(found)
+    # Stopped, it goes on without the weights.
     stop_at_step(config, tmp_path / "parts", 2, init_weights=str(file))
     train.train(config, tmp_path / "parts")
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
@@ -379,22 +386,3 @@ def test_settings_that_contradict_each_other_are_named(
     with pytest.raises(UserError, match=message):
         train.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_ten_crops_average_the_probabilities(small_config, photos, tmp_path):
-    config = configure(small_config, photos)
-    config.train.total_steps = 4
-    config.data.eval_short_side = 20
-    config.eval.crops = 10
-    result = train.train(config, tmp_path / "run")
-    loaded = weights.load(tmp_path / "run" / "weights.safetensors")
-    net = jax.jit(create_model("resnet8", 3).apply)
-    split = load(photos, streaming.Geometry(SIDE, (20, 20), 20, 20)).test
-    wrong = 0
-    for i in range(len(split)):
-        image, label = split.example(i, None)
-        parts = [image[y : y + 16, x : x + 16] for y, x in ((0, 0), (0, 4), (4, 0), (4, 4), (2, 2))]
-        parts += [part[:, ::-1] for part in parts]
-        logits = net(loaded.variables, (np.stack(parts) - loaded.mean) / loaded.std)
-        wrong += int(np.asarray(jax.nn.softmax(logits)).mean(axis=0).argmax() != label)
-    assert result["test_wrong_last"] == wrong

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,9 +52,15 @@ class World:
     """A directory with everything that the scripts see: tools, workers' homes, bucket, states."""
 
     def __init__(self, path):
-        self.path, self.begun = path, None
+        self.path = path
         gcloud = f'#!/bin/sh\nexec {sys.executable} -IS {ROOT}/tests/fake_gcloud.py "$@"\n'
-        (path / "bin").mkdir()
+        # Of a checkout what the scripts need, not all that they would send.
+        self.script = path / "checkout/launch/tpu_vm.sh"
+        shutil.copytree(ROOT / "launch", self.script.parent)
+        for name in ("bin", *(f"checkout/{n}" for n in (".git", "configs", "resnet_flax"))):
+            (path / name).mkdir()
+        for name in ("pyproject.toml", "README.md"):
+            (path / "checkout" / name).touch()
         for name, text in {"gcloud": gcloud, "python3.13": PYTHON}.items():
             (path / "bin" / name).write_text(text.replace("{python}", sys.executable))
             (path / "bin" / name).chmod(0o755)
@@ -62,7 +69,7 @@ class World:
     def begin(self, command, *options, env=(), **kwargs):
         given = ["--name=vm", "--zone=z", "--poll=0.1", "--save_every=0.1", *options]
         return subprocess.Popen(
-            ["bash", f"{ROOT}/launch/tpu_vm.sh", command, *given],
+            ["bash", self.script, command, *given],
             env=self.env | dict(env),
             stderr=subprocess.PIPE,
             text=True,
@@ -157,6 +164,7 @@ def test_every_step_may_be_given_again(world):
             assert status == 0, error
     assert "installed already" in out
     assert world.verbs() == ["create"]
+    assert (world.path / "workers/1/resnet_flax/.git").is_dir()  # Runs record the commit.
     for said in ("vm started", "vm is running already"):
         _, out, error = world.run("start", "--", *FLAGS)
         assert out.count(said) == 2, out + error
@@ -191,17 +199,13 @@ QUOTA = "ERROR: (gcloud.compute.tpus.tpu-vm.create) RESOURCE_EXHAUSTED: Quota li
         ({"refusal": QUOTA}, ["create"], ["Quota limit 'X' exceeded", "v5litepod-8 in z"], 1),
         ({"refusal": QUOTA}, ["watch", "--", "x"], ["Quota limit 'X'", "no quota for v5l"], 1),
         # Lost as soon as it was made.
-        (
-            {"after_queued-resources": "ACCEPTED\nFAILED"},
-            ["create", "--queued"],
-            ["vm is FAILED", "error: gcloud could not make vm"],
-            1,
-        ),
+        ({"after_queued-resources": "ACCEPTED\nFAILED"}, ["create", "--queued"],
+         ["vm is FAILED", "error: gcloud could not make vm"], 1),
         # A question without an answer is not taken for absence.
         ({"tpu-vm": "?"}, ["create"], ["Reauthentication failed"], 0),
         ({"project": ""}, ["watch", "--", "x"], ["error: no Google Cloud project: give --proj"], 0),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_made_is_an_error(world, files, command, messages, verbs):
     for name, content in files.items():
         world.write(name, content)
@@ -245,10 +249,11 @@ def test_queued_resources(world):
 )
 def test_dry_run_does_nothing(world, command):
     flags = ["--", *FLAGS] if command in ("start", "watch") else []
+    before = [p.name for p in world.path.iterdir()]
     status, out, error = world.run(command, "--dry_run", "--bucket=gs://b", *flags)
     assert status == 0, error
     assert "+ gcloud " in out
-    assert [p.name for p in world.path.iterdir()] == ["bin"]
+    assert [p.name for p in world.path.iterdir()] == before
     if flags:
         # Through two shells, the flags arrive as they were given.
         (start,) = (line for line in out.splitlines() if re.search(r"worker\.sh.*start", line))

@@ -42,6 +42,7 @@ def files_of(path):
     return sorted(p for p in path.rglob("*") if p.is_file())
 
 
+@pytest.mark.long
 def test_newest_damaged_and_log_cut(undisturbed, tmp_path):
     """Newest checkpoint truncated, and metrics.jsonl cut in mid-line"""
     run = copy_of(undisturbed(), tmp_path / "run")

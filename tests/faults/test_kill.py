@@ -9,6 +9,7 @@ import pytest
 from tests.faults import harness, moments
 
 
+@pytest.mark.long
 def test_killed_in_a_row(undisturbed, tmp_path):
     """SIGKILL three times: in a save, in an evaluation, at the end"""
     run = harness.Run(tmp_path / "run")
