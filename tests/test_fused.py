@@ -10,7 +10,7 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.models import deferred, fused, layers
 from tests.test_deferred import draw, reference
-from tests.test_models import ONCE, distance, jit, run_once
+from tests.test_models import distance, jit, run_once
 from tests.test_steps import SHAPE, Setup, batches
 
 EPSILON = 1e-3
@@ -197,7 +197,7 @@ def test_a_net_trains_as_without(name, stages, options, count):
 @pytest.mark.slow
 def test_a_packed_chunk_of_steps():
     model = small("resnet8", 1, fused=True)
-    setup = Setup(model=model, batch=4, pack=True, compiler_options=ONCE)
+    setup = Setup(model=model, batch=4, pack=True)
     index = batches(2, 4)
     chunked, sums = setup.train(setup.state(), index)
     single, losses = setup.state(), []

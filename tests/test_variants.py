@@ -126,7 +126,7 @@ def test_a_closed_gate_is_not_rounded_away_in_bfloat16():
 
 
 def test_relu_only_preactivation_has_one_more_relu_at_its_end():
-    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
+    x = np.random.default_rng(1).standard_normal((2, 4, 4, 3), np.float32)
     model = small("resnet110_relu_only_preact", (1,))
     variables = fill(model, x)
     assert set(variables["params"]) == {"stem_conv", "stem_bn", "stage1_block1", "head"}
