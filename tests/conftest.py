@@ -116,6 +116,21 @@ def stop_at_step(config, directory, step, **options):
         return train.train(config, directory, **options)
 
 
+@pytest.fixture(scope="module")
+def compiled_for_once():
+    """Training steps in this process compile fast, and run slower."""
+    from resnet_flax.devices import hardware
+
+    usual = hardware.compiler_options
+
+    def options(platform, **how):
+        return (usual(platform, **how) or {}) | {"xla_backend_optimization_level": 0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "compiler_options", options)
+        yield
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A function from a number of devices to a finished run that nothing has happened to.
