@@ -82,15 +82,9 @@ BAD_INPUT = {
         [QUICK, "--config.optim.lerning_rate=0.1"],
         "did you mean --config.optim.learning_rate?",
     ),
-    "wrong type": (
-        [QUICK, "--config.optim.learning_rate=fast"],
-        "error: --config.optim.learning_rate=fast must be a number",
-    ),
     "unknown flag": ([QUICK, "--workdirr=x"], "workdirr"),
     "unknown mode": ([QUICK, "--mode=test"], "--mode=test must be one of train, evaluate"),
     "stray argument": ([QUICK, "stray"], "unexpected argument 'stray'"),
-    "zero duration": ([QUICK, "--config.train.total_steps=0"], "must be a positive duration"),
-    "unknown model": ([QUICK, "--config.model.name=resnet21"], "unknown model 'resnet21'"),
     "unknown data": ([QUICK, "--config.data.name=cifar11"], "unknown data set 'cifar11'"),
     "devices": (
         [QUICK, "--config.data.batch_size=63", "--config.train.cpu_devices=2"],

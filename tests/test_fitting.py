@@ -22,7 +22,7 @@ LABELS = np.arange(24) % 3
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, compiled_for_once):
     """A run's directory, what `fit` returned, and its options."""
     directory = tmp_path_factory.mktemp("fit") / "run"
     options = {

@@ -51,7 +51,7 @@ def test_64_bits_draw_the_same():
     assert [x.dtype for x in wide] == [np.float32, np.float32]
 
 
-def test_a_run_is_the_same_whatever_the_switches(tmp_path):
+def test_a_run_is_the_same_whatever_the_switches(tmp_path, compiled_for_once):
     config = make_small_config()
     config.model.survival, config.data.flip = 0.5, True
     stop_at_step(config, tmp_path / "default", 2)

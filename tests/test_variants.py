@@ -210,12 +210,10 @@ def test_keras_kernels_are_truncated_and_biases_zero():
     np.testing.assert_array_equal(layer["bias"], 0)
 
 
-@pytest.mark.parametrize("name", ["highway20", "resnet56_keras_v2", "resnet110_dropout_shortcut"])
+@pytest.mark.parametrize("name", ["resnet56_keras_v2", "resnet110_dropout_shortcut"])
 def test_every_option_together_traces(name):
     options = {"dtype": "bfloat16", "bn_group_size": 2, "remat": True, "scan": True}
-    if name != "highway20":
-        options["survival"] = 0.5
-    model = create_model(name, **options)
+    model = create_model(name, survival=0.5, **options)
     x = jax.ShapeDtypeStruct((4, *IMAGE.shape[1:]), jnp.float32)
     variables = variables_of(model, x)
     assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
