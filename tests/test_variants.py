@@ -160,7 +160,7 @@ def test_dropout_is_on_the_shortcut_in_training_only():
     assert abs(np.mean(outs[0] == outs[1]) - 0.5) < 0.05
     np.testing.assert_array_equal(outs[0], outs[2])
     np.testing.assert_array_equal(run(test, keys[0]), 0.5)
-    np.testing.assert_array_equal(test.apply(variables, x), 0.5)
+    np.testing.assert_array_equal(jit(test.apply)(variables, x), 0.5)
 
 
 def keras_conv(p, x, stride=1):
