@@ -95,10 +95,15 @@ def small_config():
 
 
 def stop_at_step(config, directory, step, **options):
-    """Trains until `step`, where a SIGTERM ends it."""
+    """Trains until `step`, where a SIGTERM ends it; 0: before anything is compiled."""
     from resnet_flax.training import loop, train
 
-    original = loop.Loop._train
+    begin, original = loop.Loop.run, loop.Loop._train
+
+    def beginning(self):
+        if step == 0:
+            self.stop_signal = signal.SIGTERM
+        return begin(self)
 
     def stopping(self, turn):
         original(self, turn)
@@ -106,8 +111,24 @@ def stop_at_step(config, directory, step, **options):
             self.stop_signal = signal.SIGTERM
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "run", beginning)
         patch.setattr(loop.Loop, "_train", stopping)
         return train.train(config, directory, **options)
+
+
+@pytest.fixture(scope="module")
+def compiled_for_once():
+    """Training steps in this process compile fast, and run slower."""
+    from resnet_flax.devices import hardware
+
+    usual = hardware.compiler_options
+
+    def options(platform, **how):
+        return (usual(platform, **how) or {}) | {"xla_backend_optimization_level": 0}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "compiler_options", options)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,4 @@
 import collections
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 
 from resnet_flax.training import augment
+from tests.test_models import jit
 
 
 def images(count=64):
@@ -14,9 +14,16 @@ def images(count=64):
     return np.stack([np.arange(1, 6 * 6 * 2 + 1, dtype=np.float32).reshape(6, 6, 2)] * count)
 
 
-def crop_and_mirror(key, batch, *, pad, flip, fill="zero"):
-    draws = augment.draw_crops(key, len(batch), pad=pad, flip=flip)
-    return augment.crop_and_mirror(batch, draws, pad=pad, fill=fill)
+def cropping(pad, flip, fill="zero"):
+    def crop(key, batch):
+        draws = augment.draw_crops(key, len(batch), pad=pad, flip=flip)
+        return augment.crop_and_mirror(batch, draws, pad=pad, fill=fill)
+
+    return crop
+
+
+def crop_and_mirror(batch, **options):
+    return np.asarray(jit(cropping(**options))(jax.random.key(0), batch))
 
 
 @pytest.mark.parametrize(("fill", "mode"), [("zero", "constant"), ("edge", "edge")])
@@ -25,7 +32,7 @@ def test_every_crop_is_one_of_the_papers_and_every_one_of_them_occurs(fill, mode
     for source in (batch[0], batch[0][:, ::-1]):
         padded = np.pad(source, ((2, 2), (2, 2), (0, 0)), mode)
         crops |= {padded[y : y + 6, x : x + 6].tobytes() for y in range(5) for x in range(5)}
-    out = np.asarray(crop_and_mirror(jax.random.key(0), batch, pad=2, flip=True, fill=fill))
+    out = crop_and_mirror(batch, pad=2, flip=True, fill=fill)
     counts = collections.Counter(np.ascontiguousarray(image).tobytes() for image in out)
     assert counts.keys() == crops
     # 60 of each are expected, with a standard deviation of 7.7.
@@ -38,19 +45,19 @@ def test_crops_of_a_tpu_are_the_same_to_the_bit(monkeypatch, height, width, pad,
     batch = np.random.RandomState(0).standard_normal((20, height, width, 3)).astype(np.float32)
     batch[0, 0] = -0.0, np.inf, np.nan
     # Several nets together, each with draws of its own.
-    both, keys = jnp.stack([batch, 2 * batch]), jax.random.split(jax.random.key(pad))
-    each = functools.partial(crop_and_mirror, pad=pad, flip=True, fill=fill)
-    slices = jnp.stack([each(*x) for x in zip(keys, both, strict=True)])
+    both, keys = np.stack([batch, 2 * batch]), jax.random.split(jax.random.key(pad))
+    one = jit(cropping(pad, True, fill))
+    slices = [one(*x) for x in zip(keys, both, strict=True)]
     monkeypatch.setattr(augment, "_crop_by_slices", augment._crop_by_selects)
-    selects = jax.vmap(each)(keys, both)
+    selects = jit(jax.vmap(cropping(pad, True, fill)))(keys, both)
     np.testing.assert_array_equal(*(np.asarray(x).view(np.int32) for x in (selects, slices)))
 
 
 def test_only_a_tpu_selects_and_none_where_the_border_is_wide():
     def lowered(pad, platform):
-        draws = augment.draw_crops(jax.random.key(0), 8, pad=pad, flip=True)
-        crop = jax.jit(functools.partial(augment.crop_and_mirror, pad=pad))
-        return crop.trace(jnp.asarray(images(8)), draws).lower(lowering_platforms=(platform,))
+        crop = jax.jit(cropping(pad, True))
+        traced = crop.trace(jax.random.key(0), images(8))
+        return traced.lower(lowering_platforms=(platform,))
 
     for platform, pad, sliced in (("cpu", 2, 1), ("cuda", 2, 1), ("tpu", 2, 0), ("tpu", 17, 1)):
         assert ("gather" in lowered(pad, platform).as_text()) == sliced, (platform, pad)
@@ -59,10 +66,9 @@ def test_only_a_tpu_selects_and_none_where_the_border_is_wide():
 
 
 def test_one_sided_options():
-    out = crop_and_mirror(jax.random.key(0), images(4), pad=0, flip=False)
+    out = crop_and_mirror(images(4), pad=0, flip=False)
     np.testing.assert_array_equal(out, images(4))
-    flipped = crop_and_mirror(jax.random.key(0), images(), pad=0, flip=True)
-    kinds = {np.asarray(i).tobytes() for i in flipped}
+    kinds = {x.tobytes() for x in crop_and_mirror(images(), pad=0, flip=True)}
     assert kinds == {images(1)[0].tobytes(), np.ascontiguousarray(images(1)[0][:, ::-1]).tobytes()}
 
 

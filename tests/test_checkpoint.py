@@ -12,6 +12,8 @@ from resnet_flax.errors import UserError
 from resnet_flax.runs import checkpoint
 from resnet_flax.training import optim, state
 
+NET = create_model("resnet8").clone(stage_sizes=(1,), widths=(4,))
+
 
 def abstract_state(model, ema=True):
     rate = optim.scale_by_rate(optax.constant_schedule(0.1))
@@ -41,7 +43,7 @@ def assert_same(a, b):
 def saved(tmp_path_factory):
     """A directory with checkpoints 5 and 10, and the state that was saved."""
     directory = tmp_path_factory.mktemp("saved") / "checkpoints"
-    current = make_state(create_model("resnet8"))
+    current = make_state(NET)
     writer = checkpoint.Writer(directory, keep=2)
     writer.save(5, tree_at(current, 5), {"seconds": 0.1, "window": [1, 2.5, 0.25]})
     writer.save(10, tree_at(current, 10), {"seconds": 0.2})
@@ -60,7 +62,8 @@ def test_what_is_read_is_what_was_saved_to_the_bit(saved):
 
 
 def test_scanned_and_unrolled_nets_read_each_other_s_checkpoints():
-    scanned, unrolled = (make_state(create_model("resnet20", scan=s)) for s in (True, False))
+    model = NET.clone(stage_sizes=(3,))
+    scanned, unrolled = (make_state(model.clone(scan=s)) for s in (True, False))
     scanned_template, template = (jax.eval_shape(lambda x=x: x) for x in (scanned, unrolled))
     tree = checkpoint.to_tree(scanned)
     assert_same(checkpoint.from_tree(tree, scanned_template, scanned=True), scanned)
@@ -70,7 +73,7 @@ def test_scanned_and_unrolled_nets_read_each_other_s_checkpoints():
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    current = make_state(create_model("resnet8"), ema=False)
+    current = make_state(NET, ema=False)
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
     for step in range(1, 6):
         writer.best_step = min(step, 2)
@@ -173,7 +176,7 @@ def test_nothing_there_is_a_fresh_start(tmp_path):
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    current = make_state(create_model("resnet8"), ema=False)
+    current = make_state(NET, ema=False)
     broken = jax.tree.map(lambda x: x, current.params)
     broken["head"]["bias"][3] = np.nan
     writer = checkpoint.Writer(tmp_path / "c", keep=2)
@@ -186,12 +189,12 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 def test_another_net_s_checkpoint_names_the_first_mismatch(saved):
     directory, _ = saved
     tree, _ = checkpoint.read(directory / "10")
-    wider = jax.eval_shape(lambda: abstract_state(create_model("resnet8", 7)))
+    wider = jax.eval_shape(lambda: abstract_state(NET.clone(num_classes=7)))
     with pytest.raises(UserError, match=r"head/.* is float32 \[.*10\], but .*7\] here"):
         checkpoint.from_tree(tree, wider, False)
-    deeper = jax.eval_shape(lambda: abstract_state(create_model("resnet20")))
+    deeper = jax.eval_shape(lambda: abstract_state(NET.clone(stage_sizes=(2,))))
     with pytest.raises(UserError, match="the checkpoint is of another net: it lacks .*block2"):
         checkpoint.from_tree(tree, deeper, False)
-    lacking = jax.eval_shape(lambda: abstract_state(create_model("resnet8"), ema=False))
+    lacking = jax.eval_shape(lambda: abstract_state(NET, ema=False))
     with pytest.raises(UserError, match="the checkpoint is of another net: it has ema/"):
         checkpoint.from_tree(tree, lacking, False)

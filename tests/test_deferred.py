@@ -9,7 +9,7 @@ import pytest
 
 from resnet_flax import create_model
 from resnet_flax.models import deferred
-from tests.test_models import ONCE, distance, fill, jit, run_once, small
+from tests.test_models import distance, fill, jit, run_once, small
 from tests.test_steps import SMALL, Setup, assert_same_run, run
 
 
@@ -96,7 +96,7 @@ def test_which_nets_defer():
 @pytest.mark.slow
 def test_eight_devices_equal_one():
     model = SMALL.clone(stage_sizes=(1,), widths=(8,), defer=True, bn_group_size=4)
-    one, eight = (Setup(count, model=model, compiler_options=ONCE) for count in (1, 8))
+    one, eight = (Setup(count, model=model) for count in (1, 8))
     assert_same_run(run(one, 1), run(eight, 1))
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import resnet_flax
 from resnet_flax import fit
+from resnet_flax.data import arrays
 from resnet_flax.errors import UserError
 from tests import commands
 
@@ -21,18 +22,24 @@ LABELS = np.arange(24) % 3
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run's directory, and what `fit` returned."""
+def trained(tmp_path_factory, compiled_for_once):
+    """A run's directory, what `fit` returned, and its options."""
     directory = tmp_path_factory.mktemp("fit") / "run"
-    names = np.array(["x", "y", "z"])
-    options = {"model": "resnet8", "total_steps": 4, "config": SHORT, "class_names": names}
+    options = {
+        "test": (images(5), LABELS[:5]),
+        "model": "resnet8",
+        "total_steps": 4,
+        "config": SHORT | {"data.split": "45k/5k"},
+        "class_names": np.array(["x", "y", "z"]),
+    }
     return directory, fit(images(24), LABELS, workdir=directory, **options), options
 
 
 def test_a_net_trained_on_arrays_is_ready_to_use(trained):
     directory, net, _ = trained
     assert (net.class_names, net.size, net.training["steps"]) == (("x", "y", "z"), 8, 4)
-    assert net.training["test_examples"] == 3  # A tenth of each class, at least one.
+    assert net.training["test_examples"] == 5
+    assert net.training["test_error_at_best_validation"] is not None
     ((best, *others),) = net.predict(images(1)[0])
     assert best[0] in net.class_names
     assert len(others) == 2
@@ -61,17 +68,11 @@ def test_evaluation_says_why_it_cannot_load_them(trained):
     assert "this run was trained on arrays in Python" in done.stderr
 
 
-def test_given_test_images_are_the_test_set(tmp_path):
-    net = fit(
-        *(images(24), LABELS),
-        test=(images(5), LABELS[:5]),
-        model="resnet8",
-        total_steps=1,
-        workdir=tmp_path,
-        config=SHORT | {"data.split": "45k/5k", "optim.boundaries_steps": (1,)},
-    )
-    assert net.training["test_examples"] == 5
-    assert net.training["test_error_at_best_validation"] is not None
+def test_without_test_images_a_tenth_of_each_class_is_held_out():
+    data = arrays.load((images(60), np.arange(60) % 3))
+    assert np.bincount(data.test.labels).tolist() == [2, 2, 2]
+    assert np.bincount(data.train.labels).tolist() == [18, 18, 18]
+    assert len(arrays.load((images(24), LABELS)).test) == 3  # At least one.
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from resnet_flax import create_model
 from resnet_flax.models import deferred, fused, layers
 from tests.test_deferred import draw, reference
-from tests.test_models import ONCE, distance, jit, run_once
+from tests.test_models import distance, jit, run_once
 from tests.test_steps import SHAPE, Setup, batches
 
 EPSILON = 1e-3
@@ -153,8 +153,8 @@ def test_padding_on_one_side_is_left_to_others():
     x = deferred.Normalized(y, deferred.sums(y, 1), jnp.ones(16), jnp.ones(16), EPSILON).relu()
     variables = {"params": {"kernel": jnp.ones((3, 3, 16, 16))}}
     plain = layers.Conv(16, strides=2, same=True, dtype=jnp.bfloat16)
-    found = plain.clone(fused=True).apply(variables, x)
-    np.testing.assert_array_equal(found, plain.apply(variables, x.compute()))
+    found = jit(plain.clone(fused=True).apply)(variables, x)
+    np.testing.assert_array_equal(found, jit(plain.apply)(variables, x.compute()))
 
 
 def test_a_vector_is_split_to_the_bit():
@@ -197,7 +197,7 @@ def test_a_net_trains_as_without(name, stages, options, count):
 @pytest.mark.slow
 def test_a_packed_chunk_of_steps():
     model = small("resnet8", 1, fused=True)
-    setup = Setup(model=model, batch=4, pack=True, compiler_options=ONCE)
+    setup = Setup(model=model, batch=4, pack=True)
     index = batches(2, 4)
     chunked, sums = setup.train(setup.state(), index)
     single, losses = setup.state(), []

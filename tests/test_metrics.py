@@ -178,15 +178,6 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "mine.part", "run.json"]
 
 
-def test_a_run_that_version_0_1_0_began_with_other_seeds_is_refused(tmp_path):
-    files.write_json(tmp_path / "run.json", {"group": "seed0, seed1"})
-    with pytest.raises(UserError, match=r"begun by resnet_flax 0\.1\.0 together with other seeds"):
-        Directory(tmp_path).check_not_in_group()
-    (tmp_path / "checkpoints").mkdir()  # Its own, as this version makes them.
-    files.write_json(tmp_path / "config.json", {})
-    Directory(tmp_path).check_not_in_group()
-
-
 def test_a_failure_leaves_no_empty_directory_behind(tmp_path):
     def fail():
         raise UserError("early")

@@ -97,11 +97,3 @@ def test_warm_up_by_error_ends_once_and_for_all():
         length += 1
     assert 10 < length < 60
     np.testing.assert_allclose(rates, [0.01] * length + [0.1] * (260 - length), rtol=1e-6)
-
-
-def test_kernels_only_leaves_out_scales_and_biases():
-    tree = {"a": {"kernel": 0, "bias": 0}, "b": {"c": {"scale": 0, "kernel": 0}}}
-    assert optim.kernels_only(tree) == {
-        "a": {"kernel": True, "bias": False},
-        "b": {"c": {"scale": False, "kernel": True}},
-    }

@@ -9,14 +9,11 @@ import pytest
 
 from resnet_flax.devices import sharding
 from resnet_flax.training import optim, packing, state
-from tests.test_models import ONCE, small
-from tests.test_steps import SMALL, Setup, assert_close, batches, make_rate
-
-TINY = SMALL.clone(stage_sizes=(1,), widths=(8,))
-
+from tests.test_models import jit, small
+from tests.test_steps import SGD, SMALL, TINY, Setup, assert_close, batches, make_rate
 
 OPTIMIZERS = {
-    "sgd": optim.sgd(make_rate()),
+    "sgd": SGD,
     "masked": optim.sgd(make_rate(), weight_decay=0.01, nesterov=True, decay_norm_and_bias=False),
     "adam": optim.adam(make_rate(1e-3), weight_decay=0.01),
 }
@@ -30,7 +27,7 @@ def drawn_state(optimizer="sgd", model=SMALL):
     )
     random = np.random.default_rng(0)
     return jax.tree.map(
-        lambda x: jnp.asarray(random.standard_normal(x.shape) + 3, x.dtype), abstract
+        lambda x: np.asarray(random.standard_normal(x.shape) + 3, x.dtype), abstract
     )
 
 
@@ -44,8 +41,8 @@ def drawn_state(optimizer="sgd", model=SMALL):
 )
 def test_unpacking_is_the_inverse_to_the_bit(optimizer, model):
     full = drawn_state(optimizer, model)
-    packed = packing.pack(full)
-    again = packing.unpack(packed, jax.eval_shape(lambda: full))
+    like = jax.eval_shape(lambda: full)
+    again = jit(lambda packed: packing.unpack(packed, like))(jit(packing.pack)(full))
     assert jax.tree.structure(again) == jax.tree.structure(full)
     jax.tree.map(np.testing.assert_array_equal, full, again)
     assert {str(x.dtype) for x in jax.tree.leaves(again.params)} == {"float32"}
@@ -87,8 +84,7 @@ def assert_same(one, other):
 def test_a_chunk_of_steps_is_the_same_packed(optimizer, devices, model, options):
     found = []
     for pack, count in ((False, 1), (True, devices)):
-        more = options | {"pack": pack, "compiler_options": ONCE}
-        setup = Setup(count, model=model, optimizer=OPTIMIZERS[optimizer], **more)
+        setup = Setup(count, model, OPTIMIZERS[optimizer], pack=pack, **options)
         found.append(setup.train(setup.state(), batches(2)))
     assert int(found[0][0].step) == 2
     assert_same(*found)
@@ -98,7 +94,7 @@ def test_a_chunk_of_steps_is_the_same_packed(optimizer, devices, model, options)
 def test_several_nets_in_one_program_are_the_same_packed():
     found, index = [], [jnp.asarray(batches(2)), jnp.asarray(batches(2)[::-1].copy())]
     for pack in (False, True):
-        setup = Setup(model=TINY, pack=pack, compiler_options=ONCE)
+        setup = Setup(model=TINY, pack=pack)
         residents = [setup.resident, setup.resident | {"key": jax.random.key(3)}]
         found.append(setup.chunk([setup.state(seed) for seed in (0, 1)], residents, index))
     assert_same(*found)
@@ -144,7 +140,7 @@ class Poisoned:
     ],
 )
 def test_a_gradient_that_is_not_finite_is_told_of_its_step(name, value, pack):
-    setup = Setup(model=Poisoned(name, value), pad=0, pack=pack, compiler_options=ONCE)
+    setup = Setup(model=Poisoned(name, value), pad=0, pack=pack)
     images = np.asarray(setup.resident["images"]).copy()
     images[32:48] = 255
     resident = setup.resident | {"images": jax.device_put(images, setup.everywhere)}

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 
 from resnet_flax.devices import randomness
-from resnet_flax.runs import weights
-from resnet_flax.training import augment, train
-from tests.conftest import make_small_config
+from resnet_flax.runs import checkpoint
+from resnet_flax.training import augment
+from tests.conftest import make_small_config, stop_at_step
+from tests.test_models import jit
 
 SWITCHES = {
     "jax_enable_x64": True,
@@ -45,17 +46,16 @@ def test_64_bits_draw_the_same():
         return augment.crop_and_mirror(images, crops, pad=2), augment.color_shift(key, 2)
 
     with jax.enable_x64(True):
-        wide = draw()
-    jax.tree.map(np.testing.assert_array_equal, wide, draw())
+        wide = jit(draw)()
+    jax.tree.map(np.testing.assert_array_equal, wide, jit(draw)())
     assert [x.dtype for x in wide] == [np.float32, np.float32]
 
 
-def test_a_run_is_the_same_whatever_the_switches(tmp_path):
+def test_a_run_is_the_same_whatever_the_switches(tmp_path, compiled_for_once):
     config = make_small_config()
     config.model.survival, config.data.flip = 0.5, True
-    config.train.total_steps, config.optim.boundaries_steps = 2, (1,)
-    train.train(config, tmp_path / "default")
+    stop_at_step(config, tmp_path / "default", 2)
     with switched():
-        train.train(config, tmp_path / "switched")
-    found = [weights.load(tmp_path / n / "weights.safetensors") for n in ("default", "switched")]
-    jax.tree.map(np.testing.assert_array_equal, *(f.variables for f in found))
+        stop_at_step(config, tmp_path / "switched", 2)
+    found = [checkpoint.read(tmp_path / n / "checkpoints/2")[0] for n in ("default", "switched")]
+    jax.tree.map(np.testing.assert_array_equal, *found)
