@@ -70,8 +70,8 @@ def test_images_of_imagenets_size_are_streamed():
         ("--out=/nowhere/at/all/x.json", "there is no directory /nowhere/at/all"),
         ("--model=resnet20", "unrecognized arguments"),
         ("--compile_for=h200", "invalid choice: 'h200'"),
-        ("--compile_for=h100", "XLA's compiler for GPUs: pip install '.[offline_gpu]'"),
-        ("--compile_for=v6e", "XLA's compiler for TPUs: pip install '.[offline_tpu]'"),
+        ("--compile_for=h100", "XLA's compiler for GPUs: pip install '.[offline-gpu]'"),
+        ("--compile_for=v6e", "XLA's compiler for TPUs: pip install '.[offline-tpu]'"),
     ],
 )
 def test_wrong_arguments(flag, message, monkeypatch):
@@ -151,7 +151,7 @@ def compiled(target, capsys, *flags):
     """The row of a real compilation."""
     platform = bench_compile.TARGETS[target]
     if not any(map(importlib.util.find_spec, bench._COMPILERS[platform])):
-        pytest.skip(f"no compiler for {target}: pip install '.[offline_{platform}]'")
+        pytest.skip(f"no compiler for {target}: pip install '.[offline-{platform}]'")
     bench.main([f"--compile_for={target}", "--json", *flags])
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert list(row) == bench.COMPILED

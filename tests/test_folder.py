@@ -133,6 +133,10 @@ def test_links_are_followed_into_each_folder_once(tmp_path):
     (root / "dog").symlink_to("cat")
     with pytest.raises(UserError, match="cat and .*dog are the same folder"):
         load(root)
+    (root / "dog").unlink()
+    (root / "eel").symlink_to("nowhere")
+    with pytest.raises(UserError, match="eel is a link that leads nowhere"):
+        load(root)
 
 
 def test_other_programs_folders_are_left_alone_and_all_images_are_found(tmp_path):

@@ -116,10 +116,12 @@ class Directory:
         if not self.config or self.grows(config):
             return
         if differing := _differing(self.config, config, sections):
+            hint = "--weights=FILE begins from what a finished run has learned"
+            if all(change.startswith("train.total_steps") for change in differing):
+                hint = "a run may grow if its schedule is not cosine, but not become shorter"
             raise UserError(
                 f"workdir {self.path} belongs to a run of another config; choose another --workdir "
-                "(--weights=FILE begins from what a finished run has learned), or undo: "
-                f"{'; '.join(differing)}"
+                f"({hint}), or undo: {'; '.join(differing)}"
             )
 
     def check_data(self, name: str, fingerprint: str) -> None:

@@ -195,7 +195,7 @@ def main(argv: list[str]) -> None:
     if target and not any(map(importlib.util.find_spec, _COMPILERS[platform])):
         raise UserError(
             f"--compile_for={target} needs XLA's compiler for {platform.upper()}s: "
-            f"pip install '.[offline_{platform}]'"
+            f"pip install '.[offline-{platform}]'"
         )
     if target and args.out:
         raise UserError("--out is for measurements; with --compile_for print --json to a file")

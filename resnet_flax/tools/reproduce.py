@@ -2,7 +2,7 @@
 
     python -m resnet_flax.tools.reproduce table6 --seeds=5 --workdir=runs/paper
     python -m resnet_flax.tools.reproduce all --workdir=runs/paper --dry_run
-    python -m resnet_flax.tools.reproduce plain --scale=0.01 --seeds=2 --workdir=runs/trial
+    python -m resnet_flax.tools.reproduce plain --scale=0.001 --seeds=2 --workdir=runs/trial
 
 Each is an ordinary run of resnet_flax.main in WORKDIR/<row>/seed<k>; its output goes to log.txt
 there. Finished runs are skipped, interrupted ones resume, failed ones are reported at the end.
