@@ -45,10 +45,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 # The files that take longest, longest first: pytest-xdist gives a file at a time to a worker, and
 # one that begins last would be waited for by all the others.
 LONG = """
-    test_distributed test_train test_seeds faults/test_kill faults/test_disk faults/test_stop
-    test_steps test_models test_variants test_folder test_reproduce test_checkpoint test_config
-    test_stochastic_depth test_benchmarks test_cli faults/test_damage faults/test_surroundings
-    test_launch_tpu test_summary test_convert test_docs test_fitting test_wheel test_notebook
+    test_distributed test_train test_seeds test_steps test_folder faults/test_disk faults/test_stop
+    test_docs test_cli test_packing test_models test_variants test_notebook test_convert
+    test_convert_torch test_cpu_convolution test_fused test_stochastic_depth test_randomness
+    test_launch_tpu test_fitting test_pretrained test_deferred test_augment test_outputs test_export
+    test_wheel test_config
 """.split()
 
 
